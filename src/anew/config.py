@@ -1,0 +1,267 @@
+"""Every setting of anew, with a help line each, and the named recipes.
+
+The command line is made from these dataclasses (`anew train --help`), a run keeps its own as RUN/config.json, and Python users
+build them by hand:
+
+    config = anew.recipe("shakespeare", steps=200, out="runs/try")
+    anew.train(config)
+
+A setting is judged only when all are known (`Config.check`), so that the order in which flags are given never matters.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+
+class UserError(ValueError):
+    """Something the user can put right: one plain sentence that says what is wrong and what to do (exit code 2)."""
+
+
+TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # ids each can emit; the last one is <|endoftext|>
+VOCAB_MULTIPLE = 128  # rows of `wte` are stored to a multiple of this: 50257 -> 50304 = 393 x 2^7
+
+
+def setting(default: Any, help: str, may_change: bool = False, **metadata: Any) -> Any:
+    """A field with its help line. `may_change`: a resumed run may set it anew without becoming another run."""
+    return field(default=default, metadata={"help": help, "may_change": may_change, **metadata})
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of the network. The defaults are GPT-2 124M."""
+
+    n_layer: int = setting(12, "number of blocks")
+    n_head: int = setting(12, "attention heads a block; must divide n_embd")
+    n_embd: int = setting(768, "width of the residual stream")
+    n_positions: int = setting(1024, "longest context the model can read, in tokens")
+    vocab_size: int = setting(50257, "token ids; follows from the tokenizer", flag=False)
+    layer_norm_epsilon: float = setting(1e-5, "added to the variance in layer norm", flag=False)
+    dropout: float = setting(0.0, "share of activations dropped in training; GPT-2 reproductions use none")
+    wpe_std: float = setting(0.01, "initial std of the position embedding; OpenAI's is 0.01, many reproductions use 0.02")
+    attention: Literal["flash", "plain"] = setting("flash", "flash: the fused kernel; plain: the formula, for reading and comparison")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows that `wte` is stored with: vocab_size rounded up to a multiple of 128."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in which pieces."""
+
+    data: str = setting("stdlib", "a prepared data folder, a text or .jsonl file, a folder, a glob, or a source: stdlib, tinyshakespeare")
+    tokenizer: Literal["gpt2", "bytes"] = setting("gpt2", "gpt2: OpenAI's 50,257 tokens; bytes: 256 bytes and end of text")
+    seq_len: int = setting(1024, "tokens a training sequence (T); at most n_positions")
+    val_tokens: int = setting(10_485_760, "score at most this many tokens of the validation split", may_change=True)
+    one_batch: bool = setting(False, "train on the first batch for ever: the classic check that a model can learn")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How a gradient becomes an update."""
+
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest")
+    lr: float = setting(6e-4, "peak learning rate of AdamW")
+    min_lr: float = setting(6e-5, "learning rate that the schedule ends on")
+    muon_lr: float = setting(0.02, "peak learning rate of Muon; follows the same schedule")
+    schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay after warm-up")
+    warmup_steps: int = setting(715, "steps of linear warm-up; the first step already has 1/warmup_steps of the peak")
+    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only")
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient")
+    eps: float = setting(1e-8, "AdamW's epsilon")
+    clip: float = setting(1.0, "largest global gradient norm; larger ones are scaled down to it")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where, and what is written down on the way."""
+
+    steps: int = setting(19_073, "optimizer steps in the whole run")
+    batch_tokens: int = setting(524_288, "tokens a step, over all ranks and micro-batches")
+    micro_batch: int | Literal["auto"] = setting(16, "sequences in one forward pass; changes speed and memory, never the batch; auto: as many as divide the batch, at most 16", may_change=True)
+    seed: int = setting(1337, "decides initial weights, order of the data and dropout")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = setting("auto", "arithmetic of the forward and backward pass; auto: the fastest that is safe on the device")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute; auto: cuda, else mps, else cpu", may_change=True)
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile for the training step; auto: where a compiler is at hand", may_change=True)
+    init: str = setting("", "start from this MODEL instead of random weights; its shape and tokenizer are taken over")
+    out: str = setting("", "run folder; by default runs/RECIPE", may_change=True)
+    save_every: int = setting(250, "steps between checkpoints; the last step is always saved", may_change=True)
+    keep: int = setting(3, "newest verified checkpoints to keep; 0 keeps all", may_change=True)
+    evaluate_every: int = setting(250, "steps between validations; 0: only at the end", may_change=True)
+    evaluate_train: bool = setting(False, "at the end, score the training text too", may_change=True)
+    sample_every: int = setting(0, "steps between samples; 0: never", may_change=True)
+    sample_prompt: str = setting("\n", "text that the samples continue", may_change=True)
+    sample_tokens: int = setting(128, "tokens a sample", may_change=True)
+    log_every: int = setting(10, "steps between lines on the console; metrics.jsonl has every step", may_change=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    recipe: str = "custom"
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences a step, over all ranks."""
+        return self.run.batch_tokens // self.data.seq_len
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.out or f"runs/{self.recipe}")
+
+    def override(self, **settings: Any) -> Self:
+        """The same config with flat settings replaced. Unknown names are refused; nothing is judged yet."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            if name not in GROUP_OF:
+                raise UserError(f"there is no setting '{name}'; `anew train --help` lists them all.")
+            groups.setdefault(GROUP_OF[name], {})[name] = value
+        return dataclasses.replace(self, **{g: dataclasses.replace(getattr(self, g), **values) for g, values in groups.items()})
+
+    def adapted(self, given: set[str]) -> tuple[Self, list[str]]:
+        """Settings that only follow from others (`given` are those the user chose), and a line for each that moved."""
+        config, said = self.override(vocab_size=TOKENIZERS[self.data.tokenizer]), []
+        steps, sequences, micro = self.run.steps, self.batch_sequences, self.run.micro_batch
+        if "warmup_steps" not in given and self.optim.warmup_steps >= steps > 0:
+            config = config.override(warmup_steps=steps // 10)
+            said.append(f"warm-up shortened from {self.optim.warmup_steps} to {steps // 10} steps, a tenth of this run")
+        if "min_lr" not in given and "lr" in given:
+            config = config.override(min_lr=self.optim.lr / 10)
+            said.append(f"min_lr set to {self.optim.lr / 10:g}, a tenth of the given lr")
+        if "micro_batch" not in given and isinstance(micro, int) and sequences > 0 and micro > sequences:
+            config = config.override(micro_batch=sequences)
+            said.append(f"micro-batch lowered from {micro} to {sequences}, all sequences of a step")
+        if "seq_len" not in given and self.data.seq_len > self.model.n_positions > 0:
+            config = config.override(seq_len=self.model.n_positions)
+            said.append(f"seq_len lowered from {self.data.seq_len} to {self.model.n_positions}, the model's positions")
+        return config, said
+
+    def micro_batches(self, ranks: int) -> tuple[int, int]:
+        """(micro-batch, accumulation) of one rank. A batch that cannot be split evenly is refused, with the arithmetic."""
+        T, tokens, micro = self.data.seq_len, self.run.batch_tokens, self.run.micro_batch
+        if tokens % (ranks * T):
+            raise UserError(f"batch_tokens {tokens:,} is not a multiple of {ranks} ranks x {T} tokens = {ranks * T:,}; change --batch-tokens or the ranks.")
+        sequences = tokens // (ranks * T)
+        if micro == "auto":
+            micro = max(n for n in range(1, min(16, sequences) + 1) if sequences % n == 0)
+        if sequences % micro:
+            raise UserError(
+                f"batch_tokens {tokens:,} = {ranks} ranks x {sequences} sequences x {T} tokens, and {sequences} sequences cannot be cut "
+                f"into micro-batches of {micro}; choose a --micro-batch that divides {sequences}."
+            )
+        return micro, sequences // micro
+
+    def check(self) -> Self:
+        """This config, if it can be run; otherwise UserError names the settings at fault."""
+        m, d, o, r = self.model, self.data, self.optim, self.run
+        for group in (m, d, o, r):
+            for f in dataclasses.fields(group):
+                value = getattr(group, f.name)
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(f"{f.name} is {value}; it must be a finite number.")
+        refuse_if = [
+            (min(m.n_layer, m.n_head, m.n_embd, m.n_positions) < 1, "n_layer, n_head, n_embd and n_positions must all be at least 1."),
+            (m.n_head > 0 and m.n_embd % m.n_head != 0, f"n_embd {m.n_embd} cannot be cut into {m.n_head} heads: {m.n_embd} / {m.n_head} is not whole."),
+            (not 0 <= m.dropout < 1, f"dropout {m.dropout} is not in [0, 1)."),
+            (m.wpe_std < 0, f"wpe_std {m.wpe_std} is negative."),
+            (d.seq_len < 1, f"seq_len {d.seq_len} must be at least 1."),
+            (d.seq_len > m.n_positions, f"seq_len {d.seq_len} is longer than the model's {m.n_positions} positions; lower --seq-len or raise --n-positions."),
+            (d.val_tokens < 0, f"val_tokens {d.val_tokens} is negative; 0 means no validation."),
+            (o.lr <= 0 or o.muon_lr <= 0, f"learning rates must be above 0, not lr {o.lr:g} and muon_lr {o.muon_lr:g}."),
+            (not 0 <= o.min_lr <= o.lr, f"min_lr {o.min_lr:g} is not between 0 and lr {o.lr:g}."),
+            (not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), f"beta1 {o.beta1} and beta2 {o.beta2} must lie in [0, 1)."),
+            (o.eps <= 0 or o.clip <= 0 or o.weight_decay < 0, "eps and clip must be above 0, and weight_decay not negative."),
+            (r.steps < 1, f"steps {r.steps} must be at least 1."),
+            (not 0 <= o.warmup_steps < max(r.steps, 1), f"a warm-up of {o.warmup_steps} steps does not fit in a run of {r.steps} steps; lower --warmup-steps."),
+            (isinstance(r.micro_batch, int) and r.micro_batch < 1, f"micro_batch {r.micro_batch} must be at least 1."),
+            (r.batch_tokens < d.seq_len, f"batch_tokens {r.batch_tokens:,} is less than one sequence of {d.seq_len} tokens."),
+            (min(r.save_every, r.log_every) < 1, "save_every and log_every must be at least 1 step."),
+            (min(r.keep, r.evaluate_every, r.sample_every, r.sample_tokens) < 0, "keep, evaluate_every, sample_every and sample_tokens cannot be negative."),
+            (not 0 <= r.seed < 2**63, f"seed {r.seed} must be between 0 and 2^63 - 1."),
+            (self.recipe == "finetune" and not r.init, "the finetune recipe needs a model to start from: add --init MODEL."),
+        ]
+        for wrong, sentence in refuse_if:
+            if wrong:
+                raise UserError(sentence)
+        self.micro_batches(1)
+        return self
+
+    def differences(self, other: Self) -> list[str]:
+        """Settings that would make `other` a different run than this one, as 'name: mine -> theirs'."""
+        found = []
+        for name, group in GROUP_OF.items():
+            mine, theirs = getattr(getattr(self, group), name), getattr(getattr(other, group), name)
+            if mine != theirs and not FIELDS[name].metadata["may_change"]:
+                found.append(f"{name}: {mine} -> {theirs}")
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The config a run was started with (RUN/config.json)."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            groups = {g: t(**raw[g]) for g, t in GROUPS.items()}
+            return cls(recipe=str(raw["recipe"]), **groups)  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not the config.json of a run ({error}).") from error
+
+
+GROUPS = {"model": GPTConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+FIELDS = {f.name: f for t in GROUPS.values() for f in dataclasses.fields(t)}
+GROUP_OF = {f.name: g for g, t in GROUPS.items() for f in dataclasses.fields(t)}
+
+_GPT2_STEPS = 19_073  # 10e9 / 524,288: one pass over FineWeb-Edu's sample-10BT
+_GPT2 = Config(data=DataConfig(data="fineweb-edu"), run=RunConfig(steps=_GPT2_STEPS, save_every=1000, sample_every=1000))
+# A GPT-2 that learns within a minute on two CPU cores. Found by measurement (docs/log.md): at 128 tokens the plain softmax is faster
+# on a CPU than the fused kernel, two heads are faster than four and as good, and compiling takes longer than it gives back.
+_SMALL: dict[str, Any] = {
+    "tokenizer": "bytes", "vocab_size": 257, "n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 128, "attention": "plain",
+    "seq_len": 128, "batch_tokens": 2048, "optimizer": "muon", "lr": 6e-3, "min_lr": 0.0, "muon_lr": 0.01, "schedule": "linear", "warmup_steps": 50,
+    "compile": "off", "steps": 1000, "evaluate_every": 500, "save_every": 500, "log_every": 50,
+}  # fmt: skip
+
+
+def _gpt2(n_layer: int, n_head: int, n_embd: int, lr: float) -> Config:
+    """A published size. Rates above 124M are GPT-3's (Brown et al. 2020, table 2.1), ending at a tenth."""
+    return _GPT2.override(n_layer=n_layer, n_head=n_head, n_embd=n_embd, lr=lr, min_lr=lr / 10)
+
+
+RECIPES: dict[str, tuple[str, Config]] = {
+    "demo": ("minutes on a laptop: learns Python from the standard library's own source", Config().override(**_SMALL | {"steps": 2000, "val_tokens": 131_072})),
+    "shakespeare": ("tinyshakespeare in about a minute on two CPU cores", Config().override(**_SMALL, data="tinyshakespeare")),
+    "overfit": ("one batch again and again, to prove that the model can learn", Config().override(**_SMALL | {"steps": 200, "warmup_steps": 10, "one_batch": True, "evaluate_every": 0})),
+    "gpt2-124m": ("GPT-2 small: 10B tokens of FineWeb-Edu", _gpt2(12, 12, 768, 6e-4)),
+    "gpt2-350m": ("GPT-2 medium", _gpt2(24, 16, 1024, 3e-4)),
+    "gpt2-355m": ("the same as gpt2-350m", _gpt2(24, 16, 1024, 3e-4)),
+    "gpt2-774m": ("GPT-2 large", _gpt2(36, 20, 1280, 2.5e-4)),
+    "gpt2-1558m": ("GPT-2 XL", _gpt2(48, 25, 1600, 2e-4)),
+    "gpt2-124m-openwebtext": ("124M on 47.2B tokens of OpenWebText", _gpt2(12, 12, 768, 6e-4).override(data="openwebtext", steps=90_000)),
+    "finetune": ("go on from --init MODEL on your own --data", Config().override(lr=3e-5, min_lr=3e-6, steps=100, warmup_steps=10, batch_tokens=32_768, micro_batch=4, evaluate_every=20)),
+}
+
+
+def recipe(name: str, **settings: Any) -> Config:
+    """The named recipe with flat settings replaced, judged: `recipe("shakespeare", steps=200)`."""
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe '{name}'; choose one of {', '.join(RECIPES)}.")
+    base = dataclasses.replace(RECIPES[name][1], recipe=name)
+    return base.override(**settings).adapted(set(settings))[0].check()

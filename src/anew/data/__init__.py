@@ -1,0 +1,1 @@
+"""Text in, batches of tokens out: shards (the file format), sources, preparation, batches."""

@@ -1,0 +1,1 @@
+"""How good is a model: its loss on held-out text, and what it says, without disturbing its training."""

@@ -1,0 +1,65 @@
+"""Validation and samples while a model trains. Neither can change what is trained: raw module, evaluation mode, own random numbers."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+from anew.config import Config
+from anew.data.shards import Shard
+from anew.evaluate.loss import mean_loss
+from anew.generate import generate
+from anew.metrics import Recorder, Row
+from anew.runtime import DTYPES
+from anew.state import State
+from anew.tokenizer import Tokenizer
+
+log = logging.getLogger("anew")
+
+
+@dataclass
+class Evaluator:
+    """Looks at the model without disturbing its training: raw module, evaluation mode, own random numbers."""
+
+    config: Config
+    state: State
+    recorder: Recorder
+    splits: dict[str, list[Shard]]
+    tokenizer: Tokenizer
+    batch: int  # windows scored at a time
+
+    def due(self, step: int) -> None:
+        """Validate and sample if `step` asks for it; the checkpoint of the step is saved first."""
+        r = self.config.run
+        validate = r.evaluate_every > 0 and step > 0 and step % r.evaluate_every == 0
+        sample = r.sample_every > 0 and step > 0 and step % r.sample_every == 0
+        if validate or sample:
+            self.state.save(self.config.folder, self.tokenizer)
+        if validate:
+            self.validate("val", self.state.rt.precision)
+        if sample:
+            self.sample()
+
+    def validate(self, split: str, precision: str) -> float | None:
+        """Mean loss over the fixed windows of a split, written down as <split>/loss with the precision it was computed in."""
+        limit = min(self.config.data.val_tokens, sum(s.n_tokens for s in self.splits[split]))
+        if limit < 2:
+            return None
+        loss = mean_loss(self.state.model, self.splits[split], self.config.data.seq_len, limit, DTYPES[precision], self.batch)
+        name = "val" if split == "val" else "train_text"
+        self.recorder.row({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
+        log.info(f"step {self.state.step:,}: {name} loss {loss:.4f} ({loss / math.log(2):.4f} bits) a token over {limit - 1:,} tokens in {precision}")
+        return loss
+
+    def sample(self) -> None:
+        """One sample text from the current weights."""
+        r = self.config.run
+        prompt = self.tokenizer.encode(r.sample_prompt) or [self.tokenizer.end_of_text]
+        rows = generate(self.state.model, [prompt], r.sample_tokens, self.tokenizer.end_of_text, temperature=0.8, seed=r.seed)
+        self.recorder.sample(self.state.step, r.sample_prompt, self.tokenizer.decode(rows[0]))
+
+    def finish(self) -> tuple[float | None, float | None]:
+        """The last word on a run: losses on held-out and (if asked for) on training text, in true fp32, and a sample if wanted."""
+        if self.config.run.sample_every:
+            self.sample()
+        held_out = None if self.config.data.one_batch else self.validate("val", "fp32")
+        return held_out, self.validate("train", "fp32") if self.config.run.evaluate_train else None

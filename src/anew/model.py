@@ -1,0 +1,321 @@
+"""GPT-2, and nothing else: the network that OpenAI released, tensor for tensor.
+
+    model = GPT(GPTConfig())                    # 124M, random weights
+    logits = model(ids)                         # (B, T) -> (B, T, 50257)
+    loss = model(ids, targets)                  # mean cross-entropy in nats, the training step's one call
+
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (section 2.3: pre-norm blocks,
+residual projections scaled by 1/sqrt(N)); openai/gpt-2 `src/model.py` (tanh GELU, `wpe` std 0.01, layout of the weights).
+
+Weights stay in fp32 and follow the activations: `compute_dtype` is the dtype that `wte` hands to the first block, and each layer
+casts its own weights to what it receives. There is no autocast, so what runs in bf16 can be read here.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anew.config import GPTConfig
+
+LOSS_CHUNK = 1024  # rows of logits alive at once: 1024 x 50304 in bf16 is 103 MB, whatever the batch
+
+
+class Linear(nn.Module):
+    """y = x W + b with W stored (in, out), as OpenAI stored it."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype).t(), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis to mean 0 and variance 1, then scale and shift. Statistics are fp32 in every precision."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+@dataclass
+class Cache:
+    """Keys and values of the tokens already read, so that each new token costs one row of work.
+
+    `keys` and `values` are (layers, B, heads, capacity, head_dim); `lengths` (B,) says how many slots of each row hold
+    tokens. `used` is the largest of them, known without asking the device; `ragged` says that rows differ. The cache is an
+    argument: `forward` writes the new tokens behind the old ones and moves `lengths` on.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    used: int = 0
+    ragged: bool = False
+
+    @classmethod
+    def empty(cls, model: "GPT", batch: int, capacity: int) -> Self:
+        """A cache for `batch` rows of at most `capacity` tokens (never more than the model's positions)."""
+        c = model.config
+        assert capacity <= c.n_positions, f"a cache of {capacity} tokens, but the model has {c.n_positions} positions"
+        shape = (c.n_layer, batch, c.n_head, capacity, c.head_dim)
+        wte = model.transformer.wte.weight
+        keys, values = (torch.zeros(shape, dtype=model.compute_dtype, device=wte.device) for _ in range(2))
+        return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=wte.device))
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget all but the first `lengths[b]` tokens of each row: what a padded prefill needs."""
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        self.used, self.ragged = max(lengths), len(set(lengths)) > 1
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, heads, T, head_dim) behind each row's tokens; return all that can be attended to."""
+        T, end = k.size(2), self.used + k.size(2)
+        if self.ragged:
+            rows = torch.arange(k.size(0), device=k.device)[:, None]
+            slots = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
+            self.keys[layer][rows, :, slots] = k.transpose(1, 2)
+            self.values[layer][rows, :, slots] = v.transpose(1, 2)
+        else:
+            self.keys[layer, :, :, self.used : end] = k
+            self.values[layer, :, :, self.used : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def mask(self, T: int) -> Tensor | None:
+        """Which slots may each of T new tokens see: (B, 1, T, used + T), or None where nothing must be hidden.
+
+        SDPA's `is_causal` aligns the triangle top-left when queries are fewer than keys, so it cannot be used here.
+        """
+        if T == 1 and not self.ragged:
+            return None
+        slot = torch.arange(self.used + T, device=self.lengths.device)
+        last_visible = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
+        return (slot <= last_visible[:, :, None])[:, None]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.config, self.layer = config, layer
+
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        B, T, C = x.shape
+        c = self.config
+        q, k, v = self.c_attn(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
+        causal = cache is None or cache.used == 0
+        if cache is not None:
+            seen = cache.write(self.layer, k, v)
+            k, v = (k, v) if causal else seen
+        dropout = c.dropout if self.training else 0.0
+        if c.attention == "flash":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        else:
+            y = plain_attention(q, k, v, mask, dropout, causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+    """The formula as the paper writes it, softmax(q k^T / sqrt(d)) v: the reference that the fused kernel is tested against."""
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, heads, T, S)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = F.softmax(scores, dim=-1)  # sums in fp32 in every precision
+    return F.dropout(weights, dropout) @ v  # (B, heads, T, head_dim)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3). The exact GELU differs from it by up to 4.7e-4.
+
+    Compiled code gets the same function as x sigmoid(2u): Inductor's tanh on a CPU takes 2.3 times as long as its exp.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.float()
+    return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Four times wider, tanh GELU, and back."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + F.dropout(self.attn(self.ln_1(x), cache, mask), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """The named tensors of a GPT-2: exactly what stands under `transformer.` in a Hugging Face folder."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+
+
+class GPT(nn.Module):
+    """GPT-2 with its language-model head, which is `wte` again."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.transformer = Transformer(config)
+        self.init_weights(torch.Generator().manual_seed(seed))
+
+    @classmethod
+    def from_pretrained(cls, model: str) -> "GPT":
+        """The model in a run folder, a checkpoint folder or a Hugging Face folder (see `weights.load_model`)."""
+        from anew.weights import load_model  # the one upward import: this method is a public name of the model
+
+        return load_model(model)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """GPT-2's initialisation: std 0.02, residual projections 0.02/sqrt(2 x layers), `wpe` its own, padding rows zero."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if ".ln_" in name:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                std = residual_std if "c_proj" in name else self.config.wpe_std if "wpe" in name else 0.02
+                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C) after the final layer norm, in `compute_dtype`. A cache is filled on the way."""
+        t, T = self.transformer, ids.size(1)
+        position: Tensor = torch.arange(T, device=ids.device)
+        mask = None
+        if cache is not None and cache.used > 0:
+            position = cache.lengths[:, None] + position  # (B, T)
+            mask = cache.mask(T)
+        x = (t.wte(ids) + t.wpe(position)).to(self.compute_dtype)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in t.h:
+            x = block(x, cache, mask)
+        if cache is not None:
+            cache.lengths = cache.lengths + T
+            cache.used += T
+        return t.ln_f(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> logits (..., 50257). Padding rows of `wte` are storage; they take no part."""
+        return F.linear(hidden, self.transformer.wte.weight[: self.config.vocab_size].to(hidden.dtype))
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, 50257), or with `targets` (B, T) the mean loss in nats over targets that are not -100."""
+        hidden = self.hidden(ids, cache)
+        if targets is None:
+            return self.head(hidden)
+        wte = self.transformer.wte.weight
+        return HeadLoss.apply(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size)  # type: ignore[no-any-return]
+
+
+class HeadLoss(torch.autograd.Function):
+    """Projection onto the vocabulary and cross-entropy, a chunk of rows at a time, forward and backward together.
+
+    The logits of a 50k vocabulary are the biggest tensor of the step. Here a chunk of them lives in the activations' dtype, its
+    softmax is reduced in fp32, and its gradient is taken at once, since the loss is the end of the graph: nothing of size
+    (B x T, 50257) is ever stored. hidden (N, C), wte (rows, C), targets (N,) -> mean loss, fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        weight = wte.to(hidden.dtype)
+        count = (targets != -100).sum().clamp(min=1)
+        training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if training else None
+        d_wte = torch.zeros_like(wte) if training else None
+        for rows in _chunks(hidden.size(0)):
+            loss, d_logits = _chunk_loss(hidden[rows] @ weight.t(), targets[rows], count, vocab_size, training)
+            total = total + loss
+            if d_hidden is not None and d_wte is not None and d_logits is not None:
+                d_hidden[rows] = d_logits @ weight
+                d_wte += d_logits.t() @ hidden[rows]
+        ctx.save_for_backward(d_hidden, d_wte)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_wte = ctx.saved_tensors
+        return d_hidden * grad[0].to(d_hidden.dtype), d_wte * grad[0], None, None
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    return (slice(start, min(start + LOSS_CHUNK, n)) for start in range(0, n, LOSS_CHUNK))
+
+
+def _chunk_loss(
+    logits: Tensor, targets: Tensor, count: Tensor, vocab_size: int, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of one chunk and, in training, the gradient of the mean loss by its logits (padding columns zero)."""
+    real = torch.arange(logits.size(1), device=logits.device) < vocab_size
+    scored = targets != -100
+    index = targets.clamp(min=0)[:, None]
+    x = torch.where(real, logits, -math.inf).float()
+    log_sum = x.logsumexp(dim=1, keepdim=True)
+    loss = ((log_sum - x.gather(1, index)).squeeze(1) * scored).sum()
+    if not training:
+        return loss, None
+    one_hot = torch.arange(logits.size(1), device=logits.device) == index
+    d_logits = ((x - log_sum).exp() - one_hot.float()) * (scored / count)[:, None]
+    return loss, d_logits.to(logits.dtype)
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """Parameters with the padded vocabulary: 124,475,904 for the 124M shape. wte, wpe, per layer 12 C^2 + 13 C, ln_f."""
+    C = config.n_embd
+    return (config.padded_vocab_size + config.n_positions) * C + config.n_layer * (12 * C * C + 13 * C) + 2 * C
+
+
+def flops_per_token(config: GPTConfig, seq_len: int, causal: bool = True) -> int:
+    """Floating-point operations a token costs forward and backward: 798 M for 124M at T=1024 (855 M if not causal).
+
+    Counted from the matrix products alone, two operations a multiply-add, backward twice the forward: 6 a weight of the blocks and
+    of the padded head, and 12 x layers x C x (mean number of keys seen) for attention.
+    """
+    C, keys = config.n_embd, (seq_len + 1) / 2 if causal else seq_len
+    blocks = 6 * config.n_layer * 12 * C * C
+    head = 6 * config.padded_vocab_size * C
+    return int(blocks + head + 12 * config.n_layer * C * keys)

@@ -1,0 +1,130 @@
+"""Where am I: device, ranks, precision and compiler, decided once and said in words.
+
+    runtime = start(config.run)
+    print(runtime.device, runtime.precision, runtime.why)
+
+| device | auto precision |
+|---|---|
+| CUDA, compute capability 8.0 on | bf16 (its matrices and fp32's range: no loss scaling) |
+| older CUDA (V100, T4) | fp16 with a GradScaler |
+| CPU with AVX512-BF16 or AMX | bf16 |
+| other CPU, Apple silicon | fp32 |
+"""
+
+import os
+import shutil
+import sysconfig
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from anew.config import RunConfig, UserError
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dense peak TFLOP/s of the tensor cores in bf16 (fp16 where there is no bf16), from NVIDIA's datasheets; found by name, first match.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place: a single process is rank 0 of a world of 1."""
+
+    device: torch.device
+    precision: str
+    compile: bool
+    why: tuple[str, ...]  # a line for each decision, for the log
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in; weights are always kept in fp32."""
+        return DTYPES[self.precision]
+
+
+def start(run: RunConfig) -> Runtime:
+    """Choose device, precision and compiler, refuse what the machine lacks, and set torch's matmul mode to match."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training on several processes is not in this version of anew yet; start one process, without torchrun.")
+    device = pick_device(run.device)
+    precision, reason = pick_precision(run.precision, device)
+    compiles, compile_reason = pick_compile(run.compile, device)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    return Runtime(device, precision, compiles, (f"device {device.type} ({name})", f"precision {precision}: {reason}", compile_reason))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "mps" means here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name in here if here[name]))
+    if not here[wanted]:
+        raise UserError(f"this machine (or this build of torch) has no {wanted}; use --device {next(n for n in here if here[n])}.")
+    return torch.device(wanted)
+
+
+def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """(precision, why)."""
+    sm = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if wanted == "tf32" and sm < (8, 0):
+        raise UserError("tf32 needs an NVIDIA GPU of compute capability 8.0 or newer; use --precision fp32.")
+    if wanted == "bf16" and device.type == "cuda" and sm < (8, 0):
+        raise UserError(f"bf16 needs compute capability 8.0, and this GPU has {sm[0]}.{sm[1]}; use --precision fp16.")
+    if wanted in ("bf16", "fp16") and device.type == "mps":
+        raise UserError(f"{wanted} training is not reliable on MPS; use --precision fp32.")
+    if wanted != "auto":
+        slow = wanted == "fp16" and device.type == "cpu"
+        return wanted, "as asked" + (" (fp16 on a CPU is many times slower than bf16)" if slow else "")
+    if device.type == "cuda":
+        return ("bf16", f"compute capability {sm[0]}.{sm[1]}") if sm >= (8, 0) else ("fp16", f"compute capability {sm[0]}.{sm[1]} has no bf16; with loss scaling")
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16", "the CPU has bf16 instructions"
+    return "fp32", "MPS computes most reliably in fp32" if device.type == "mps" else "the CPU has no bf16 instructions"
+
+
+def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+    """(compile the training step?, why)."""
+    missing = _missing_for_compile(device)
+    if wanted == "on" and missing:
+        raise UserError(f"torch.compile cannot work here: {missing}; install it, or use --compile off.")
+    if wanted == "off":
+        return False, "eager, as asked"
+    return (False, f"eager: {missing}") if missing else (True, "compiled (the first step takes a while)")
+
+
+def _missing_for_compile(device: torch.device) -> str:
+    if device.type == "mps":
+        return "torch.compile is not reliable on MPS"
+    if device.type == "cuda":
+        return "" if find_spec("triton") else "Triton is not installed"
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if c):
+        return "there is no C++ compiler"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Python's C headers are not installed (Debian: python3-dev)"
+    return ""
+
+
+def peak_flops(runtime: Runtime) -> tuple[float, str]:
+    """Floating-point operations a second that MFU is measured against, and where the figure comes from."""
+    if runtime.device.type == "cuda" and runtime.precision in ("bf16", "fp16"):
+        name = torch.cuda.get_device_name(runtime.device)
+        for key, tflops in PEAK_TFLOPS.items():
+            if key in name:
+                return tflops * 1e12, f"{tflops} TFLOP/s, datasheet of {key}"
+    a, b = (torch.randn(shape, dtype=runtime.dtype, device=runtime.device) for shape in ((2048, 768), (768, 3072)))
+    best = min(_seconds(a, b, runtime) for _ in range(8))
+    flops = 2 * 2048 * 768 * 3072 / best
+    return flops, f"{flops / 1e12:.2f} TFLOP/s, a {runtime.precision} matrix product timed here"
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor, runtime: Runtime) -> float:
+    begin = time.perf_counter()
+    (a @ b).flatten()[:1].cpu()  # the copy waits for the device
+    return time.perf_counter() - begin
+
+

@@ -1,0 +1,142 @@
+"""Text to token ids and back: GPT-2's byte-pair encoding, and a plain byte tokenizer for tiny models.
+
+    Tokenizer.named("gpt2").encode("Hello world")       # [15496, 995]
+    Tokenizer.named("bytes").encode("Hi")               # [72, 105]
+
+The merges travel with the package (`gpt2_bpe/`), so no network is needed. What a user writes never becomes a special token: text that
+spells `<|endoftext|>` is encoded as those thirteen characters. The end-of-text id is put in by code alone.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anew.config import TOKENIZERS, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # openai/gpt-2 src/encoder.py
+
+
+class Tokenizer:
+    """`name` is "gpt2" or "bytes"; `n_vocab` ids, of which the last, `end_of_text`, separates documents."""
+
+    def __init__(self, name: str, tokens: list[bytes], merges: list[tuple[int, int]]) -> None:
+        self.name, self.tokens, self.merges = name, tokens, merges
+        self.n_vocab = len(tokens) + 1
+        self.end_of_text = len(tokens)
+        assert self.n_vocab == TOKENIZERS[name]
+
+    @staticmethod
+    @functools.cache
+    def named(name: str) -> "Tokenizer":
+        """The tokenizer "gpt2" or "bytes"."""
+        if name == "bytes":
+            return Tokenizer("bytes", [bytes([b]) for b in range(256)], [])
+        if name == "gpt2":
+            table = np.frombuffer(resources.files("anew").joinpath("gpt2_bpe/merges.bin").read_bytes(), dtype="<u2")
+            merges = [(int(a), int(b)) for a, b in table.reshape(-1, 2)]
+            tokens = [bytes([b]) for b in _byte_order()]
+            for left, right in merges:
+                tokens.append(tokens[left] + tokens[right])
+            return Tokenizer("gpt2", tokens, merges)
+        raise UserError(f"there is no tokenizer '{name}'; choose gpt2 or bytes.")
+
+    @staticmethod
+    def of_size(n_vocab: int) -> "Tokenizer":
+        """The tokenizer whose ids a model with `n_vocab` rows was trained on."""
+        for name, size in TOKENIZERS.items():
+            if size == n_vocab:
+                return Tokenizer.named(name)
+        raise UserError(f"no tokenizer here has {n_vocab} ids; known are {', '.join(f'{n} ({s})' for n, s in TOKENIZERS.items())}.")
+
+    @functools.cached_property
+    def _tiktoken(self) -> Any:
+        import tiktoken
+
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        return tiktoken.Encoding(self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.end_of_text})
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; never the end-of-text id. Lone surrogates become U+FFFD, as no UTF-8 can hold them."""
+        text = _without_surrogates(text)
+        return list(text.encode()) if self.name == "bytes" else self._tiktoken.encode_ordinary(text)
+
+    def encode_documents(self, documents: Sequence[bytes], threads: int = 2) -> list[np.ndarray]:
+        """One uint16 array a document. Bytes that are not UTF-8 stay as they are for "bytes" and become U+FFFD for "gpt2"."""
+        if self.name == "bytes":
+            return [np.frombuffer(document, dtype=np.uint8).astype(np.uint16) for document in documents]
+        texts = [document.decode("utf-8", errors="replace") for document in documents]
+        return [np.array(ids, dtype=np.uint16) for ids in self._tiktoken.encode_ordinary_batch(texts, num_threads=threads)]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes that `ids` stand for; end of text is written out. Ids no tokenizer emits (padding rows) are refused."""
+        try:
+            return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else self.tokens[i] for i in ids if self._known(i))
+        except IndexError:
+            raise UserError(f"token id {max(ids)} does not exist; {self.name} has ids 0 to {self.n_vocab - 1}.") from None
+
+    def _known(self, i: int) -> bool:
+        if not 0 <= i < self.n_vocab:
+            raise IndexError
+        return True
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that form no UTF-8 (a character cut in half) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def files(self) -> dict[str, bytes]:
+        """The files that `AutoTokenizer` opens, by name. For gpt2, vocab.json and merges.txt are OpenAI's own, byte for byte."""
+        as_text = _byte_characters()
+        words = ["".join(as_text[b] for b in token) for token in self.tokens]
+        vocab = {word: i for i, word in enumerate(words)} | {END_OF_TEXT: self.end_of_text}
+        pairs = [f"{words[a]} {words[b]}" for a, b in self.merges]
+        special = {"content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        tokenizer = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": self.end_of_text, **special, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": {**byte_level, "trim_offsets": False},
+            "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": pairs},
+        }
+        config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": 1024, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+        return {
+            "vocab.json": json.dumps(vocab).encode(),
+            "merges.txt": ("\n".join(["#version: 0.2", *pairs]) + "\n").encode(),
+            "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode(),
+            "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `files()` into `folder`."""
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+
+
+def _byte_order() -> list[int]:
+    """GPT-2 numbers printable bytes first: ! to ~, then two printable parts of Latin-1, then all others."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return printable + [b for b in range(256) if b not in printable]
+
+
+def _byte_characters() -> dict[int, str]:
+    """The character each byte is written as in vocabulary files: itself if printable, else one from U+0100 on."""
+    order = _byte_order()
+    return {b: chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)}
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # pairs of surrogates are joined, lone ones replaced
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

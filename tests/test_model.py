@@ -1,0 +1,144 @@
+"""The network against transformers, against its own plain formula, and against the definition of causality."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from anew.config import GPTConfig
+from anew.model import GPT, LOSS_CHUNK, Cache, count_parameters, flops_per_token, gelu
+
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257)
+
+
+def ids_for(config: GPTConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_parameter_and_flop_counts() -> None:
+    assert count_parameters(GPTConfig()) == 124_475_904
+    assert count_parameters(SMALL) == sum(p.numel() for p in GPT(SMALL).parameters())
+    assert flops_per_token(GPTConfig(), 1024) / 1e6 == pytest.approx(798, abs=0.5)
+    assert flops_per_token(GPTConfig(), 1024, causal=False) / 1e6 == pytest.approx(855, abs=0.5)
+    assert GPTConfig().padded_vocab_size == 50304 == 393 * 2**7
+
+
+def test_initialisation_is_gpt2s() -> None:
+    model = GPT(GPTConfig(n_layer=8, n_embd=256, n_head=4))
+    std = {name: p.std().item() for name, p in model.named_parameters()}
+    assert std["transformer.h.3.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.02)
+    assert std["transformer.h.3.mlp.c_proj.weight"] == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+    assert std["transformer.wpe.weight"] == pytest.approx(0.01, rel=0.02)
+    wte = model.transformer.wte.weight
+    assert wte[:50257].std().item() == pytest.approx(0.02, rel=0.02)
+    assert (wte[50257:] == 0).all()
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_compiled_gelu_is_the_tanh_gelu() -> None:
+    x = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    assert torch.equal(gelu(x), F.gelu(x, approximate="tanh"))
+    rewritten = x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+    assert (rewritten - F.gelu(x, approximate="tanh")).abs().max() < 1e-14
+    assert (gelu(x) - F.gelu(x)).abs().max() > 4e-4  # the exact GELU is another function
+
+
+def test_no_token_sees_the_future() -> None:
+    model = GPT(SMALL)
+    seen: list[torch.Tensor] = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: (out.retain_grad(), seen.append(out)) and None)
+    logits = model(ids_for(SMALL, 1, 12))
+    logits[0, 5].sum().backward()
+    assert seen[0].grad is not None
+    by_position = seen[0].grad[0].abs().sum(dim=-1)
+    assert (by_position[6:] == 0).all()
+    assert (by_position[:6] > 0).all()
+
+
+def test_plain_attention_is_the_fused_one() -> None:
+    fused, plain = GPT(SMALL, seed=3), GPT(GPTConfig(**{**SMALL.__dict__, "attention": "plain"}), seed=3)
+    ids, targets = ids_for(SMALL, 2, 24), ids_for(SMALL, 2, 24, 1)
+    a, b = fused(ids, targets), plain(ids, targets)
+    assert a.item() == pytest.approx(b.item(), rel=1e-6)
+    a.backward(), b.backward()
+    for (name, p), (_, q) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("rows", [7, LOSS_CHUNK + 300])
+def test_chunked_loss_and_gradients_are_those_of_float64(rows: int) -> None:
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=rows, vocab_size=300)
+    model = GPT(config, seed=1)
+    ids, targets = ids_for(config, 1, rows), ids_for(config, 1, rows, 1)
+    targets[0, ::3] = -100
+    (loss := model(ids, targets)).backward()
+    reference = GPT(config, torch.float64, seed=1).double()
+    logits = reference.head(reference.hidden(ids))
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    (3.0 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(3 * p.grad, q.grad.float(), rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_gradient_of_a_scaled_loss_is_scaled() -> None:
+    model, ids = GPT(SMALL), ids_for(SMALL, 2, 9)
+    model(ids, ids).backward()
+    once = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (model(ids, ids) / 4).backward()
+    for a, p in zip(once, model.parameters(), strict=True):
+        torch.testing.assert_close(a / 4, p.grad)
+
+
+def test_padding_rows_take_no_part_and_stay_zero() -> None:
+    model = GPT(SMALL)
+    ids = ids_for(SMALL, 4, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    for _ in range(3):
+        model(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (model.transformer.wte.weight[257:] == 0).all()
+    assert model(ids).shape == (4, 24, 257)
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [4, 9, 1]])
+def test_cache_has_three_cases_and_none_changes_a_logit(lengths: list[int]) -> None:
+    model = GPT(SMALL, seed=5).eval()
+    rows = [ids_for(SMALL, 1, n + 8, seed=n + i)[0] for i, n in enumerate(lengths)]
+    cache = Cache.empty(model, len(rows), 24)
+    padded = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for i, n in enumerate(lengths):
+        padded[i, :n] = rows[i][:n]
+    with torch.no_grad():
+        got = [model(padded, cache=cache)]  # prefill from empty
+        cache.truncate(lengths)
+        steps = [torch.stack([r[n : n + 1] for r, n in zip(rows, lengths, strict=True)])]  # one token
+        steps += [torch.stack([r[n + 1 : n + 6] for r, n in zip(rows, lengths, strict=True)])]  # many tokens onto a filled cache
+        steps += [torch.stack([r[n + 6 : n + 8] for r, n in zip(rows, lengths, strict=True)])]
+        got += [model(step, cache=cache) for step in steps]
+        for i, n in enumerate(lengths):
+            expected = model(rows[i][None])[0]
+            torch.testing.assert_close(got[0][i, :n], expected[:n], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.cat([g[i] for g in got[1:]]), expected[n : n + 8], rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_follows_the_compute_dtype_and_keeps_fp32_weights() -> None:
+    model = GPT(SMALL, torch.bfloat16)
+    ids = ids_for(SMALL, 2, 12)
+    assert model(ids).dtype == torch.bfloat16
+    loss = model(ids, ids)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert loss.item() == pytest.approx(GPT(SMALL)(ids, ids).item(), rel=5e-3)
+
+
+def test_dropout_drops_in_training_only() -> None:
+    model = GPT(GPTConfig(**{**SMALL.__dict__, "dropout": 0.5}))
+    ids = ids_for(SMALL, 2, 12)
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))

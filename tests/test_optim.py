@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anew.config import GPTConfig, OptimConfig
+from anew.model import GPT
+from anew.optim import Muon, build, orthogonalise, rate, set_rate
+
+
+def test_the_reference_schedule() -> None:
+    o = OptimConfig()
+    lr = [6e-4 * rate(step, 19_073, o) for step in range(19_073)]
+    assert lr[0] == pytest.approx(6e-4 / 715)
+    assert lr[714] == pytest.approx(6e-4)
+    assert lr[715] == pytest.approx(6e-4)
+    middle = 715 + (19_073 - 715) / 2
+    assert lr[round(middle)] == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-3)
+    assert lr[-1] == pytest.approx(6e-5, rel=1e-3)
+    assert all(a >= b for a, b in zip(lr[714:], lr[715:], strict=False))
+
+
+@given(st.integers(1, 30), st.integers(0, 40), st.sampled_from(["cosine", "linear"]), st.sampled_from([0.0, 1e-5]))
+def test_no_rate_is_zero_or_undefined_however_short_the_run(steps: int, warmup: int, schedule: str, min_lr: float) -> None:
+    o = OptimConfig(warmup_steps=warmup, schedule=schedule, min_lr=min_lr)
+    assert all(0 < rate(step, steps, o) <= 1 for step in range(steps))
+
+
+def test_weight_decay_is_for_matrices_only() -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
+    [adamw] = build(model, OptimConfig())
+    decayed = {name for g in adamw.param_groups if g["weight_decay"] > 0 for name in g["param_names"]}
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim == 2}
+    assert sum(len(g["params"]) for g in adamw.param_groups) == len(list(model.parameters()))
+
+
+def test_set_rate_keeps_each_groups_own_peak() -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
+    adamw, muon = build(model, OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.02))
+    set_rate([adamw, muon], 0.5)
+    assert adamw.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert {p.ndim for p in muon.param_groups[0]["params"]} == {2}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(kind: str) -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
+    optimizers = build(model, OptimConfig(optimizer=kind))
+    ids = torch.arange(8)[None]
+
+    def step(bad: bool) -> None:
+        model(ids, ids).backward()
+        if bad:
+            model.transformer.h[0].mlp.c_fc.weight.grad[0, 0] = math.nan
+        for o in optimizers:
+            o.found_inf = torch.tensor(float(bad))
+            o.step()
+            o.zero_grad()
+
+    step(False)
+    before = [p.clone() for p in model.parameters()]
+    state = [v.clone() for o in optimizers for s in o.state.values() for v in s.values()]
+    step(True)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state, (v for o in optimizers for s in o.state.values() for v in s.values()), strict=True))
+    step(False)
+    assert not any(torch.equal(a, b) for a, b in zip(before[:3], model.parameters(), strict=False))
+
+
+def test_muon_is_torchs_on_square_and_wide_matrices() -> None:
+    torch.manual_seed(0)
+    shapes = [(16, 16), (16, 64), (64, 16)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)] for _ in range(2))
+    a = Muon(ours, lr=0.02, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):  # bf16 inside: equal to its rounding
+        assert (p - q).norm() / q.norm() < 2e-3
+
+
+def test_muon_takes_query_key_and_value_as_three_matrices() -> None:
+    def after(width: int, grads: list[torch.Tensor]) -> torch.Tensor:
+        p = torch.nn.Parameter(torch.zeros(16, width))
+        p.grad = torch.cat(grads, dim=1)
+        Muon([p], lr=0.02).step()
+        return p.detach()
+
+    grads = [torch.randn(16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    together = after(48, grads)
+    torch.testing.assert_close(together, torch.cat([after(16, [g]) for g in grads], dim=1), rtol=2e-2, atol=1e-4)
+
+
+def test_newton_schulz_brings_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 32, 96), dtype=torch.float32))
+    assert ((values > 0.6) & (values < 1.3)).all()
