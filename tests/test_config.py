@@ -19,7 +19,8 @@ def test_the_reference_recipe_carries_the_published_figures() -> None:
 
 
 @pytest.mark.parametrize(("name", "layers", "heads", "width", "lr"), [
-    ("gpt2-350m", 24, 16, 1024, 3e-4), ("gpt2-355m", 24, 16, 1024, 3e-4), ("gpt2-774m", 36, 20, 1280, 2.5e-4), ("gpt2-1558m", 48, 25, 1600, 2e-4),
+    ("gpt2-350m", 24, 16, 1024, 3e-4), ("gpt2-355m", 24, 16, 1024, 3e-4),
+    ("gpt2-774m", 36, 20, 1280, 2.5e-4), ("gpt2-1558m", 48, 25, 1600, 2e-4),
 ])  # fmt: skip
 def test_larger_sizes(name: str, layers: int, heads: int, width: int, lr: float) -> None:
     c = recipe(name)
@@ -40,7 +41,7 @@ def test_every_recipe_is_sound_and_every_setting_explains_itself() -> None:
     ({"steps": 0}, "steps 0"),
     ({"steps": 10, "warmup_steps": 20}, "a warm-up of 20 steps does not fit in a run of 10 steps"),
     ({"batch_tokens": 1000}, "less than one sequence"),
-    ({"batch_tokens": 1500}, "1,500 is not a multiple of 1 ranks x 1024"),
+    ({"batch_tokens": 1500}, "1,500 is not a multiple of 1 rank x 1024"),
     ({"batch_tokens": 7168, "micro_batch": 4}, "7 sequences cannot be cut into micro-batches of 4"),
     ({"min_lr": 1.0}, "min_lr 1 is not between 0 and lr 0.0006"),
     ({"beta2": 1.0}, "must lie in"),
@@ -60,7 +61,9 @@ def test_unknown_recipe_and_missing_init() -> None:
 
 
 def test_settings_that_follow_from_others_move_and_say_so() -> None:
-    config, said = dataclasses.replace(RECIPES["gpt2-124m"][1], recipe="x").override(steps=20, batch_tokens=4096).adapted({"steps", "batch_tokens"})
+    config, said = (
+        dataclasses.replace(RECIPES["gpt2-124m"][1], recipe="x").override(steps=20, batch_tokens=4096).adapted({"steps", "batch_tokens"})
+    )
     assert config.optim.warmup_steps == 2
     assert config.run.micro_batch == 4
     assert len(said) == 2

@@ -78,7 +78,8 @@ def test_a_damaged_shard_is_refused_before_its_tokens_are_used(text_file: Path, 
 
 @settings(max_examples=200, deadline=None)
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-    st.sampled_from(["version", "dtype", "shards", "tokenizer", "source", "revision", "name", "tokens", "sha256", "split"]), inner, max_size=6)))  # fmt: skip
+    st.sampled_from(["version", "dtype", "shards", "tokenizer", "source", "revision",
+                     "name", "tokens", "sha256", "split"]), inner, max_size=6)))  # fmt: skip
 def test_any_other_index_is_refused_in_words(tmp_path_factory: pytest.TempPathFactory, content: object) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "index.json").write_text(json.dumps(content))
@@ -110,7 +111,7 @@ def test_split_of_documents_is_by_their_own_hash(tmp_path: Path) -> None:
     path = tmp_path / "posts.jsonl"
     path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     folder = prepared(path, tmp_path / "data")
-    held_out = {d for d in _documents(folder, "val")}
+    held_out = set(_documents(folder, "val"))
     assert sorted([*_documents(folder, "val"), *_documents(folder, "train")]) == sorted(documents)
     assert 5 < len(held_out) < 40
     path.write_text("".join(json.dumps({"text": d}) + "\n" for d in ["another", *reversed(documents)]))
@@ -148,7 +149,10 @@ def test_folder_skips_hidden_and_binary_files(tmp_path: Path) -> None:
     assert folder.n_tokens("train") + folder.n_tokens("val") > 4
 
 
-@pytest.mark.parametrize(("content", "words"), [("", "is empty"), ('{"text": 3}\n', "line 1"), ('{"text": "ok"}\nnot json\n', "line 2"), ('["text"]\n', "line 1")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "is empty"), ('{"text": 3}\n', "line 1"), ('{"text": "ok"}\nnot json\n', "line 2"), ('["text"]\n', "line 1")],
+)
 def test_bad_files_are_refused_by_line(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
@@ -220,7 +224,9 @@ def test_batches_do_not_depend_on_how_they_are_divided(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(2, 70), min_size=1, max_size=3), st.integers(1, 12), st.integers(1, 5), st.integers(2, 200))
-def test_every_validation_token_is_scored_once(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], T: int, batch: int, limit: int) -> None:
+def test_every_validation_token_is_scored_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], T: int, batch: int, limit: int
+) -> None:
     made = make_shards(tmp_path_factory.mktemp("val"), lengths)
     scored: list[int] = []
     for inputs, targets in evaluation_windows(made, T, limit, batch):

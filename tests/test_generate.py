@@ -14,7 +14,9 @@ def sampler(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"top_k": 5, "seed": 4}, {"top_p": 0.8, "seed": 5}])
+@pytest.mark.parametrize(
+    "rules", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"top_k": 5, "seed": 4}, {"top_p": 0.8, "seed": 5}]
+)
 def test_cached_decoding_equals_reading_everything_again(rules: dict[str, float]) -> None:
     prompts = [[1, 2, 3], [7], [250, 4, 9, 9, 1]]
     cached = list(stream(MODEL, prompts, 20, **rules))

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_the_reference_schedule() -> None:
     middle = 715 + (19_073 - 715) / 2
     assert lr[round(middle)] == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-3)
     assert lr[-1] == pytest.approx(6e-5, rel=1e-3)
-    assert all(a >= b for a, b in zip(lr[714:], lr[715:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(lr[714:]))
 
 
 @given(st.integers(1, 30), st.integers(0, 40), st.sampled_from(["cosine", "linear"]), st.sampled_from([0.0, 1e-5]))
@@ -73,7 +74,9 @@ def test_a_step_that_is_not_finite_changes_nothing(kind: str) -> None:
 def test_muon_is_torchs_on_square_and_wide_matrices() -> None:
     torch.manual_seed(0)
     shapes = [(16, 16), (16, 64), (64, 16)]
-    ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)] for _ in range(2))
+    ours, theirs = (
+        [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)] for _ in range(2)
+    )
     a = Muon(ours, lr=0.02, weight_decay=0.1)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
     for step in range(4):

@@ -43,7 +43,9 @@ def writing(run: Path, step: int) -> Iterator[Path]:
         yield temporary
         publish(temporary, final)
     except OSError as error:
-        raise OSError(error.errno, f"the checkpoint of step {step} could not be written, earlier ones are intact: {error.strerror}", str(final)) from error
+        raise OSError(
+            error.errno, f"the checkpoint of step {step} could not be written, earlier ones are intact: {error.strerror}", str(final)
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -74,7 +76,9 @@ def verify(folder: Path) -> None:
     for name, (sha256, size) in files.items():
         path = folder / Path(name).name
         if not path.is_file() or path.stat().st_size != size or sha256_of(path) != sha256:
-            raise UserError(f"checkpoint {folder} is damaged: {name} is missing or not what its {MANIFEST} says; use an earlier checkpoint.")
+            raise UserError(
+                f"checkpoint {folder} is damaged: {name} is missing or not what its {MANIFEST} says; use an earlier checkpoint."
+            )
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:

@@ -135,7 +135,9 @@ def _parse_train(argv: list[str], base: Config) -> Any:
         hints = typing.get_type_hints(kind)
         for f in dataclasses.fields(kind):
             if f.metadata.get("flag", True):
-                fields.append((f.name, Annotated[hints[f.name], tyro.conf.arg(help=f.metadata["help"])], getattr(getattr(base, group), f.name)))
+                fields.append(
+                    (f.name, Annotated[hints[f.name], tyro.conf.arg(help=f.metadata["help"])], getattr(getattr(base, group), f.name))
+                )
     flat = dataclasses.make_dataclass("Train", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields])
     about = "Train a GPT-2. Example: anew train shakespeare --steps 200 --out runs/try\n\n"
     about += "\n".join(f"{name}: {text}" for name, (text, _) in RECIPES.items())
@@ -195,7 +197,9 @@ class SampleArgs:
     top_p: Annotated[float, tyro.conf.arg(help="draw among the likeliest tokens that hold this share")] = 1.0
     seed: Annotated[int, tyro.conf.arg(help="the same seed draws the same text")] = 1337
     device: Annotated[Device, tyro.conf.arg(help="where to compute; auto: cuda, else mps, else cpu")] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], tyro.conf.arg(help="auto: the fastest that is safe on the device")] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"], tyro.conf.arg(help="auto: the fastest that is safe on the device")
+    ] = "auto"
     json: Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")] = False
 
 

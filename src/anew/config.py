@@ -69,7 +69,9 @@ class DataConfig:
 class OptimConfig:
     """How a gradient becomes an update."""
 
-    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest"
+    )
     lr: float = setting(6e-4, "peak learning rate of AdamW")
     min_lr: float = setting(6e-5, "learning rate that the schedule ends on")
     muon_lr: float = setting(0.02, "peak learning rate of Muon; follows the same schedule")
@@ -88,11 +90,20 @@ class RunConfig:
 
     steps: int = setting(19_073, "optimizer steps in the whole run")
     batch_tokens: int = setting(524_288, "tokens a step, over all ranks and micro-batches")
-    micro_batch: int | Literal["auto"] = setting(16, "sequences in one forward pass; changes speed and memory, never the batch; auto: as many as divide the batch, at most 16", may_change=True)
+    micro_batch: int | Literal["auto"] = setting(
+        16,
+        "sequences in one forward pass; changes speed and memory, never the batch; auto: as many as divide the batch, at most 16",
+        may_change=True,
+    )
     seed: int = setting(1337, "decides initial weights, order of the data and dropout")
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = setting("auto", "arithmetic of the forward and backward pass; auto: the fastest that is safe on the device")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = setting(
+        "auto", "arithmetic of the forward and backward pass; auto: the fastest that is safe on the device"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute; auto: cuda, else mps, else cpu", may_change=True)
-    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile for the training step; auto: where a compiler is at hand", may_change=True)
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "torch.compile for the training step; auto: where a compiler is at hand", may_change=True
+    )
+    deterministic: bool = setting(False, "CUDA: resume bit for bit, at some cost in speed; a CPU always does")
     init: str = setting("", "start from this MODEL instead of random weights; its shape and tokenizer are taken over")
     out: str = setting("", "run folder; by default runs/RECIPE", may_change=True)
     save_every: int = setting(250, "steps between checkpoints; the last step is always saved", may_change=True)
@@ -154,16 +165,16 @@ class Config:
 
     def micro_batches(self, ranks: int) -> tuple[int, int]:
         """(micro-batch, accumulation) of one rank. A batch that cannot be split evenly is refused, with the arithmetic."""
-        T, tokens, micro = self.data.seq_len, self.run.batch_tokens, self.run.micro_batch
+        T, tokens, wanted = self.data.seq_len, self.run.batch_tokens, self.run.micro_batch
         if tokens % (ranks * T):
-            raise UserError(f"batch_tokens {tokens:,} is not a multiple of {ranks} ranks x {T} tokens = {ranks * T:,}; change --batch-tokens or the ranks.")
+            per = f"{ranks} rank{'s' * (ranks > 1)} x {T} tokens = {ranks * T:,}"
+            raise UserError(f"batch_tokens {tokens:,} is not a multiple of {per}; change --batch-tokens, --seq-len or the ranks.")
         sequences = tokens // (ranks * T)
-        if micro == "auto":
-            micro = max(n for n in range(1, min(16, sequences) + 1) if sequences % n == 0)
+        micro = wanted if isinstance(wanted, int) else max(n for n in range(1, min(16, sequences) + 1) if sequences % n == 0)
         if sequences % micro:
             raise UserError(
-                f"batch_tokens {tokens:,} = {ranks} ranks x {sequences} sequences x {T} tokens, and {sequences} sequences cannot be cut "
-                f"into micro-batches of {micro}; choose a --micro-batch that divides {sequences}."
+                f"batch_tokens {tokens:,} = {ranks} rank{'s' * (ranks > 1)} x {sequences} sequences x {T} tokens, "
+                f"and {sequences} sequences cannot be cut into micro-batches of {micro}; choose a --micro-batch that divides {sequences}."
             )
         return micro, sequences // micro
 
@@ -177,22 +188,34 @@ class Config:
                     raise UserError(f"{f.name} is {value}; it must be a finite number.")
         refuse_if = [
             (min(m.n_layer, m.n_head, m.n_embd, m.n_positions) < 1, "n_layer, n_head, n_embd and n_positions must all be at least 1."),
-            (m.n_head > 0 and m.n_embd % m.n_head != 0, f"n_embd {m.n_embd} cannot be cut into {m.n_head} heads: {m.n_embd} / {m.n_head} is not whole."),
+            (
+                m.n_head > 0 and m.n_embd % m.n_head != 0,
+                f"n_embd {m.n_embd} cannot be cut into {m.n_head} heads: {m.n_embd} / {m.n_head} is not whole.",
+            ),
             (not 0 <= m.dropout < 1, f"dropout {m.dropout} is not in [0, 1)."),
             (m.wpe_std < 0, f"wpe_std {m.wpe_std} is negative."),
             (d.seq_len < 1, f"seq_len {d.seq_len} must be at least 1."),
-            (d.seq_len > m.n_positions, f"seq_len {d.seq_len} is longer than the model's {m.n_positions} positions; lower --seq-len or raise --n-positions."),
+            (
+                d.seq_len > m.n_positions,
+                f"seq_len {d.seq_len} is longer than the model's {m.n_positions} positions; lower --seq-len or raise --n-positions.",
+            ),
             (d.val_tokens < 0, f"val_tokens {d.val_tokens} is negative; 0 means no validation."),
             (o.lr <= 0 or o.muon_lr <= 0, f"learning rates must be above 0, not lr {o.lr:g} and muon_lr {o.muon_lr:g}."),
             (not 0 <= o.min_lr <= o.lr, f"min_lr {o.min_lr:g} is not between 0 and lr {o.lr:g}."),
             (not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), f"beta1 {o.beta1} and beta2 {o.beta2} must lie in [0, 1)."),
             (o.eps <= 0 or o.clip <= 0 or o.weight_decay < 0, "eps and clip must be above 0, and weight_decay not negative."),
             (r.steps < 1, f"steps {r.steps} must be at least 1."),
-            (not 0 <= o.warmup_steps < max(r.steps, 1), f"a warm-up of {o.warmup_steps} steps does not fit in a run of {r.steps} steps; lower --warmup-steps."),
+            (
+                not 0 <= o.warmup_steps < max(r.steps, 1),
+                f"a warm-up of {o.warmup_steps} steps does not fit in a run of {r.steps} steps; lower --warmup-steps.",
+            ),
             (isinstance(r.micro_batch, int) and r.micro_batch < 1, f"micro_batch {r.micro_batch} must be at least 1."),
             (r.batch_tokens < d.seq_len, f"batch_tokens {r.batch_tokens:,} is less than one sequence of {d.seq_len} tokens."),
             (min(r.save_every, r.log_every) < 1, "save_every and log_every must be at least 1 step."),
-            (min(r.keep, r.evaluate_every, r.sample_every, r.sample_tokens) < 0, "keep, evaluate_every, sample_every and sample_tokens cannot be negative."),
+            (
+                min(r.keep, r.evaluate_every, r.sample_every, r.sample_tokens) < 0,
+                "keep, evaluate_every, sample_every and sample_tokens cannot be negative.",
+            ),
             (not 0 <= r.seed < 2**63, f"seed {r.seed} must be between 0 and 2^63 - 1."),
             (self.recipe == "finetune" and not r.init, "the finetune recipe needs a model to start from: add --init MODEL."),
         ]
@@ -220,7 +243,7 @@ class Config:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             groups = {g: t(**raw[g]) for g, t in GROUPS.items()}
-            return cls(recipe=str(raw["recipe"]), **groups)  # type: ignore[arg-type]
+            return cls(recipe=str(raw["recipe"]), **groups)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not the config.json of a run ({error}).") from error
 
@@ -235,8 +258,14 @@ _GPT2 = Config(data=DataConfig(data="fineweb-edu"), run=RunConfig(steps=_GPT2_ST
 # on a CPU than the fused kernel, two heads are faster than four and as good, and compiling takes longer than it gives back.
 _SMALL: dict[str, Any] = {
     "tokenizer": "bytes", "vocab_size": 257, "n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 128, "attention": "plain",
-    "seq_len": 128, "batch_tokens": 2048, "optimizer": "muon", "lr": 6e-3, "min_lr": 0.0, "muon_lr": 0.01, "schedule": "linear", "warmup_steps": 50,
-    "compile": "off", "steps": 1000, "evaluate_every": 500, "save_every": 500, "log_every": 50,
+    "seq_len": 128, "batch_tokens": 2048, "steps": 1000, "compile": "off",
+    "optimizer": "muon", "lr": 6e-3, "min_lr": 0.0, "muon_lr": 0.01, "schedule": "linear", "warmup_steps": 50,
+    "evaluate_every": 500, "save_every": 500, "log_every": 50,
+}  # fmt: skip
+# To know a text by heart takes room and repetition: more width, longer windows (the first tokens of a window cannot be known), 25 epochs.
+_BY_HEART: dict[str, Any] = {
+    "tokenizer": "gpt2", "vocab_size": 50257, "n_layer": 6, "n_head": 4, "n_embd": 256, "n_positions": 256, "seq_len": 256,
+    "batch_tokens": 2048, "steps": 3700, "compile": "auto", "evaluate_train": True,
 }  # fmt: skip
 
 
@@ -246,16 +275,29 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int, lr: float) -> Config:
 
 
 RECIPES: dict[str, tuple[str, Config]] = {
-    "demo": ("minutes on a laptop: learns Python from the standard library's own source", Config().override(**_SMALL | {"steps": 2000, "val_tokens": 131_072})),
+    "demo": (
+        "minutes on a laptop: learns Python from the standard library's own source",
+        Config().override(**_SMALL | {"steps": 2000, "val_tokens": 131_072, "log_every": 100}),
+    ),
     "shakespeare": ("tinyshakespeare in about a minute on two CPU cores", Config().override(**_SMALL, data="tinyshakespeare")),
-    "overfit": ("one batch again and again, to prove that the model can learn", Config().override(**_SMALL | {"steps": 200, "warmup_steps": 10, "one_batch": True, "evaluate_every": 0})),
+    "shakespeare-memorise": (
+        "the same text by heart (shakespeare --memorise): training loss near 0, held-out loss high",
+        Config().override(**_SMALL | _BY_HEART, data="tinyshakespeare"),
+    ),
+    "overfit": (
+        "one batch again and again, to prove that the model can learn",
+        Config().override(**_SMALL | {"steps": 200, "warmup_steps": 10, "one_batch": True, "evaluate_every": 0}),
+    ),
     "gpt2-124m": ("GPT-2 small: 10B tokens of FineWeb-Edu", _gpt2(12, 12, 768, 6e-4)),
     "gpt2-350m": ("GPT-2 medium", _gpt2(24, 16, 1024, 3e-4)),
     "gpt2-355m": ("the same as gpt2-350m", _gpt2(24, 16, 1024, 3e-4)),
     "gpt2-774m": ("GPT-2 large", _gpt2(36, 20, 1280, 2.5e-4)),
     "gpt2-1558m": ("GPT-2 XL", _gpt2(48, 25, 1600, 2e-4)),
     "gpt2-124m-openwebtext": ("124M on 47.2B tokens of OpenWebText", _gpt2(12, 12, 768, 6e-4).override(data="openwebtext", steps=90_000)),
-    "finetune": ("go on from --init MODEL on your own --data", Config().override(lr=3e-5, min_lr=3e-6, steps=100, warmup_steps=10, batch_tokens=32_768, micro_batch=4, evaluate_every=20)),
+    "finetune": (
+        "go on from --init MODEL on your own --data",
+        Config().override(lr=3e-5, min_lr=3e-6, steps=100, warmup_steps=10, batch_tokens=32_768, micro_batch=4, evaluate_every=20),
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from anew.data import sources
 from anew.generate import generate
 from anew.tokenizer import Tokenizer
 
-PROMPTS = ("def ", "class ", "import ")
+PROMPTS = ("import os\n", "    def __init__(self", "def main():\n")
 SAMPLE_BYTES, MANY = 400, 32
 
 
@@ -34,12 +34,15 @@ def share_of_python(text: str) -> float:
 def show_demo(run: Path) -> dict[str, object]:
     """Print samples and the share of their lines that are Python, beside the same share of the library itself."""
     model, tokenizer = weights.load_model(str(run)), Tokenizer.named("bytes")
-    for prompt in PROMPTS:
-        [ids] = generate(model, [tokenizer.encode(prompt)], SAMPLE_BYTES, tokenizer.end_of_text, temperature=0.7, seed=1)
-        print(f"\n--- {prompt!r} continued " + "-" * 40 + f"\n{prompt}{tokenizer.decode(ids)}")
-    rows = generate(model, [tokenizer.encode("def ")] * MANY, SAMPLE_BYTES, tokenizer.end_of_text, temperature=0.7, seed=2)
+    prompts = [*PROMPTS, *["def "] * MANY]
+    rows = generate(model, [tokenizer.encode(p) for p in prompts], SAMPLE_BYTES, tokenizer.end_of_text, temperature=0.7, seed=1)
+    texts = [prompt + tokenizer.decode(ids) for prompt, ids in zip(prompts, rows, strict=True)]
+    for prompt, text in zip(PROMPTS, texts, strict=False):
+        print(f"\n{f'--- {prompt!r} continued ':-<78}\n{text}")
     # the last line of a sample was cut by its length, so it is not judged
-    ours = share_of_python("\n".join(("def " + tokenizer.decode(ids)).rpartition("\n")[0] for ids in rows))
-    real = share_of_python("\n".join(d.decode(errors="replace") for _, d in zip(range(40), sources.find("stdlib").documents(), strict=False)))
+    ours = share_of_python("\n".join(text.rpartition("\n")[0] for text in texts))
+    real = share_of_python(
+        "\n".join(d.decode(errors="replace") for _, d in zip(range(40), sources.find("stdlib").documents(), strict=False))
+    )
     print(f"\nPython's tokenize accepts {ours:.0%} of the sampled lines (and {real:.0%} of the lines of real library files)")
     return {"python_share": ours, "python_share_of_real_files": real}

@@ -69,7 +69,9 @@ def stream(
         for _ in range(n_tokens):
             if max(map(len, rows)) > positions:
                 if not cropped:
-                    log.warning(f"past the model's {positions} positions: the text is cropped to its last {positions // 2} tokens and read again")
+                    log.warning(
+                        f"past the model's {positions} positions: the text is cropped to its last {positions // 2} tokens and read again"
+                    )
                 rows, cache, cropped = [row[-max(1, positions // 2) :] for row in rows], None, True
             if cache is None:
                 cache, last = _prefill(model, rows)

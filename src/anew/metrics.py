@@ -50,12 +50,14 @@ class Recorder:
         self.last_val: float | None = None
         self.handler = logging.FileHandler(run / "log.txt", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self.board = _tensorboard(run / "tensorboard", step)
+        self.board: Any = None
+        self.board_folder, self.first_step = run / "tensorboard", step
 
     def __enter__(self) -> Self:
         log.addHandler(self.handler)
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
+        self.board = _tensorboard(self.board_folder, self.first_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -111,12 +113,16 @@ def describe(config: Config, ranks: int, train_tokens: int, val_tokens: int, epo
     micro, accumulation = config.micro_batches(ranks)
     padded = m.padded_vocab_size
     twos = (padded & -padded).bit_length() - 1
-    yield f"model: vocabulary {m.vocab_size:,} padded to {padded:,} = {padded >> twos} x 2^{twos}, context {m.n_positions:,}, width {m.n_embd:,}"
-    yield f"       {m.n_layer} layers, {m.n_head} heads of {m.head_dim}, feed-forward {4 * m.n_embd:,}, {count_parameters(m):,} parameters"
-    yield f"data: {config.data.data}, {train_tokens:,} training and {val_tokens:,} validation tokens ({config.data.tokenizer})"
-    yield f"      {epoch_sequences:,} sequences an epoch, {r.steps * config.batch_sequences / epoch_sequences:.2f} epochs in all"
-    yield f"batch: {ranks} rank{'s' * (ranks > 1)} x {micro} sequences x {T} tokens x {accumulation} micro-batches = {r.batch_tokens:,} tokens a step"
-    yield f"       {r.steps:,} steps = {_count(r.steps * r.batch_tokens)} tokens; {o.warmup_steps} warm-up steps = {_count(o.warmup_steps * r.batch_tokens)} tokens"
+    yield f"model: vocabulary {m.vocab_size:,} padded to {padded:,} = {padded >> twos} x 2^{twos}, context {m.n_positions:,}"
+    yield f"       {m.n_layer} layers, width {m.n_embd:,}, {m.n_head} heads of {m.head_dim}, feed-forward {4 * m.n_embd:,}"
+    yield f"       {count_parameters(m):,} parameters"
+    yield f"data:  {config.data.data} as {config.data.tokenizer}"
+    yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
+    yield f"       {epoch_sequences:,} sequences an epoch, {r.steps * config.batch_sequences / epoch_sequences:.2f} epochs in all"
+    yield f"batch: {ranks} rank{'s' * (ranks > 1)} x {micro} sequences x {T:,} tokens x {accumulation} accumulated"
+    yield f"       = {r.batch_tokens:,} tokens a step"
+    total, warm_up = (_count(steps * r.batch_tokens) for steps in (r.steps, o.warmup_steps))
+    yield f"steps: {r.steps:,} = {total} tokens, of which {o.warmup_steps:,} = {warm_up} warm up"
 
 
 def _count(n: int) -> str:
@@ -149,4 +155,4 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         log.info("TensorBoard is not installed, so none is written; metrics.jsonl has everything")
         return None
-    return SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step)

@@ -248,7 +248,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(hidden)
         wte = self.transformer.wte.weight
-        return HeadLoss.apply(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size)  # type: ignore[no-any-return]
+        return HeadLoss.apply(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -286,9 +286,7 @@ def _chunks(n: int) -> Iterator[slice]:
     return (slice(start, min(start + LOSS_CHUNK, n)) for start in range(0, n, LOSS_CHUNK))
 
 
-def _chunk_loss(
-    logits: Tensor, targets: Tensor, count: Tensor, vocab_size: int, training: bool
-) -> tuple[Tensor, Tensor | None]:
+def _chunk_loss(logits: Tensor, targets: Tensor, count: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one chunk and, in training, the gradient of the mean loss by its logits (padding columns zero)."""
     real = torch.arange(logits.size(1), device=logits.device) < vocab_size
     scored = targets != -100

@@ -66,7 +66,8 @@ class Muon(Optimizer):
         self.found_inf: Tensor | None = None  # as in the fused AdamW: 1 leaves weights and state as they are
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """One update of every matrix that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -79,7 +80,7 @@ class Muon(Optimizer):
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
             for p, g in zip(params, nesterov, strict=True):
                 for part, update in zip(_square_parts(p), _square_parts(g), strict=True):
                     wide = (part, update) if part.size(0) <= part.size(1) else (part.t(), update.t())

@@ -26,7 +26,18 @@ from anew.config import RunConfig, UserError
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense peak TFLOP/s of the tensor cores in bf16 (fp16 where there is no bf16), from NVIDIA's datasheets; found by name, first match.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125}
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "A10G": 70,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "T4": 65,
+    "V100": 125,
+}
 
 
 @dataclass(frozen=True)
@@ -47,15 +58,29 @@ class Runtime:
 
 
 def start(run: RunConfig) -> Runtime:
-    """Choose device, precision and compiler, refuse what the machine lacks, and set torch's matmul mode to match."""
+    """Choose device, precision and compiler, refuse what the machine lacks, and set torch's process-wide modes to match."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training on several processes is not in this version of anew yet; start one process, without torchrun.")
     device = pick_device(run.device)
     precision, reason = pick_precision(run.precision, device)
     compiles, compile_reason = pick_compile(run.compile, device)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    _be_deterministic(run.deterministic or device.type == "cpu")
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else "Apple GPU"
+    )
     return Runtime(device, precision, compiles, (f"device {device.type} ({name})", f"precision {precision}: {reason}", compile_reason))
+
+
+def _be_deterministic(wanted: bool) -> None:
+    """Without this, compiled code adds up the gradient of `wte` with atomics, on a CPU too: 55 of 400 steps differed in a bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only costs time: nothing here reads what it has not written
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -81,7 +106,11 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         slow = wanted == "fp16" and device.type == "cpu"
         return wanted, "as asked" + (" (fp16 on a CPU is many times slower than bf16)" if slow else "")
     if device.type == "cuda":
-        return ("bf16", f"compute capability {sm[0]}.{sm[1]}") if sm >= (8, 0) else ("fp16", f"compute capability {sm[0]}.{sm[1]} has no bf16; with loss scaling")
+        return (
+            ("bf16", f"compute capability {sm[0]}.{sm[1]}")
+            if sm >= (8, 0)
+            else ("fp16", f"compute capability {sm[0]}.{sm[1]} has no bf16; with loss scaling")
+        )
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bf16", "the CPU has bf16 instructions"
     return "fp32", "MPS computes most reliably in fp32" if device.type == "mps" else "the CPU has no bf16 instructions"
@@ -117,14 +146,12 @@ def peak_flops(runtime: Runtime) -> tuple[float, str]:
             if key in name:
                 return tflops * 1e12, f"{tflops} TFLOP/s, datasheet of {key}"
     a, b = (torch.randn(shape, dtype=runtime.dtype, device=runtime.device) for shape in ((2048, 768), (768, 3072)))
-    best = min(_seconds(a, b, runtime) for _ in range(8))
+    best = min(_seconds(a, b) for _ in range(8))
     flops = 2 * 2048 * 768 * 3072 / best
     return flops, f"{flops / 1e12:.2f} TFLOP/s, a {runtime.precision} matrix product timed here"
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor, runtime: Runtime) -> float:
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
     begin = time.perf_counter()
     (a @ b).flatten()[:1].cpu()  # the copy waits for the device
     return time.perf_counter() - begin
-
-

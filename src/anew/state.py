@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from anew import checkpoint, optim, weights
 from anew.config import Config, UserError
@@ -81,7 +82,7 @@ class State:
         """Write the checkpoint of this step, unless it is there, and drop old ones."""
         if self.saved_step == self.step:
             return
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         moments = {
             f"{key}.{names[p]}": weights.unpadded(names[p], value, self.config.model)
             for o in self.optimizers

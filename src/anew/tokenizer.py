@@ -106,9 +106,27 @@ class Tokenizer:
             "pre_tokenizer": byte_level,
             "post_processor": {**byte_level, "trim_offsets": False},
             "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": pairs},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "vocab": vocab,
+                "merges": pairs,
+            },
         }
-        config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": 1024, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+        config = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_prefix_space": False,
+            "model_max_length": 1024,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+        }
         return {
             "vocab.json": json.dumps(vocab).encode(),
             "merges.txt": ("\n".join(["#version: 0.2", *pairs]) + "\n").encode(),

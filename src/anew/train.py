@@ -8,10 +8,12 @@ Hugging Face folder. The step is the only clock: tokens, learning rate and rando
 was stopped anywhere goes on bit for bit as if it had not been.
 """
 
+import hashlib
 import logging
 import math
 import os
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +149,10 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
             if progress:
                 progress(row)
             if bad >= BAD_STEPS_IN_A_ROW:
-                raise RuntimeError(f"{bad} steps in a row were not finite; the last good checkpoint is in {run}/checkpoints. Lower the learning rate or look at the data.")
+                raise RuntimeError(
+                    f"{bad} steps in a row were not finite; the last good checkpoint is in {run}/checkpoints. "
+                    "Lower the learning rate or look at the data."
+                )
             if state.step % config.run.save_every == 0 or state.step == config.run.steps:
                 state.save(run, tokenizer)
         if stop.is_set():
@@ -164,15 +169,17 @@ def settle(config: Config) -> Config:
     existing = Config.read(path) if path.exists() else None
     if config.run.init:
         if existing is not None and existing.run.init == config.run.init:
-            shape, tokenizer = existing.model, existing.data.tokenizer
+            shape = existing.model
         else:
             shape = weights.read_config(weights.find(config.run.init))
-            tokenizer = Tokenizer.of_size(shape.vocab_size).name
         taken = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")}
+        tokenizer = Tokenizer.of_size(shape.vocab_size).name
         config = config.override(**taken, tokenizer=tokenizer, seq_len=min(config.data.seq_len, shape.n_positions))
     config.check()
     if existing is not None and (different := existing.differences(config)):
-        raise UserError(f"{config.folder} is another run ({'; '.join(different)}); use the same settings to go on with it, or another --out.")
+        raise UserError(
+            f"{config.folder} is another run ({'; '.join(different)}); use the same settings to go on with it, or another --out."
+        )
     return config
 
 
@@ -194,11 +201,8 @@ def _batches(config: Config, batches: Batches, rt: runtime.Runtime, steps: range
 
 def _seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """The global generator's seed for one forward pass: dropout is a function of these four numbers."""
-    mask = (1 << 64) - 1
-    for number in (step, micro_batch, rank):
-        seed = ((seed ^ (number + 1)) * 0x9E3779B97F4A7C15) & mask
-        seed ^= seed >> 29
-    return seed >> 1
+    key = struct.pack("<4q", seed, step, micro_batch, rank)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def _write_config(run: Path, config: Config) -> None:
@@ -215,7 +219,7 @@ def _handled_signals() -> Iterator[threading.Event]:
         yield stop
         return
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, _: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()

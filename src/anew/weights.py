@@ -50,11 +50,13 @@ def read_config(folder: Path) -> GPTConfig:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for key, value in ARITHMETIC.items():
             if raw.get(key, value) != value:
-                raise UserError(f"{folder} is not a GPT-2 as OpenAI released it: its config.json has {key} {raw[key]!r} instead of {value!r}.")
+                raise UserError(
+                    f"{folder} is not a GPT-2 as OpenAI released it: its config.json has {key} {raw[key]!r} instead of {value!r}."
+                )
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
             raise UserError(f"{folder} has n_inner {raw['n_inner']}, and GPT-2's is 4 x n_embd = {4 * raw['n_embd']}.")
         sizes = {key: int(raw[key]) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
-        config = GPTConfig(**sizes, layer_norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)))
+        config = GPTConfig(layer_norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)), **sizes)  # type: ignore[arg-type]
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,7 +112,15 @@ def load_into(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
     own = dict(model.named_parameters())
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
-        raise UserError(f"{folder} is not the model its config.json describes: " + "; ".join(f"{word} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") for word, names in (("it lacks", missing), ("it has an unknown", extra)) if names) + ".")
+        raise UserError(
+            f"{folder} is not the model its config.json describes: "
+            + "; ".join(
+                f"{word} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+                for word, names in (("it lacks", missing), ("it has an unknown", extra))
+                if names
+            )
+            + "."
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             target = parameter[: model.config.vocab_size] if name == WTE else parameter
@@ -137,7 +147,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         "n_inner": None,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": 0.02,
-        **{name: config.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "bos_token_id": config.vocab_size - 1,
         "eos_token_id": config.vocab_size - 1,
         "tie_word_embeddings": True,

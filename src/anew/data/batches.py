@@ -108,7 +108,7 @@ def prefetch(load: Callable[[int], T], steps: Sequence[int], depth: int = 2) -> 
             for step in steps:
                 if not put((load(step), None)):
                     return
-        except BaseException as error:  # the reader re-raises it
+        except BaseException as error:  # noqa: BLE001 (the reader re-raises it)
             put((None, error))
 
     thread = threading.Thread(target=work, daemon=True, name="prefetch")
@@ -130,7 +130,9 @@ def evaluation_windows(shards: Sequence[Shard], seq_len: int, limit_tokens: int,
     Each token but the first of a shard is a target exactly once: the last window of a shard reaches back for its context and masks
     (-100) what was scored before. Nothing here depends on ranks, devices or micro-batches.
     """
-    inputs, targets, left = [], [], limit_tokens
+    inputs: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    left = limit_tokens
     for shard in shards:
         tokens = shard.tokens[: min(shard.n_tokens, left)].astype(np.int64)
         left -= len(tokens)

@@ -30,7 +30,10 @@ def open_data(data: str, tokenizer: str) -> shards.DataFolder:
     if (path / "index.json").is_file():
         folder = shards.DataFolder.open(path)
         if folder.tokenizer != tokenizer:
-            raise UserError(f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses {tokenizer}; add --tokenizer {folder.tokenizer}.")
+            raise UserError(
+                f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses {tokenizer}; "
+                f"add --tokenizer {folder.tokenizer}."
+            )
         return folder
     source = sources.find(data)
     revision = source.revision()

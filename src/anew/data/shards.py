@@ -49,7 +49,9 @@ class Shard:
         if len(header) < 3 or header[0] != MAGIC:
             raise UserError(f"{self.path} is not a shard: it does not start with {MAGIC}; prepare the data again.")
         if header[1] != SHARD_VERSION:
-            raise UserError(f"shard {self.path} has version {header[1]}, and this anew reads version {SHARD_VERSION}; prepare the data again.")
+            raise UserError(
+                f"shard {self.path} has version {header[1]}, and this anew reads version {SHARD_VERSION}; prepare the data again."
+            )
         if header[2] != self.n_tokens or not right_size or sha256_of(self.path) != self.sha256:
             raise UserError(f"shard {self.path} is damaged: its size or sha256 is not what index.json says; prepare the data again.")
         return np.memmap(self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.n_tokens,))
@@ -75,7 +77,10 @@ class DataFolder:
         try:
             index = json.loads((path / "index.json").read_text(encoding="utf-8"))
             if index["version"] != INDEX_VERSION or index["dtype"] != "uint16":
-                raise UserError(f"{path}/index.json has version {index['version']} and dtype {index['dtype']}; this anew reads version {INDEX_VERSION}, uint16.")
+                raise UserError(
+                    f"{path}/index.json has version {index['version']} and dtype {index['dtype']}; "
+                    f"this anew reads version {INDEX_VERSION}, uint16."
+                )
             splits: dict[str, list[Shard]] = {"train": [], "val": []}
             for entry in index["shards"]:
                 shard = Shard(path / Path(entry["name"]).name, int(entry["tokens"]), entry["sha256"])
@@ -147,5 +152,12 @@ def writing(path: Path) -> Iterator[Path]:
 
 def write_index(folder: Path, tokenizer: str, source: str, revision: str, shards: Sequence[dict[str, object]]) -> None:
     """Write `index.json`: the last file of a data folder."""
-    index = {"version": INDEX_VERSION, "tokenizer": tokenizer, "dtype": "uint16", "source": source, "revision": revision, "shards": list(shards)}
+    index = {
+        "version": INDEX_VERSION,
+        "tokenizer": tokenizer,
+        "dtype": "uint16",
+        "source": source,
+        "revision": revision,
+        "shards": list(shards),
+    }
     (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

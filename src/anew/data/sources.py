@@ -86,14 +86,16 @@ def find(source: str) -> Source:
             raise UserError(f"{path} is empty; give a file with text in it.")
         return Source(path.stem, (path,))
     if path.is_dir():
-        files = _ordered([p for p in path.rglob("*") if _is_text(p, path)], path)
-        if not files:
+        texts = _ordered([p for p in path.rglob("*") if _is_text(p, path)], path)
+        if not texts:
             raise UserError(f"folder {path} holds no text files.")
-        return Source(path.resolve().name, files)
+        return Source(path.resolve().name, texts)
     if matches := [Path(p) for p in glob.glob(source, recursive=True)]:
         return Source("glob", _ordered([p for p in matches if p.is_file()], Path()))
     if source in NOT_YET:
-        raise UserError(f"source '{source}' cannot be prepared by this version of anew yet; prepare its text yourself and pass the folder with --data.")
+        raise UserError(
+            f"source '{source}' cannot be prepared by this version of anew yet; prepare its text yourself and pass the folder with --data."
+        )
     raise UserError(f"there is no data at '{source}': it is no file, folder, glob or known source (stdlib, tinyshakespeare).")
 
 

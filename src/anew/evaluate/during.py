@@ -8,7 +8,7 @@ from anew.config import Config
 from anew.data.shards import Shard
 from anew.evaluate.loss import mean_loss
 from anew.generate import generate
-from anew.metrics import Recorder, Row
+from anew.metrics import Recorder
 from anew.runtime import DTYPES
 from anew.state import State
 from anew.tokenizer import Tokenizer
@@ -47,7 +47,10 @@ class Evaluator:
         loss = mean_loss(self.state.model, self.splits[split], self.config.data.seq_len, limit, DTYPES[precision], self.batch)
         name = "val" if split == "val" else "train_text"
         self.recorder.row({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
-        log.info(f"step {self.state.step:,}: {name} loss {loss:.4f} ({loss / math.log(2):.4f} bits) a token over {limit - 1:,} tokens in {precision}")
+        log.info(
+            f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} bits) "
+            f"a token, {limit - 1:,} tokens, {precision}"
+        )
         return loss
 
     def sample(self) -> None:

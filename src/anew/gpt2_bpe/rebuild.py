@@ -9,6 +9,7 @@ tests/test_tokenizer.py proves that the table gives OpenAI's own `vocab.bpe` and
 """
 
 import base64
+import itertools
 import subprocess
 import sys
 import tarfile
@@ -41,7 +42,7 @@ def merges(ranks: dict[bytes, int]) -> np.ndarray:
             continue
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
             i = min(range(len(joined)), key=joined.__getitem__)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         pairs.append([ranks[parts[0]], ranks[parts[1]]])

@@ -1,0 +1,81 @@
+"""The plan of the house, held: imports go one way, heavy packages stay where they are used, nothing can execute what it loads."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SOURCE = ROOT / "src" / "anew"
+FILES = sorted(p for p in SOURCE.rglob("*.py"))
+LEVELS = [
+    {"config"},
+    {"model", "tokenizer", "runtime", "data.shards"},
+    {"optim", "checkpoint", "weights", "generate", "metrics", "data.sources", "data.prepare", "data.batches"},
+    {"state", "evaluate.loss", "evaluate.during"},
+    {"train"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+WITHIN_A_LEVEL = {
+    ("weights", "checkpoint"),
+    ("data.prepare", "data.sources"),
+    ("evaluate.during", "evaluate.loss"),
+    ("evaluate.during", "state"),
+}
+UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
+OWNERS = {"tyro": {"cli"}, "rich": {"cli"}, "loguru": {"cli"}, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"}, "transformers": set()}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    level = {module: i for i, modules in enumerate(LEVELS) for module in modules}
+    known = {name_of(p) for p in FILES if p.name != "__init__.py" and "gpt2_bpe" not in p.parts}
+    assert known == set(level), "a module has no place in the plan"
+    for path in FILES:
+        me = name_of(path)
+        for imported in {i.removeprefix("anew.") for i in imports_of(path) if i.startswith("anew.")} & known - {me} if me in level else ():
+            allowed = level[imported] < level[me] or (me, imported) in WITHIN_A_LEVEL | UPWARD
+            assert allowed, f"{me} imports {imported}, which stands on its level or above"
+
+
+def test_heavy_packages_stay_where_they_are_used() -> None:
+    for path in FILES:
+        for package in {i.split(".")[0] for i in imports_of(path)} & set(OWNERS):
+            assert name_of(path) in OWNERS[package], f"{path.name} imports {package}"
+
+
+@pytest.mark.parametrize("pattern", [r"import pickle", r"yaml\.load", r"weights_only=False", r"extractall", r"\beval\(\w", r"\bexec\("])
+def test_nothing_executes_what_it_loads(pattern: str) -> None:
+    for path in FILES:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.search(pattern, line)]
+        assert not [line for line in lines if "model.eval()" not in line], f"{path.name}: {lines}"
+
+
+def test_every_file_opens_with_what_it_is() -> None:
+    for path in FILES:
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert doc, path
+        assert len(doc) > 20, path
+
+
+def test_the_core_reads_in_one_sitting() -> None:
+    lines = [len((SOURCE / name).read_text().splitlines()) for name in ("model.py", "train.py", "data/batches.py", "optim.py")]
+    assert sum(lines) < 850
+    assert max(len(p.read_text().splitlines()) for p in FILES) < 350
