@@ -4,46 +4,50 @@
     .venv/bin/python benchmarks/step_vs_transformers.py --rounds 10 --json
 
 Both sides: bf16, torch.compile, fused AdamW, gradient clipping at 1.0, the same tokens, no dropout. Theirs is GPT2LMHeadModel under
-bf16 autocast. Prints the tokens a second of each and the median of the ratios of neighbouring steps, with their spread.
+bf16 autocast. Each side lives in a process of its own, since process-wide settings (the allocator, determinism) are part of what is
+compared; they take turns, one step each. Prints tokens a second and the median of the ratios of neighbouring steps, with their spread.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import torch
 from torch import nn
 
-from anew import GPT, GPTConfig, optim
-from anew.config import OptimConfig
+from anew import GPT, GPTConfig, optim, runtime
+from anew.config import OptimConfig, RunConfig
 from anew.model import flops_per_token
 from anew.train import train_step
 
 
-def our_step(ids: torch.Tensor, device: torch.device) -> Callable[[], None]:
-    """The product's own train_step on its own model."""
-    model = GPT(GPTConfig(), torch.bfloat16).to(device)
+def our_step(ids: torch.Tensor) -> Callable[[], None]:
+    """The product's own runtime, model and train_step."""
+    rt = runtime.start(RunConfig(device=ids.device.type, precision="bf16", compile="on"))
+    model = GPT(GPTConfig(), rt.dtype).to(rt.device)
     loss_of, optimizers = torch.compile(model, dynamic=False), optim.build(model, OptimConfig())
-    params, scaler, stop = list(model.parameters()), torch.amp.GradScaler(device.type, enabled=False), threading.Event()
+    params, scaler, stop = list(model.parameters()), torch.amp.GradScaler(rt.device.type, enabled=False), threading.Event()
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
     return lambda: train_step(loss_of, params, optimizers, batch, scaler, [0], 1.0, 1.0, stop) and None
 
 
-def their_step(ids: torch.Tensor, device: torch.device) -> Callable[[], None]:
+def their_step(ids: torch.Tensor) -> Callable[[], None]:
     """The same step as a careful user of transformers would write it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa")
-    model = GPT2LMHeadModel(config).to(device).train()
+    model = GPT2LMHeadModel(config).to(ids.device).train()
     compiled = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     x = ids[:, :-1].contiguous()
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16):
             loss = compiled(input_ids=x, labels=x).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -53,12 +57,16 @@ def their_step(ids: torch.Tensor, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
-    begin = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def side(make: Callable[[torch.Tensor], Callable[[], None]], batch: int, device: str, wire: Connection) -> None:
+    """One process: for every message, one step and its seconds."""
+    ids = torch.randint(50257, (batch, 1025), generator=torch.Generator().manual_seed(0)).to(device)
+    step = make(ids)
+    while wire.recv():
+        begin = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        wire.send(time.perf_counter() - begin)
 
 
 def main() -> None:
@@ -68,23 +76,30 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
-    device = torch.device(a.device)
-    ids = torch.randint(50257, (a.batch, 1025), generator=torch.Generator().manual_seed(0)).to(device)
-    steps = {"anew": our_step(ids, device), "transformers": their_step(ids, device)}
-    for name, step in steps.items():
-        print(f"{name}: first step with compilation {seconds(step, device):.1f} s", flush=True)
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    context = multiprocessing.get_context("spawn")
+    wires: dict[str, Connection] = {}
+    for name, make in (("anew", our_step), ("transformers", their_step)):
+        wires[name], theirs = context.Pipe()
+        context.Process(target=side, args=(make, a.batch, a.device, theirs), daemon=True).start()
+
+    def seconds(name: str) -> float:
+        wires[name].send(True)
+        return float(wires[name].recv())
+
+    for name in wires:
+        print(f"{name}: first step with compilation {seconds(name):.1f} s", flush=True)
+        seconds(name)
+    times: dict[str, list[float]] = {name: [] for name in wires}
     for _ in range(a.rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-    tokens = a.batch * 1024
+        for name in wires:
+            times[name].append(seconds(name))
+    for wire in wires.values():
+        wire.send(False)
     for name, t in times.items():
-        rate = tokens / statistics.median(t)
-        print(
-            f"{name:<13} {statistics.median(t):.3f} s a step  {rate:,.0f} tokens/s  {rate * flops_per_token(GPTConfig(), 1024) / 1e12:.2f} TFLOP/s"
-        )
-    ratios = sorted(theirs / ours for ours, theirs in zip(times["anew"], times["transformers"], strict=True))
+        rate = a.batch * 1024 / statistics.median(t)
+        tflops = rate * flops_per_token(GPTConfig(), 1024) / 1e12
+        print(f"{name:<13} {statistics.median(t):.3f} s a step  {rate:,.0f} tokens/s  {tflops:.2f} TFLOP/s")
+    ratios = sorted(slow / fast for fast, slow in zip(times["anew"], times["transformers"], strict=True))
     print(f"ratio {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f} over {a.rounds} rounds)")
     if a.json:
         print(json.dumps({"ratio_to_transformers": statistics.median(ratios), "seconds": times, "torch": torch.__version__}))
