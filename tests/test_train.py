@@ -307,6 +307,17 @@ def test_tensorboard_has_scalars_settings_and_texts(tiny: Config) -> None:
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
+def test_tensorboard_of_a_resumed_run_keeps_what_was_before(tiny: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(Preempted):
+        train(tiny, StopAt(5))
+    train(tiny)
+    events = EventAccumulator(str(tiny.folder / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+
+
 def test_training_through_python_needs_no_command_line_packages(tiny: Config, tmp_path: Path) -> None:
     script = (
         "import sys\n"

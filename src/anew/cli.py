@@ -139,8 +139,9 @@ def _parse_train(argv: list[str], base: Config) -> Any:
                     (f.name, Annotated[hints[f.name], tyro.conf.arg(help=f.metadata["help"])], getattr(getattr(base, group), f.name))
                 )
     flat = dataclasses.make_dataclass("Train", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields])
-    about = "Train a GPT-2. Example: anew train shakespeare --steps 200 --out runs/try\n\n"
-    about += "\n".join(f"{name}: {text}" for name, (text, _) in RECIPES.items())
+    about = f"Train a GPT-2. Example: anew train shakespeare --steps 200 --out runs/try\n\nRecipes: {', '.join(RECIPES)}."
+    about += " `anew --help` says what each is; the defaults below are those of "
+    about += "the run." if base.run.out else f"{base.recipe}."
     return tyro.cli(flat, args=argv, prog="anew train", description=about)
 
 

@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from anew.config import Config
-from anew.model import count_parameters
+from anew.model import count_parameters, flops_per_token
 
 log = logging.getLogger("anew")
 Row = dict[str, Any]
+BAD_STEPS_IN_A_ROW = 10  # that many non-finite steps one after the other are no accident
 
 
 def read(run: Path) -> list[Row]:
@@ -48,6 +49,7 @@ class Recorder:
         _end_line(run / "samples.jsonl", self.samples)
         self.config = config
         self.last_val: float | None = None
+        self.bad_in_a_row = 0
         self.handler = logging.FileHandler(run / "log.txt", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.board: Any = None
@@ -83,6 +85,21 @@ class Recorder:
                 if "/" in key and isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, row["step"])
 
+    def step(self, row: Row) -> None:
+        """Append the row of a training step, say it now and then, and stop a run that only yields NaN or infinity."""
+        self.row(row)
+        step, loss, norm = row["step"], row["train/loss"], row["train/grad_norm"]
+        self.bad_in_a_row = 0 if math.isfinite(loss + norm) else self.bad_in_a_row + 1
+        if self.bad_in_a_row:
+            log.warning(f"step {step:,}: loss {loss} or gradient norm {norm} is not finite; the step was skipped")
+        if step % self.config.run.log_every == 0 or step in (1, self.config.run.steps):
+            log.info(line_of(row, self.config.run.steps))
+        if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+            raise RuntimeError(
+                f"{self.bad_in_a_row} steps in a row were not finite; the last good checkpoint is in {self.config.folder}. "
+                "Lower the learning rate or look at the data."
+            )
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Append one sample text."""
         self.samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
@@ -92,9 +109,10 @@ class Recorder:
             self.board.add_text("sample", f"{prompt}{text}", step)
 
 
-def step_row(clock: Row, loss: float, norm: float, lr: float, seconds: float, tokens: int, flops: int, peak: float) -> Row:
-    """The row of one step: `seconds` is this step's time, `flops` a token's, `peak` those that all ranks could do in a second."""
-    per_second = tokens / seconds
+def step_row(clock: Row, loss: float, norm: float, lr: float, seconds: float, config: Config, peak: float) -> Row:
+    """The row of one step that took `seconds`; `peak` is what all ranks could do, in floating-point operations a second."""
+    per_second = config.run.batch_tokens / seconds
+    flops = per_second * flops_per_token(config.model, config.data.seq_len)
     return {
         **clock,
         "train/loss": loss,
@@ -102,8 +120,8 @@ def step_row(clock: Row, loss: float, norm: float, lr: float, seconds: float, to
         "train/grad_norm": norm,
         "speed/ms_per_step": 1e3 * seconds,
         "speed/tokens_per_second": per_second,
-        "speed/tflops": per_second * flops / 1e12,
-        "speed/mfu": per_second * flops / peak,
+        "speed/tflops": flops / 1e12,
+        "speed/mfu": flops / peak,
     }
 
 

@@ -40,6 +40,10 @@ class State:
         """What every row of metrics.jsonl starts with."""
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 4)}
 
+    def advance(self, tokens: int, seconds: float) -> None:
+        """Count one step done."""
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+
     def begin(self, run: Path) -> list[str]:
         """Restore the newest good checkpoint of `run`, or start from --init, or from nothing; lines that say which."""
         said = [f"removed the leftover of a killed save: {name}" for name in checkpoint.clean(run)]
@@ -79,8 +83,8 @@ class State:
             self.scaler.load_state_dict(trainer["scaler"])
 
     def save(self, run: Path, tokenizer: Tokenizer) -> None:
-        """Write the checkpoint of this step, unless it is there, and drop old ones."""
-        if self.saved_step == self.step:
+        """Write the checkpoint of this step, unless it is there (or nothing was done yet), and drop old ones."""
+        if self.step in (0, self.saved_step):
             return
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         moments = {

@@ -89,8 +89,8 @@ class Tokenizer:
         """Text of `ids`; bytes that form no UTF-8 (a character cut in half) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def files(self) -> dict[str, bytes]:
-        """The files that `AutoTokenizer` opens, by name. For gpt2, vocab.json and merges.txt are OpenAI's own, byte for byte."""
+    def files(self, n_positions: int = 1024) -> dict[str, bytes]:
+        """The files that `AutoTokenizer` opens, by name, for a model of `n_positions`. For gpt2, vocab.json and merges.txt are OpenAI's own, byte for byte."""
         as_text = _byte_characters()
         words = ["".join(as_text[b] for b in token) for token in self.tokens]
         vocab = {word: i for i, word in enumerate(words)} | {END_OF_TEXT: self.end_of_text}
@@ -121,7 +121,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
-            "model_max_length": 1024,
+            "model_max_length": n_positions,
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "unk_token": END_OF_TEXT,
@@ -134,9 +134,9 @@ class Tokenizer:
             "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
         }
 
-    def save(self, folder: Path) -> None:
-        """Write `files()` into `folder`."""
-        for name, content in self.files().items():
+    def save(self, folder: Path, n_positions: int = 1024) -> None:
+        """Write `files(n_positions)` into `folder`."""
+        for name, content in self.files(n_positions).items():
             (folder / name).write_bytes(content)
 
 

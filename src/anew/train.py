@@ -10,7 +10,6 @@ was stopped anywhere goes on bit for bit as if it had not been.
 
 import hashlib
 import logging
-import math
 import os
 import signal
 import struct
@@ -31,14 +30,12 @@ from anew.config import Config, UserError
 from anew.data.batches import Batches, prefetch
 from anew.data.prepare import open_data
 from anew.evaluate.during import Evaluator
-from anew.model import flops_per_token
 from anew.state import State
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
 
 MicroBatch = tuple[Tensor, Tensor]
-BAD_STEPS_IN_A_ROW = 10  # that many non-finite steps one after the other are no accident
 
 
 class Preempted(Exception):
@@ -106,25 +103,22 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
     Raises UserError for what the user can put right, Preempted after SIGTERM or Ctrl-C and a save.
     """
     config = settle(config)
-    rt = runtime.start(config.run)
+    run, rt = config.folder, runtime.start(config.run)
     tokenizer = Tokenizer.named(config.data.tokenizer)
     folder = open_data(config.data.data, tokenizer.name)
     batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed)
-    run = config.folder
     state = State(config, rt)
+    found = state.begin(run)
     with _handled_signals() as stop, metrics.Recorder(run, config, state.step) as recorder:
-        found = state.begin(run)
         _write_config(run, config)
         peak, peak_source = runtime.peak_flops(rt)
         plan = metrics.describe(config, rt.world, folder.n_tokens("train"), folder.n_tokens("val"), batches.epoch_sequences)
         for line in [*rt.why, *plan, f"MFU is measured against {peak_source}", *found]:
             log.info(line)
         loss_of = torch.compile(state.model, dynamic=False) if rt.compile else state.model
-        flops = flops_per_token(config.model, config.data.seq_len)
         micro, accumulation = config.micro_batches(rt.world)
         params = list(state.model.parameters())
         evaluator = Evaluator(config, state, recorder, folder.splits, tokenizer, micro)
-        last_loss, bad = metrics.last_loss(run), 0
         for step, micro_batches in _batches(config, batches, rt, range(state.step, config.run.steps)):
             if stop.is_set():
                 break
@@ -135,32 +129,20 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
             outcome = train_step(loss_of, params, state.optimizers, micro_batches, state.scaler, seeds, config.optim.clip, rate, stop)
             if outcome is None:
                 break
-            last_loss, norm = (x.item() for x in outcome)
+            loss, norm = (x.item() for x in outcome)
             seconds = time.perf_counter() - began
-            state.step, state.tokens, state.seconds = step + 1, state.tokens + config.run.batch_tokens, state.seconds + seconds
-            bad = 0 if math.isfinite(last_loss + norm) else bad + 1
-            lr = rate * config.optim.lr
-            row = metrics.step_row(state.clock(), last_loss, norm, lr, seconds, config.run.batch_tokens, flops, peak * rt.world)
-            recorder.row(row)
-            if bad:
-                log.warning(f"step {state.step:,}: loss {last_loss} or gradient norm {norm} is not finite; the step was skipped")
-            if state.step % config.run.log_every == 0 or state.step in (1, config.run.steps):
-                log.info(metrics.line_of(row, config.run.steps))
+            state.advance(config.run.batch_tokens, seconds)
+            row = metrics.step_row(state.clock(), loss, norm, rate * config.optim.lr, seconds, config, peak * rt.world)
+            recorder.step(row)
             if progress:
                 progress(row)
-            if bad >= BAD_STEPS_IN_A_ROW:
-                raise RuntimeError(
-                    f"{bad} steps in a row were not finite; the last good checkpoint is in {run}/checkpoints. "
-                    "Lower the learning rate or look at the data."
-                )
             if state.step % config.run.save_every == 0 or state.step == config.run.steps:
                 state.save(run, tokenizer)
         if stop.is_set():
-            if state.step > 0:
-                state.save(run, tokenizer)
+            state.save(run, tokenizer)
             raise Preempted(f"stopped at step {state.step:,} of {config.run.steps:,}; the same command goes on from there.")
         val_loss, text_loss = evaluator.finish()
-        return Result(run, state.step, state.tokens, state.seconds, last_loss, val_loss, text_loss)
+        return Result(run, state.step, state.tokens, state.seconds, metrics.last_loss(run), val_loss, text_loss)
 
 
 def settle(config: Config) -> Config:

@@ -166,4 +166,4 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     tensors = {name: unpadded(name, p, model.config) for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(model.config), indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(folder)
+    tokenizer.save(folder, model.config.n_positions)
