@@ -90,7 +90,10 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def files(self, n_positions: int = 1024) -> dict[str, bytes]:
-        """The files that `AutoTokenizer` opens, by name, for a model of `n_positions`. For gpt2, vocab.json and merges.txt are OpenAI's own, byte for byte."""
+        """The files that `AutoTokenizer` opens, by name, for a model of `n_positions`.
+
+        For gpt2, vocab.json and merges.txt are OpenAI's own, byte for byte.
+        """
         as_text = _byte_characters()
         words = ["".join(as_text[b] for b in token) for token in self.tokens]
         vocab = {word: i for i, word in enumerate(words)} | {END_OF_TEXT: self.end_of_text}
