@@ -93,6 +93,7 @@ WRONG = [
     (["train", "--memorise", "demo"], "variant of the shakespeare recipe"),
     (["train", "--resume", "{tmp}/nowhere"], "is not the config.json of a run"),
     (["train", "demo", "--resume", "{tmp}"], "leave out the recipe demo"),
+    (["train", "overfit", "--data", "{shard}"], "is damaged: its size or sha256"),
     (["sample", "{tmp}"], "is not a model"),
     (["sample", "{model}", "--temperature", "-1"], "temperature -1.0 must be 0"),
     (["sample", "{model}", "--top-p", "0"], "top_p 0.0 must lie above 0"),
@@ -107,7 +108,13 @@ WRONG = [
 
 @pytest.mark.parametrize(("argv", "words"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
 def test_wrong_input_is_one_sentence_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], words: str
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    words: str,
 ) -> None:
     if "cuda" in argv:
         import torch
@@ -124,9 +131,14 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     raw = bytearray((broken / "model.safetensors").read_bytes())
     raw[-5] ^= 2
     (broken / "model.safetensors").write_bytes(raw)
+    shard = tmp_path / "shard"
+    assert run(capsys, "prepare", text_file, "--out", shard, "--tokenizer", "bytes")[0] == 0
+    raw = bytearray((shard / "train-00000.bin").read_bytes())
+    raw[5000] ^= 1
+    (shard / "train-00000.bin").write_bytes(raw)
     if argv[:2] == ["train", "shakespeare"] and "--data" not in argv:
         argv = [*argv, "--data", "{tmp}/short.txt"]
-    code, stdout, stderr = run(capsys, *(a.format(tmp=tmp_path, model=model, broken=broken) for a in argv))
+    code, stdout, stderr = run(capsys, *(a.format(tmp=tmp_path, model=model, broken=broken, shard=shard) for a in argv))
     assert code == 2
     assert re.search(words, stderr), stderr
     last = stderr.strip().splitlines()[-1]

@@ -100,6 +100,12 @@ class Recorder:
                 "Lower the learning rate or look at the data."
             )
 
+    def evaluation(self, row: Row) -> None:
+        """Append an evaluation, to the metrics and among the samples, which it dates."""
+        self.row(row)
+        self.samples.write(json.dumps(row) + "\n")
+        self.samples.flush()
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Append one sample text."""
         self.samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
@@ -154,8 +160,9 @@ def line_of(row: Row, steps: int) -> str:
     """A row as one line of at most 80 columns."""
     r = row
     return (
-        f"{r['step']:>6,}/{steps:,}  loss {r['train/loss']:.4f}  lr {r['train/lr']:.1e}  norm {r['train/grad_norm']:.2f}  "
-        f"{r['speed/ms_per_step']:,.0f} ms  {r['speed/tokens_per_second']:,.0f} tok/s  MFU {100 * r['speed/mfu']:.0f}%"
+        f"{r['step']:>6,}/{steps:,} loss {r['train/loss']:.4f} lr {r['train/lr']:.1e} norm {r['train/grad_norm']:.2f} "
+        f"{r['speed/ms_per_step']:,.0f}ms {r['speed/tokens_per_second']:,.0f}tok/s {r['speed/tflops']:.3g}TF/s "
+        f"MFU {100 * r['speed/mfu']:.0f}%"
     )
 
 

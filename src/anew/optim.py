@@ -86,7 +86,8 @@ class Muon(Optimizer):
                     wide = (part, update) if part.size(0) <= part.size(1) else (part.t(), update.t())
                     by_shape.setdefault(tuple(wide[0].shape), []).append(wide)
             for shape, pairs in by_shape.items():
-                updates = orthogonalise(torch.stack([u for _, u in pairs]))
+                dtype = torch.float32 if pairs[0][0].device.type == "mps" else torch.bfloat16  # MPS: fp32 throughout
+                updates = orthogonalise(torch.stack([u for _, u in pairs]), dtype=dtype)
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
                 torch._foreach_add_([part for part, _ in pairs], list(updates.to(pairs[0][0].dtype).unbind()), alpha=-scale)
 

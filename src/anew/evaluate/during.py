@@ -46,7 +46,7 @@ class Evaluator:
             return None
         loss = mean_loss(self.state.model, self.splits[split], self.config.data.seq_len, limit, DTYPES[precision], self.batch)
         name = "val" if split == "val" else "train_text"
-        self.recorder.row({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
+        self.recorder.evaluation({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
         log.info(
             f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} bits) "
             f"a token, {limit - 1:,} tokens, {precision}"
