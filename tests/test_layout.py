@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 LEVELS = [
-    {"config"},
+    {"config", "attention"},
     {"model", "tokenizer", "runtime", "data.shards"},
     {"optim", "checkpoint", "weights", "generate", "metrics", "data.sources", "data.prepare", "data.batches"},
     {"state", "evaluate.loss", "evaluate.during"},

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anew.attention import attend
 from anew.config import GPTConfig
 
 # Rows of logits alive at once, whatever the batch. Eager code holds several fp32 copies of them (206 MB each at 1024); compiled code
@@ -124,23 +125,8 @@ class Attention(nn.Module):
         if cache is not None:
             seen = cache.write(self.layer, k, v)
             k, v = (k, v) if causal else seen
-        dropout = c.dropout if self.training else 0.0
-        if c.attention == "flash":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        else:
-            y = plain_attention(q, k, v, mask, dropout, causal)
+        y = attend(q, k, v, mask, c.dropout if self.training else 0.0, causal, c.attention)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
-    """The formula as the paper writes it, softmax(q k^T / sqrt(d)) v: the reference that the fused kernel is tested against."""
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, heads, T, S)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    weights = F.softmax(scores, dim=-1)  # sums in fp32 in every precision
-    return F.dropout(weights, dropout) @ v  # (B, heads, T, head_dim)
 
 
 def gelu(x: Tensor) -> Tensor:
