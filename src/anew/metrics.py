@@ -180,4 +180,4 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         log.info("TensorBoard is not installed, so none is written; metrics.jsonl has everything")
         return None
-    return SummaryWriter(str(folder), purge_step=step)
+    return SummaryWriter(str(folder), purge_step=step + 1)
