@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from anew import model as anew_model
 from anew.attention import TILE, TiledBackward, plain_attention
 from anew.config import GPTConfig
 from anew.model import GPT, Cache, count_parameters, flops_per_token, gelu
@@ -121,6 +122,30 @@ def test_gradient_of_a_scaled_loss_is_scaled() -> None:
     (model(ids, ids) / 4).backward()
     for a, p in zip(once, model.parameters(), strict=True):
         torch.testing.assert_close(a / 4, p.grad)
+
+
+def test_fp16_gradients_are_neither_lost_nor_infinite() -> None:
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=512)
+    ids = ids_for(config, 4, 512)
+    scale, gradients = 65536.0, []
+    for dtype in (torch.float16, torch.float32):
+        model = GPT(config, dtype, seed=3)
+        (model(ids, ids.roll(-1, 1)) * scale).backward()
+        gradients.append(model.transformer.wte.weight.grad / scale)
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 5e-3
+    rare = gradients[1].abs() < 1e-9  # rows of tokens that no target names: pushed down by tiny probabilities
+    assert gradients[0][:50257][~rare[:50257]].count_nonzero() > 0.99 * (~rare[:50257]).sum()
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = anew_model._chunk_loss
+    monkeypatch.setattr(anew_model, "_chunk_loss", lambda *a: (asked.append(a[-1]), original(*a))[1])
+    model, ids = GPT(SMALL), ids_for(SMALL, 1, 8)
+    with torch.no_grad():
+        model(ids, ids)
+    model(ids, ids)
+    assert asked == [False, True]
 
 
 def test_padding_rows_take_no_part_and_stay_zero() -> None:

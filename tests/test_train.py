@@ -206,7 +206,7 @@ def test_a_non_finite_step_is_skipped_and_said(tiny: Config, caplog: pytest.LogC
     monkeypatch.setattr(module, "train_step", poisoned)
     result = train(tiny)
     rows = metrics.read(tiny.folder)
-    assert math.isnan(rows[3]["train/loss"])
+    assert rows[3]["train/loss"] is None
     assert all(math.isfinite(r["train/loss"]) for i, r in enumerate(rows) if i != 3)
     assert "the step was skipped" in caplog.text
     assert result.val_loss is not None
@@ -246,6 +246,17 @@ def test_another_run_in_the_folder_is_refused_by_name(tiny: Config) -> None:
     again = train(tiny.override(micro_batch=4, save_every=3))
     assert again.step == 12
     assert math.isfinite(again.train_loss)
+
+
+def test_other_text_under_the_same_name_is_refused(tiny: Config, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("one text, " * 300)
+    config = tiny.override(data=str(text))
+    with pytest.raises(Preempted):
+        train(config, StopAt(4))
+    text.write_text("another text, " * 300)
+    with pytest.raises(UserError, match="is no longer the one"):
+        train(config)
 
 
 def test_falls_back_past_a_damaged_checkpoint_and_replays_the_same(tiny: Config) -> None:

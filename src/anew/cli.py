@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from loguru import logger
 
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run one verb and leave with its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    for stream_, errors in ((sys.stdin, "replace"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream_, "reconfigure"):  # a model may write any character, and Windows pipes are not UTF-8 by themselves
+            stream_.reconfigure(encoding="utf-8", errors=errors)
     try:
         with _console():
             if verb in VERBS:
@@ -55,6 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     except Preempted as error:
         print(f"anew: {error}", file=sys.stderr)
         sys.exit(75)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"anew: {error.filename or 'a file'} cannot be used: {error.strerror}.", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # `anew sample ... | head` is no fault
         sys.stderr.close()
         sys.exit(0)
@@ -74,7 +83,11 @@ def run_train(argv: list[str]) -> None:
     """Train a recipe, or go on with a run that stopped."""
     name, given = _recipe_and_flags(argv)
     resume = given.get("resume")
-    if "memorise" in given and not resume:
+    if resume == "":
+        raise UserError("--resume needs the run folder to go on with.")
+    if given.get("memorise") and resume:
+        raise UserError("--memorise chooses a recipe, and --resume goes on with the one that the run has; leave one out.")
+    if given.get("memorise"):
         name = f"{name or 'shakespeare'}-memorise"
         if name not in RECIPES:
             raise UserError("--memorise is a variant of the shakespeare recipe only.")
@@ -83,6 +96,9 @@ def run_train(argv: list[str]) -> None:
     base = Config.read(Path(resume) / "config.json") if resume else _recipe(name or "demo")
     arguments = _parse_train(argv, base)
     chosen = {key: value for key, value in vars(arguments).items() if key in given and key in settings.FIELDS}
+    taken = {"n_layer", "n_head", "n_embd", "n_positions", "tokenizer"} & set(chosen)
+    if arguments.init and taken and not resume:
+        raise UserError(f"--{min(taken).replace('_', '-')} contradicts --init, whose model has its own; leave it out.")
     changed = base.override(**chosen)
     if resume:
         changed = changed.override(out=resume)
@@ -116,7 +132,9 @@ def _recipe_and_flags(argv: list[str]) -> tuple[str, dict[str, str]]:
             continue
         name, _, value = token.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if name.removeprefix("no_") in SWITCHES or name == "h":
+        if name in SWITCHES or name == "h":
+            given[name] = "yes"
+        elif name.removeprefix("no_") in SWITCHES:
             given[name.removeprefix("no_")] = ""
         else:
             given[name] = value if "=" in token else next(tokens, "")
@@ -211,6 +229,7 @@ def run_sample(argv: list[str]) -> None:
         raise UserError(f"count {a.count} must be at least 1.")
     device = runtime.pick_device(a.device)
     precision, _ = runtime.pick_precision(a.precision, device)
+    torch.set_float32_matmul_precision(runtime.MATMUL[precision])
     model = weights.load_model(a.model, device, runtime.DTYPES[precision])
     tokenizer = Tokenizer.of_size(model.config.vocab_size)
     prompts = iter(input, "") if a.interactive else iter([_prompt(a)])

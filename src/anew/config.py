@@ -187,6 +187,10 @@ class Config:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise UserError(f"{f.name} is {value}; it must be a finite number.")
         refuse_if = [
+            (
+                m.vocab_size != TOKENIZERS[d.tokenizer],
+                f"vocab_size {m.vocab_size:,} is not that of the tokenizer {d.tokenizer}, {TOKENIZERS[d.tokenizer]:,}.",
+            ),
             (min(m.n_layer, m.n_head, m.n_embd, m.n_positions) < 1, "n_layer, n_head, n_embd and n_positions must all be at least 1."),
             (
                 m.n_head > 0 and m.n_embd % m.n_head != 0,

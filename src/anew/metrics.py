@@ -35,7 +35,7 @@ def read(run: Path) -> list[Row]:
 
 def last_loss(run: Path) -> float:
     """The newest training loss that a run has written down; NaN if there is none."""
-    return next((float(row["train/loss"]) for row in reversed(read(run)) if "train/loss" in row), math.nan)
+    return next((float(row["train/loss"]) for row in reversed(read(run)) if row.get("train/loss") is not None), math.nan)
 
 
 class Recorder:
@@ -77,7 +77,8 @@ class Recorder:
 
     def row(self, row: Row) -> None:
         """Append one row; numbers go to TensorBoard too."""
-        self.metrics.write(json.dumps(row) + "\n")
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self.metrics.write(json.dumps(finite) + "\n")  # JSON has no NaN
         self.metrics.flush()
         self.last_val = row.get("val/loss", self.last_val)
         if self.board is not None:

@@ -236,7 +236,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(hidden)
         wte = self.transformer.wte.weight
-        return HeadLoss.apply(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size)
+        training = torch.is_grad_enabled()  # inside the function it never is
+        return HeadLoss.apply(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size, training)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -248,27 +249,27 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int, training: bool) -> Tensor:
         weight = wte.to(hidden.dtype)
         count = (targets != -100).sum().clamp(min=1)
-        training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if training else None
         d_wte: Tensor | None = None
         for rows in _chunks(hidden.size(0)):
-            loss, d_logits = _chunk_loss(hidden[rows] @ weight.t(), targets[rows], count, vocab_size, training)
+            loss, d_logits = _chunk_loss(hidden[rows] @ weight.t(), targets[rows], vocab_size, training)
             total = total + loss
             if d_hidden is not None and d_logits is not None:
                 d_hidden[rows] = d_logits @ weight
                 part = (d_logits.t() @ hidden[rows]).to(wte.dtype)
                 d_wte = part if d_wte is None else d_wte + part
-        ctx.save_for_backward(d_hidden, d_wte)
+        ctx.save_for_backward(d_hidden, d_wte, count)
         return total / count
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_wte = ctx.saved_tensors
-        return d_hidden * grad[0].to(d_hidden.dtype), d_wte * grad[0], None, None
+        d_hidden, d_wte, count = ctx.saved_tensors
+        scale = grad[0] / count  # in fp32: fp16 holds neither 1 / count times a small probability nor a loss scale of 65536
+        return (d_hidden.float() * scale).to(d_hidden.dtype), d_wte * scale, None, None, None
 
 
 def _chunks(n: int) -> Iterator[slice]:
@@ -276,8 +277,8 @@ def _chunks(n: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, count: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one chunk and, in training, the gradient of the mean loss by its logits (padding columns zero)."""
+def _chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of one chunk and, in training, the gradient of that sum by its logits (padding columns zero)."""
     real = torch.arange(logits.size(1), device=logits.device) < vocab_size
     scored = targets != -100
     index = targets.clamp(min=0)[:, None]
@@ -287,7 +288,7 @@ def _chunk_loss(logits: Tensor, targets: Tensor, count: Tensor, vocab_size: int,
     if not training:
         return loss, None
     one_hot = torch.arange(logits.size(1), device=logits.device) == index
-    d_logits = ((x - log_sum).exp() - one_hot.float()) * (scored / count)[:, None]
+    d_logits = ((x - log_sum).exp() - one_hot.float()) * scored[:, None]
     return loss, d_logits.to(logits.dtype)
 
 

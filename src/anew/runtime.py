@@ -18,6 +18,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,8 @@ import torch
 from anew.config import RunConfig, UserError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MATMUL = {"fp32": "highest", "tf32": "high", "bf16": "highest", "fp16": "highest"}  # what torch does with fp32 matrices
 
 # Dense peak TFLOP/s of the tensor cores in bf16 (fp16 where there is no bf16), from NVIDIA's datasheets; found by name, first match.
 PEAK_TFLOPS = {
@@ -67,7 +70,7 @@ def start(run: RunConfig) -> Runtime:
     device = pick_device(run.device)
     precision, reason = pick_precision(run.precision, device)
     compiles, compile_reason = pick_compile(run.compile, device)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision(MATMUL[precision])
     if device.type == "cpu":
         _keep_freed_memory()
     _be_deterministic(run.deterministic or device.type == "cpu")
@@ -142,12 +145,26 @@ def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     return (False, f"eager: {missing}") if missing else (True, "compiled (the first step takes a while)")
 
 
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply fp32 matrices as `precision` says inside the block: true fp32 unless it is tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(MATMUL[precision])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _missing_for_compile(device: torch.device) -> str:
     if device.type == "mps":
         return "torch.compile is not reliable on MPS"
-    if device.type == "cuda":
-        return "" if find_spec("triton") else "Triton is not installed"
-    if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "cl") if c):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "Triton needs compute capability 7.0"
+    if device.type == "cuda" and not find_spec("triton"):
+        return "Triton is not installed"
+    compilers = ("cl",) if sys.platform == "win32" else ("g++", "clang++")
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), *compilers) if c):
         return "there is no C++ compiler"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         return "Python's C headers are not installed (Debian: python3-dev)"

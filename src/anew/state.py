@@ -26,6 +26,7 @@ class State:
 
     config: Config
     rt: Runtime
+    data_revision: str
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -66,8 +67,13 @@ class State:
             stored = load_file(folder / "optimizer.safetensors")
             trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
             self.step, self.tokens, self.seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
+            revision = trainer["data_revision"]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} is a model, but no checkpoint that training can resume from ({error}).") from error
+        if revision != self.data_revision:
+            raise UserError(
+                f"the text in {self.config.data.data} is no longer the one that {folder.parent.parent} was trained on; use another --out."
+            )
         self.saved_step = self.step
         parameters = dict(self.model.named_parameters())
         owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
@@ -93,7 +99,13 @@ class State:
             for p, entries in o.state.items()
             for key, value in entries.items()
         }
-        trainer = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "scaler": self.scaler.state_dict()}
+        trainer = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "data_revision": self.data_revision,
+            "scaler": self.scaler.state_dict(),
+        }
         with checkpoint.writing(run, self.step) as folder:
             weights.save_model(folder, self.model, tokenizer)
             save_file(moments, folder / "optimizer.safetensors")

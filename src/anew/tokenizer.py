@@ -75,15 +75,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes that `ids` stand for; end of text is written out. Ids no tokenizer emits (padding rows) are refused."""
-        try:
-            return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else self.tokens[i] for i in ids if self._known(i))
-        except IndexError:
-            raise UserError(f"token id {max(ids)} does not exist; {self.name} has ids 0 to {self.n_vocab - 1}.") from None
-
-    def _known(self, i: int) -> bool:
-        if not 0 <= i < self.n_vocab:
-            raise IndexError
-        return True
+        for i in ids:
+            if not 0 <= i < self.n_vocab:
+                raise UserError(f"token id {i} does not exist; {self.name} has ids 0 to {self.n_vocab - 1}.")
+        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else self.tokens[i] for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that form no UTF-8 (a character cut in half) become U+FFFD."""

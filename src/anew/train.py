@@ -84,9 +84,12 @@ def train_step(
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(params, clip)
     optim.set_rate(optimizers, rate)
-    for optimizer in optimizers:
-        optimizer.found_inf = (~(norm + total).isfinite()).float()  # type: ignore[attr-defined]
-        scaler.step(optimizer)
+    bad = (~(norm + total).isfinite()).float()
+    host_must_look = scaler.is_enabled() or bad.device.type == "mps"  # there optimizers do not all honour found_inf
+    if not (host_must_look and bad.item()):
+        for optimizer in optimizers:
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
+            scaler.step(optimizer)
     scaler.update()
     _drop_gradients(optimizers)
     return total, norm
@@ -107,7 +110,7 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
     tokenizer = Tokenizer.named(config.data.tokenizer)
     folder = open_data(config.data.data, tokenizer.name)
     batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed)
-    state = State(config, rt)
+    state = State(config, rt, folder.revision)
     found = state.begin(run)
     with _handled_signals() as stop, metrics.Recorder(run, config, state.step) as recorder:
         _write_config(run, config)
@@ -119,11 +122,11 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
         micro, accumulation = config.micro_batches(rt.world)
         params = list(state.model.parameters())
         evaluator = Evaluator(config, state, recorder, folder.splits, tokenizer, micro)
+        began = time.perf_counter()
         for step, micro_batches in _batches(config, batches, rt, range(state.step, config.run.steps)):
             if stop.is_set():
                 break
-            evaluator.due(step)
-            began = time.perf_counter()
+            began += evaluator.due(step)
             seeds = [_seed(config.run.seed, step, i, rt.rank) for i in range(accumulation)]
             rate = optim.rate(step, config.run.steps, config.optim)
             outcome = train_step(loss_of, params, state.optimizers, micro_batches, state.scaler, seeds, config.optim.clip, rate, stop)
@@ -138,6 +141,7 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
                 progress(row)
             if state.step % config.run.save_every == 0 or state.step == config.run.steps:
                 state.save(run, tokenizer)
+            began = time.perf_counter()
         if stop.is_set():
             state.save(run, tokenizer)
             raise Preempted(f"stopped at step {state.step:,} of {config.run.steps:,}; the same command goes on from there.")
@@ -156,6 +160,8 @@ def settle(config: Config) -> Config:
             shape = weights.read_config(weights.find(config.run.init))
         taken = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")}
         tokenizer = Tokenizer.of_size(shape.vocab_size).name
+        if config.data.seq_len > shape.n_positions:
+            log.info(f"seq_len lowered from {config.data.seq_len} to the {shape.n_positions} positions of {config.run.init}")
         config = config.override(**taken, tokenizer=tokenizer, seq_len=min(config.data.seq_len, shape.n_positions))
     config.check()
     if existing is not None and (different := existing.differences(config)):
@@ -175,7 +181,7 @@ def _batches(config: Config, batches: Batches, rt: runtime.Runtime, steps: range
         rows = torch.from_numpy(batches.rows(first + rt.rank * share, share))
         if rt.device.type == "cuda":
             rows = rows.pin_memory()
-        rows = rows.to(rt.device, non_blocking=True)
+        rows = rows.to(rt.device, non_blocking=rt.device.type == "cuda")  # on MPS a copy from a temporary may read freed memory
         return step, [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(micro)]
 
     return prefetch(load, steps)

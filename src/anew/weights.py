@@ -74,11 +74,6 @@ def load_model(model: str, device: torch.device | str = "cpu", dtype: torch.dtyp
     return gpt.to(device).eval()
 
 
-def load_tokenizer(model: str) -> Tokenizer:
-    """The tokenizer that a model folder's ids belong to."""
-    return Tokenizer.of_size(read_config(find(model)).vocab_size)
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder under their full names; never through pickle's code execution."""
     try:
@@ -96,6 +91,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if "pickle" not in type(error).__module__.lower() and "Unpickling" not in type(error).__name__:
             raise
         raise UserError(f"{folder}/pytorch_model.bin is no plain file of tensors ({error}).") from error
+    if not isinstance(raw, dict) or not all(isinstance(t, Tensor) for t in raw.values()):
+        raise UserError(f"{folder}/pytorch_model.bin is no plain file of tensors.")
     tensors = {}
     for name, tensor in raw.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # buffers of old transformers versions, not weights

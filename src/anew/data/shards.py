@@ -139,12 +139,15 @@ def writing(path: Path) -> Iterator[Path]:
 
     If somebody else has finished the same folder meanwhile, theirs stays.
     """
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if not (path / "index.json").exists():
+            if path.is_dir():  # empty: Windows does not replace even that
+                path.rmdir()
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 
 from anew.config import Config
@@ -9,7 +10,7 @@ from anew.data.shards import Shard
 from anew.evaluate.loss import mean_loss
 from anew.generate import generate
 from anew.metrics import Recorder
-from anew.runtime import DTYPES
+from anew.runtime import DTYPES, matmul_precision
 from anew.state import State
 from anew.tokenizer import Tokenizer
 
@@ -27,8 +28,9 @@ class Evaluator:
     tokenizer: Tokenizer
     batch: int  # windows scored at a time
 
-    def due(self, step: int) -> None:
-        """Validate and sample if `step` asks for it; the checkpoint of the step is saved first."""
+    def due(self, step: int) -> float:
+        """Validate and sample if `step` asks for it; the checkpoint of the step is saved first. Returns the seconds it took."""
+        began = time.perf_counter()
         r = self.config.run
         validate = r.evaluate_every > 0 and step > 0 and step % r.evaluate_every == 0
         sample = r.sample_every > 0 and step > 0 and step % r.sample_every == 0
@@ -38,13 +40,15 @@ class Evaluator:
             self.validate("val", self.state.rt.precision)
         if sample:
             self.sample()
+        return time.perf_counter() - began
 
     def validate(self, split: str, precision: str) -> float | None:
         """Mean loss over the fixed windows of a split, written down as <split>/loss with the precision it was computed in."""
         limit = min(self.config.data.val_tokens, sum(s.n_tokens for s in self.splits[split]))
         if limit < 2:
             return None
-        loss = mean_loss(self.state.model, self.splits[split], self.config.data.seq_len, limit, DTYPES[precision], self.batch)
+        with matmul_precision(precision):
+            loss = mean_loss(self.state.model, self.splits[split], self.config.data.seq_len, limit, DTYPES[precision], self.batch)
         name = "val" if split == "val" else "train_text"
         self.recorder.evaluation({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
         log.info(
