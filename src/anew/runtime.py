@@ -85,7 +85,7 @@ def start(run: RunConfig) -> Runtime:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: given back to Linux, it is faulted in again, 456,000 pages a step at 124M and 4 x 1024 tokens."""
+    """Let glibc keep what a step frees: given back to Linux, it has to be faulted in again, page by page (docs/log.md, 2)."""
     if sys.platform != "linux":
         return
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
