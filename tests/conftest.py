@@ -25,6 +25,7 @@ def shared(name: str) -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared data of the tests goes to a folder of theirs."""
     os.environ["ANEW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # tests of downloads have a hub of their own
     torch.set_num_threads(2)
 
 

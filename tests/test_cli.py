@@ -251,3 +251,57 @@ def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
     process.wait()
+
+
+@pytest.fixture
+def passages(tmp_path: Path) -> Path:
+    path = tmp_path / "lambada.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"The ship leaves on day {i} and the king stays {'at home ' * (i % 7)}here"}) + "\n" for i in range(90))
+    )
+    return path
+
+
+def test_evaluate_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], model: Path, passages: Path) -> None:
+    code, out, err = run(capsys, "evaluate", model, "--task", "lambada,val", "--limit", "20", "--precision", "fp32", "--json")
+    assert code == 2  # lambada has to be downloaded, and val needs no file: --file would go to both
+    assert "could not be downloaded" in err
+    code, out, err = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--against", model, "--json")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["tasks"]["lambada"]["examples"] == 20
+    assert result["limited"] is True
+    assert "No GPT-2 of this shape was published" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    again = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--json")
+    assert json.loads(again[1].splitlines()[-1])["tasks"] == result["tasks"]
+    assert "20 of them kept from before" in again[2]
+    rows = [json.loads(line) for line in (model / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [12, 12]
+    fresh = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--fresh")
+    assert "kept" not in fresh[2]
+
+
+def test_all_tasks_say_which_could_not_be_run(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    code, out, err = run(capsys, "evaluate", model)
+    assert code == 0, err
+    assert re.search(r"val +loss +\d\.\d{4}", out)
+    said = " ".join(out.split())
+    assert "hellaswag not run: https://" in said
+    assert "ptb not run: task ptb has no public download" in said
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_evaluate_under_torchrun_reports_the_same(
+    capsys: pytest.CaptureFixture[str], model: Path, passages: Path, ranks: int, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", str(model), "--task", "lambada", "--file", str(passages), "--json"]
+    alone = json.loads(run(capsys, *arguments)[1].splitlines()[-1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "anew"]
+    env = {**os.environ, "ANEW_CACHE": str(tmp_path / "other")}
+    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(line)["tasks"] == alone["tasks"]
+    stores = list((tmp_path / "other" / "evaluations").glob("lambada-*/*.jsonl"))
+    assert {path.name.split("-")[0] for path in stores} <= {str(rank) for rank in range(ranks)}

@@ -12,22 +12,30 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 LEVELS = [
     {"config", "attention"},
-    {"model", "tokenizer", "runtime", "data.shards"},
-    {"optim", "checkpoint", "weights", "generate", "metrics", "data.sources", "data.prepare", "data.batches"},
-    {"state", "evaluate.loss", "evaluate.during"},
+    {"model", "tokenizer", "runtime", "tf_checkpoint", "data.shards"},
+    {"optim", "checkpoint", "foreign", "hub", "weights", "generate", "metrics", "data.sources", "data.prepare", "data.batches"},
+    {"evaluate.score", "evaluate.task", "evaluate.loss", "evaluate.published", "state"},
+    {"evaluate.choices", "evaluate.corpora", "evaluate.tasks", "evaluate.runner", "evaluate.harness", "evaluate.during", "export"},
     {"train"},
     {"demo"},
+    {"verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"},
     {"cli"},
     {"__main__"},
 ]
 WITHIN_A_LEVEL = {
-    ("weights", "checkpoint"),
+    *(("weights", other) for other in ("checkpoint", "foreign", "hub")),
+    ("evaluate.task", "evaluate.score"),
+    *(("evaluate.tasks", f"evaluate.{other}") for other in ("choices", "corpora")),
+    ("evaluate.harness", "evaluate.corpora"),
+    *(("evaluate.during", f"evaluate.{other}") for other in ("runner", "tasks")),
     ("data.prepare", "data.sources"),
-    ("evaluate.during", "evaluate.loss"),
-    ("evaluate.during", "state"),
 }
 UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
-OWNERS = {"tyro": {"cli"}, "rich": {"cli"}, "loguru": {"cli"}, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"}, "transformers": set()}
+VERBS = {"cli", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"}
+OWNERS = {
+    "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"}, "huggingface_hub": {"hub"},
+    "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"}, "transformers": set(), "datasets": set(),
+}  # fmt: skip
 
 
 def name_of(path: Path) -> str:

@@ -109,6 +109,8 @@ class RunConfig:
     save_every: int = setting(250, "steps between checkpoints; the last step is always saved", may_change=True)
     keep: int = setting(3, "newest verified checkpoints to keep; 0 keeps all", may_change=True)
     evaluate_every: int = setting(250, "steps between validations; 0: only at the end", may_change=True)
+    evaluate_tasks: str = setting("", "tasks to score at each validation, e.g. hellaswag,lambada (see anew evaluate)", may_change=True)
+    evaluate_limit: int = setting(0, "only the first N examples of each task while training; 0: all", may_change=True)
     evaluate_train: bool = setting(False, "at the end, score the training text too", may_change=True)
     sample_every: int = setting(0, "steps between samples; 0: never", may_change=True)
     sample_prompt: str = setting("\n", "text that the samples continue", may_change=True)
@@ -217,8 +219,8 @@ class Config:
             (r.batch_tokens < d.seq_len, f"batch_tokens {r.batch_tokens:,} is less than one sequence of {d.seq_len} tokens."),
             (min(r.save_every, r.log_every) < 1, "save_every and log_every must be at least 1 step."),
             (
-                min(r.keep, r.evaluate_every, r.sample_every, r.sample_tokens) < 0,
-                "keep, evaluate_every, sample_every and sample_tokens cannot be negative.",
+                min(r.keep, r.evaluate_every, r.evaluate_limit, r.sample_every, r.sample_tokens) < 0,
+                "keep, evaluate_every, evaluate_limit, sample_every and sample_tokens cannot be negative.",
             ),
             (not 0 <= r.seed < 2**63, f"seed {r.seed} must be between 0 and 2^63 - 1."),
             (self.recipe == "finetune" and not r.init, "the finetune recipe needs a model to start from: add --init MODEL."),

@@ -96,16 +96,19 @@ class Cache:
             self.values[layer, :, :, self.used : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def mask(self, T: int) -> Tensor | None:
-        """Which slots may each of T new tokens see: (B, 1, T, used + T), or None where nothing must be hidden.
+    def positions(self, T: int) -> Tensor:
+        """Where T new tokens stand: (B, T)."""
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
-        SDPA's `is_causal` aligns the triangle top-left when queries are fewer than keys, so it cannot be used here.
+    def mask(self, T: int) -> Tensor | None:
+        """Which slots may each of T new tokens see: (B, 1, T, used + T), or None: all before it.
+
+        SDPA's `is_causal` aligns the triangle top-left when queries are fewer than keys, so it cannot be used behind a filled cache.
         """
-        if T == 1 and not self.ragged:
+        if self.used == 0 or (T == 1 and not self.ragged):
             return None
         slot = torch.arange(self.used + T, device=self.lengths.device)
-        last_visible = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
-        return (slot <= last_visible[:, :, None])[:, None]
+        return (slot <= self.positions(T)[:, :, None])[:, None]
 
 
 class Attention(nn.Module):
@@ -121,10 +124,9 @@ class Attention(nn.Module):
         B, T, C = x.shape
         c = self.config
         q, k, v = self.c_attn(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
-        causal = cache is None or cache.used == 0
         if cache is not None:
-            seen = cache.write(self.layer, k, v)
-            k, v = (k, v) if causal else seen
+            k, v = cache.write(self.layer, k, v)
+        causal = mask is None and (cache is None or k.size(2) == T)
         y = attend(q, k, v, mask, c.dropout if self.training else 0.0, causal, c.attention)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -209,14 +211,16 @@ class GPT(nn.Module):
                 p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B, T) token ids -> (B, T, C) after the final layer norm, in `compute_dtype`. A cache is filled on the way."""
+    def hidden(self, ids: Tensor, cache: Cache | None = None, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, C) after the final layer norm, in `compute_dtype`. A cache is filled on the way.
+
+        `position` (B, T) and `mask` (B, 1, T, T) are for rows that are not one text from left to right (see evaluate/score.py).
+        """
         t, T = self.transformer, ids.size(1)
-        position: Tensor = torch.arange(T, device=ids.device)
-        mask = None
-        if cache is not None and cache.used > 0:
-            position = cache.lengths[:, None] + position  # (B, T)
-            mask = cache.mask(T)
+        if cache is not None:
+            position, mask = cache.positions(T), cache.mask(T)
+        if position is None:
+            position = torch.arange(T, device=ids.device)
         x = (t.wte(ids) + t.wpe(position)).to(self.compute_dtype)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in t.h:

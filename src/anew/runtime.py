@@ -18,10 +18,11 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,40 @@ class Runtime:
     def dtype(self) -> torch.dtype:
         """What activations are computed in; weights are always kept in fp32."""
         return DTYPES[self.precision]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share one job; `gather` brings one value of each to all, in rank order."""
+
+    rank: int
+    size: int
+    gather: Callable[[Any], list[Any]]
+
+
+ALONE = World(0, 1, lambda value: [value])
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """The world that torchrun started, for as long as the block runs; a single process is a world of one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo")  # only results travel, and gloo takes them from any device
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * size
+        distributed.all_gather_object(values, value)
+        return values
+
+    try:
+        yield World(distributed.get_rank(), size, gather)
+    finally:
+        distributed.destroy_process_group()
 
 
 def start(run: RunConfig) -> Runtime:
@@ -103,13 +138,13 @@ def _be_deterministic(wanted: bool) -> None:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "mps" means here."""
+    """The device that "auto", "cpu", "cuda" or "mps" means here; under torchrun each process has a GPU of its own."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
-        return torch.device(next(name for name in here if here[name]))
+        wanted = next(name for name in here if here[name])
     if not here[wanted]:
         raise UserError(f"this machine (or this build of torch) has no {wanted}; use --device {next(n for n in here if here[n])}.")
-    return torch.device(wanted)
+    return torch.device(wanted, int(os.environ.get("LOCAL_RANK", "0"))) if wanted == "cuda" else torch.device(wanted)
 
 
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:

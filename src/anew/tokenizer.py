@@ -84,15 +84,19 @@ class Tokenizer:
         """Text of `ids`; bytes that form no UTF-8 (a character cut in half) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def words(self) -> tuple[list[str], list[str]]:
+        """The vocabulary in id order and the merges, each byte written as vocabulary files write it."""
+        as_text = _byte_characters()
+        words = ["".join(as_text[b] for b in token) for token in self.tokens]
+        return [*words, END_OF_TEXT], [f"{words[a]} {words[b]}" for a, b in self.merges]
+
     def files(self, n_positions: int = 1024) -> dict[str, bytes]:
         """The files that `AutoTokenizer` opens, by name, for a model of `n_positions`.
 
         For gpt2, vocab.json and merges.txt are OpenAI's own, byte for byte.
         """
-        as_text = _byte_characters()
-        words = ["".join(as_text[b] for b in token) for token in self.tokens]
-        vocab = {word: i for i, word in enumerate(words)} | {END_OF_TEXT: self.end_of_text}
-        pairs = [f"{words[a]} {words[b]}" for a, b in self.merges]
+        words, pairs = self.words()
+        vocab = {word: i for i, word in enumerate(words)}
         special = {"content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         tokenizer = {

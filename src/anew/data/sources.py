@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import json
 import os
+import socket
 import sysconfig
 import time
 import urllib.error
@@ -124,7 +125,14 @@ def _lines(path: Path) -> Iterator[bytes]:
                 yield text
 
 
-def download(url: str, path: Path, sha256: str, attempts: int = 4, pause_seconds: float = 1.0) -> None:
+def download(
+    url: str,
+    path: Path,
+    sha256: str,
+    attempts: int = 4,
+    pause_seconds: float = 1.0,
+    hint: str = "fetch it by other means and pass the file with --data",
+) -> None:
     """Fetch `url` into `path`, which appears only when its sha256 is right: no half file, no error page saved as data.
 
     Network failures and 5xx/429 answers are tried again, each after twice the pause; any other failure is a UserError.
@@ -144,6 +152,8 @@ def download(url: str, path: Path, sha256: str, attempts: int = 4, pause_seconds
             continue
         except (OSError, http.client.HTTPException) as error:
             problem = str(error) or type(error).__name__
+            if attempt and isinstance(getattr(error, "reason", None), socket.gaierror):  # no such host twice: there is no network
+                break
             continue
         if hashlib.sha256(body).hexdigest() == sha256:
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -151,4 +161,4 @@ def download(url: str, path: Path, sha256: str, attempts: int = 4, pause_seconds
             os.replace(temporary, path)
             return
         problem = f"the {len(body):,} bytes received have another sha256 than the published file"
-    raise UserError(f"{url} could not be downloaded ({problem}); fetch it by other means and pass the file with --data.")
+    raise UserError(f"{url} could not be downloaded ({problem}); {hint}.")

@@ -5,9 +5,12 @@ import math
 import time
 from dataclasses import dataclass
 
-from anew.config import Config
+from anew.config import Config, UserError
 from anew.data.shards import Shard
-from anew.evaluate.loss import mean_loss
+from anew.evaluate.loss import computing_in, mean_loss
+from anew.evaluate.runner import run
+from anew.evaluate.task import Example, Task
+from anew.evaluate.tasks import TASKS
 from anew.generate import generate
 from anew.metrics import Recorder
 from anew.runtime import DTYPES, matmul_precision
@@ -28,6 +31,16 @@ class Evaluator:
     tokenizer: Tokenizer
     batch: int  # windows scored at a time
 
+    def __post_init__(self) -> None:
+        """Open the tasks at once: a file that cannot be had is better known before training than after an hour of it."""
+        self.tasks: list[tuple[Task, list[Example]]] = []
+        r = self.config.run
+        for name in filter(None, r.evaluate_tasks.split(",")):
+            if name not in TASKS:
+                raise UserError(f"there is no task '{name}' to evaluate; choose among {', '.join(TASKS)}.")
+            examples = TASKS[name].examples(TASKS[name].fetch(), self.tokenizer, self.config.model.n_positions)
+            self.tasks.append((TASKS[name], examples[: r.evaluate_limit or None]))
+
     def due(self, step: int) -> float:
         """Validate and sample if `step` asks for it; the checkpoint of the step is saved first. Returns the seconds it took."""
         began = time.perf_counter()
@@ -38,6 +51,7 @@ class Evaluator:
             self.state.save(self.config.folder, self.tokenizer)
         if validate:
             self.validate("val", self.state.rt.precision)
+            self.score_tasks(self.state.rt.precision)
         if sample:
             self.sample()
         return time.perf_counter() - began
@@ -57,6 +71,17 @@ class Evaluator:
         )
         return loss
 
+    def score_tasks(self, precision: str) -> None:
+        """Each task's figures, written down as eval/<task>/<figure>."""
+        for task, examples in self.tasks:
+            with matmul_precision(precision), computing_in(self.state.model, DTYPES[precision]):
+                report = run(self.state.model, task, examples)
+            figures = {name: value for name, value in report.figures.items() if isinstance(value, float)}
+            row = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
+            self.recorder.evaluation({**self.state.clock(), **row, f"eval/{task.name}/precision": precision})
+            said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log.info(f"step {self.state.step:,}: {task.name} {said}, {report.examples:,} examples, {precision}")
+
     def sample(self) -> None:
         """One sample text from the current weights."""
         r = self.config.run
@@ -68,5 +93,6 @@ class Evaluator:
         """The last word on a run: losses on held-out and (if asked for) on training text, in true fp32, and a sample if wanted."""
         if self.config.run.sample_every:
             self.sample()
+        self.score_tasks("fp32")
         held_out = None if self.config.data.one_batch else self.validate("val", "fp32")
         return held_out, self.validate("train", "fp32") if self.config.run.evaluate_train else None

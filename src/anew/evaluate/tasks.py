@@ -1,0 +1,49 @@
+"""Every task by the name that `--task` calls it, and the loss on a run's own held-out text as one more."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from anew.data.batches import evaluation_windows
+from anew.data.shards import DataFolder
+from anew.evaluate.choices import ChildrensBook, HellaSwag, HellaSwagHarness, Lambada
+from anew.evaluate.corpora import CORPORA, Corpus, Window, window_figures, window_result
+from anew.evaluate.score import Question, Scored
+from anew.evaluate.task import Example, Result, Task
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (HellaSwag(), HellaSwagHarness(), Lambada(), *CORPORA, ChildrensBook("CN"), ChildrensBook("NE"))
+}
+
+
+def with_stride(task: Task, stride: int) -> Task:
+    """`task` predicting `stride` tokens a window, where it is one of running text."""
+    return dataclasses.replace(task, stride=stride) if isinstance(task, Corpus) else task
+
+
+class Validation(Task):
+    """Loss on the validation split of a data folder, in the fixed windows that training reports it on.
+
+    GPT-2 124M: 3.2924 on FineWeb-Edu's shard 0 (build-nanogpt), 3.4250 on FineWeb (llm.c), 3.11 to 3.12 on OpenWebText (nanoGPT). These are
+    context, not verdicts: another text has another loss.
+    """
+
+    name = "val"
+
+    def __init__(self, folder: DataFolder, seq_len: int, limit_tokens: int) -> None:
+        shards = folder.splits["val"]
+        limit = min(limit_tokens, sum(shard.n_tokens for shard in shards))
+        self.windows: list[Example] = []
+        for ids, targets in evaluation_windows(shards, seq_len, limit, 1):
+            known = int((targets[0] == -100).sum()) + 1  # tokens that are context only
+            self.windows.append(Example(Window(known), Question(ids[0, :known].tolist(), [targets[0, known - 1 :].tolist()])))
+
+    def examples(self, *_: Any) -> list[Example]:
+        """The windows, whatever the file."""
+        return self.windows
+
+    def result(self, row: Any, answer: Sequence[Scored]) -> Result:
+        return window_result(row, answer)
+
+    def figures(self, results: Sequence[Result]) -> dict[str, Any]:
+        return window_figures(results)

@@ -1,0 +1,222 @@
+"""A model for other people's programs: a Hugging Face folder, a GGUF file for llama.cpp, an ONNX graph.
+
+    anew export runs/mine --to hf --out my-gpt2                 # AutoModelForCausalLM, AutoTokenizer
+    anew export gpt2 --to gguf --out gpt2-q8.gguf --dtype q8_0  # llama.cpp, ollama, LM Studio
+    anew export runs/mine --to onnx --out model.onnx            # onnxruntime: ids (batch, tokens) -> logits
+
+Each is written beside its place and renamed when it is whole. gguf and onnx are extras: `pip install 'anew[export]'`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anew import metrics, weights
+from anew.config import Config, UserError
+from anew.model import GPT, count_parameters
+from anew.tokenizer import Tokenizer
+
+FORMATS = ("hf", "gguf", "onnx")
+GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
+# Our name of a layer's part -> llama.cpp's. Its matrices are (out, in).
+GGUF_NAMES = {
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+
+
+def export(model: str, to: str, out: Path, dtype: str = "f32") -> None:
+    """Write MODEL at `out` in the format `to`. `dtype` is the matrices' in a GGUF file; the other formats keep fp32."""
+    if to not in FORMATS:
+        raise UserError(f"there is no format '{to}'; choose one of {', '.join(FORMATS)}.")
+    if dtype not in GGUF_DTYPES or (to != "gguf" and dtype != "f32"):
+        raise UserError(f"--dtype {dtype} cannot be exported to {to}; gguf takes {', '.join(GGUF_DTYPES)}, the others keep f32.")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or remove it.")
+    path = weights.find(model)
+    gpt = weights.load_model(str(path))
+    tokenizer = Tokenizer.of_size(gpt.config.vocab_size)
+    with _whole(out) as temporary:
+        if to == "hf":
+            write_hf(temporary, gpt, tokenizer, card(model, path, gpt, tokenizer))
+        elif to == "gguf":
+            write_gguf(temporary, gpt, tokenizer, dtype, out.stem)
+        else:
+            write_onnx(temporary, gpt)
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A place beside `out` to write to; it becomes `out` when the block ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_hf(folder: Path, gpt: GPT, tokenizer: Tokenizer, readme: str) -> None:
+    """A folder that `AutoModelForCausalLM` and `AutoTokenizer` open, with a model card."""
+    folder.mkdir()
+    weights.save_model(folder, gpt, tokenizer)
+    end = tokenizer.end_of_text
+    generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def write_gguf(path: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: str) -> None:
+    """A GGUF file. Matrices are stored as `dtype`; norms, biases and positions stay fp32. The tied head is written out a second time.
+
+    llama.cpp's loader of GPT-2 wants `output.weight` where `token_embd.weight` was written without a note that both are one.
+    """
+    _needs("gguf")
+    import gguf
+
+    config = gpt.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_name(name)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}[dtype])  # gguf.LlamaFileType
+    words, merges = tokenizer.words()
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(words)
+    writer.add_token_types([control if i == tokenizer.end_of_text else normal for i in range(len(words))])
+    writer.add_token_merges(merges or [f"{words[-2]} {words[-2]}"])  # bytes: llama.cpp wants a list, and this pair names no token
+    writer.add_bos_token_id(tokenizer.end_of_text)
+    writer.add_eos_token_id(tokenizer.end_of_text)
+    writer.add_add_bos_token(False)
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    for key, tensor in _gguf_tensors(gpt):
+        values = tensor.float().numpy()
+        whole = kind == gguf.GGMLQuantizationType.F32 or tensor.ndim == 1 or key == "position_embd.weight"
+        if whole or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            writer.add_tensor(key, values)
+        else:
+            writer.add_tensor(key, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_tensors(gpt: GPT) -> Iterator[tuple[str, Tensor]]:
+    """llama.cpp's name and layout of every tensor."""
+    named = {
+        name.removeprefix("transformer."): weights.unpadded(name, p, gpt.config).detach() for name, p in gpt.named_parameters()
+    }  # fmt: skip
+    yield "token_embd.weight", named["wte.weight"]
+    yield "position_embd.weight", named["wpe.weight"]
+    for i in range(gpt.config.n_layer):
+        for ours, theirs in GGUF_NAMES.items():
+            weight = named[f"h.{i}.{ours}.weight"]
+            yield f"blk.{i}.{theirs}.weight", weight.t().contiguous() if weight.ndim == 2 else weight
+            yield f"blk.{i}.{theirs}.bias", named[f"h.{i}.{ours}.bias"]
+    yield "output_norm.weight", named["ln_f.weight"]
+    yield "output_norm.bias", named["ln_f.bias"]
+    yield "output.weight", named["wte.weight"]
+
+
+def write_onnx(path: Path, gpt: GPT) -> None:
+    """A graph from ids (batch, tokens) int64 to logits (batch, tokens, vocabulary) fp32, for any batch and length up to the positions."""
+    _needs("onnx", "onnxscript")
+    import logging
+    import warnings
+
+    ids = torch.zeros(2, min(8, gpt.config.n_positions), dtype=torch.long)
+    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=gpt.config.n_positions)},)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            gpt, (ids,), input_names=["ids"], output_names=["logits"], dynamic_shapes=dynamic, dynamo=True, verbose=False
+        )
+    assert program is not None
+    large = 4 * count_parameters(gpt.config) > 1_900_000_000  # a protocol buffer ends at 2 GB; then the weights stand in a file beside it
+    program.save(path, external_data=large)
+
+
+def _needs(*packages: str) -> None:
+    for package in packages:
+        if not find_spec(package):
+            raise UserError(f"this format needs the package {package}: pip install 'anew[export]'.")
+
+
+# --- the model card ------------------------------------------------------------------------------------------------------------------
+
+
+def card(model: str, path: Path, gpt: GPT, tokenizer: Tokenizer) -> str:
+    """README.md of an exported folder: what it is, how it was trained, how good it is, how to use it. Figures are the run's own."""
+    millions = count_parameters(gpt.config) / 1e6
+    c = gpt.config
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", "",
+        f"# {path.parent.parent.name if path.parent.name == 'checkpoints' else Path(model).name}", "",
+        f"A GPT-2 of {millions:,.1f}M parameters: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads, {c.n_positions} positions, "
+        f"{c.vocab_size:,} tokens ({tokenizer.name}). Exported by anew; logits are those of the checkpoint.", "",
+    ]  # fmt: skip
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and (run / "config.json").is_file():
+        lines += _training(run, path)
+    lines += [
+        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")', 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+        'ids = tokenizer("The ", return_tensors="pt")', "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))", "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _training(run: Path, path: Path) -> list[str]:
+    config = Config.read(run / "config.json")
+    step = int(path.name.removeprefix("step-"))
+    lines = ["## Training", "", "| what | value |", "|---|---|"]
+    facts: dict[str, Any] = {
+        "recipe": config.recipe,
+        "steps": f"{step:,} of {config.run.steps:,}",
+        "tokens": f"{step * config.run.batch_tokens:,} ({config.run.batch_tokens:,} a step)",
+        "text": Path(config.data.data).name if os.path.sep in config.data.data else config.data.data,
+        "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}",
+        "seed": config.run.seed,
+    }
+    rows = [row for row in metrics.read(run) if row["step"] <= step]
+    validated = [row for row in rows if "val/loss" in row]
+    if validated:
+        last = validated[-1]
+        facts["validation loss"] = (
+            f"{last['val/loss']:.4f} nats a token at step {int(last['step']):,} ({last.get('val/precision', 'fp32')})"
+        )
+    lines += [f"| {name} | {value} |" for name, value in facts.items()] + [""]
+    measured = []
+    if (run / "evaluations.jsonl").is_file():
+        for line in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["step"] == step:
+                measured += [
+                    f"| {task} | {figure} | {value:.4f} | {figures.get('examples', '')} | {row['precision']} |"
+                    for task, figures in row["tasks"].items()
+                    for figure, value in figures.items()
+                    if isinstance(value, float)
+                ]
+    if measured:
+        lines += ["## Evaluation", "", "| task | figure | value | examples | precision |", "|---|---|---|---|---|", *measured, ""]
+    return lines
