@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from anew import Config, checkpoint
+from anew import GPT, Config, GPTConfig, Tokenizer, UserError, checkpoint, weights
 from anew.cli import main
 from anew.train import train
 
@@ -263,32 +263,71 @@ def passages(tmp_path: Path) -> Path:
 
 
 def test_evaluate_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], model: Path, passages: Path) -> None:
-    code, out, err = run(capsys, "evaluate", model, "--task", "lambada,val", "--limit", "20", "--precision", "fp32", "--json")
-    assert code == 2  # lambada has to be downloaded, and val needs no file: --file would go to both
-    assert "could not be downloaded" in err
     code, out, err = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--against", model, "--json")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["tasks"]["lambada"]["examples"] == 20
-    assert result["limited"] is True
+    assert result["against"]["lambada"]["acc"] == result["tasks"]["lambada"]["acc"]
+    assert result["limit"] == 20
     assert "No GPT-2 of this shape was published" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     again = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--json")
     assert json.loads(again[1].splitlines()[-1])["tasks"] == result["tasks"]
     assert "20 of them kept from before" in again[2]
-    rows = [json.loads(line) for line in (model / "evaluations.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (model / "evaluations.jsonl").read_text().splitlines() if line]
     assert [row["step"] for row in rows] == [12, 12]
     fresh = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--fresh")
     assert "kept" not in fresh[2]
 
 
-def test_all_tasks_say_which_could_not_be_run(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    code, out, err = run(capsys, "evaluate", model)
+def test_all_tasks_say_which_could_not_be_run(capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(url: str, *_: object, hint: str, **__: object) -> None:
+        raise UserError(f"{url} could not be downloaded (no network); {hint}.")
+
+    monkeypatch.setattr("anew.data.sources.download", no_network)
+    code, out, err = run(capsys, "evaluate", model, "--against", model)
     assert code == 0, err
-    assert re.search(r"val +loss +\d\.\d{4}", out)
+    assert re.search(r"val +loss +(\d\.\d{4}) +\1", out)
     said = " ".join(out.split())
     assert "hellaswag not run: https://" in said
     assert "ptb not run: task ptb has no public download" in said
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ("--task nothing", "there is no task 'nothing'"), ("--task ,", "names no task"), ("--task val --limit -1", "must be 0 or above"),
+    ("--file {passages}", "--file is the data of one task"), ("--task lambada --stride 4", "--stride is for tasks of running text"),
+    ("--task harness:x --fresh", "tasks of the harness take neither"), ("--task lambada --file nowhere", "does not exist"),
+    ("--task wikitext2 --file {passages} --against {other}", "figures a token cannot be compared"),
+])  # fmt: skip
+def test_wishes_that_evaluate_refuses(
+    capsys: pytest.CaptureFixture[str], model: Path, passages: Path, tmp_path: Path, arguments: str, words: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    weights.save_model(other, GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_positions=16)), Tokenizer.named("gpt2"))
+    code, _, err = run(capsys, "evaluate", model, *arguments.format(passages=passages, other=other).split())
+    assert code == 2
+    assert words in err
+
+
+def test_val_is_the_text_of_the_run_and_no_other(
+    capsys: pytest.CaptureFixture[str], model: Path, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = sorted((model / "checkpoints").iterdir())[-1]
+    monkeypatch.chdir(model / "checkpoints")
+    assert run(capsys, "evaluate", newest.name, "--task", "val")[0] == 0
+    stray = tmp_path / "elsewhere" / "checkpoints" / newest.name
+    shutil.copytree(newest, stray)
+    code, _, err = run(capsys, "evaluate", stray, "--task", "val")
+    assert code == 2
+    assert "nobody knows its validation text" in err
+    story = tmp_path / "changed.txt"
+    story.write_text(Path(tiny.data.data).read_text())
+    train(tiny.override(data=str(story), out=str(tmp_path / "changed")))
+    story.write_text(story.read_text() + "One more line.\n")
+    code, _, err = run(capsys, "evaluate", tmp_path / "changed", "--task", "val")
+    assert code == 2
+    assert "no longer the one" in err
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

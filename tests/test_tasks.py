@@ -12,10 +12,11 @@ import torch
 from anew import GPT, GPTConfig, Tokenizer, UserError, weights
 from anew.config import Config
 from anew.data import prepare, sources
+from anew.data.shards import sha256_of
 from anew.evaluate import published, runner
 from anew.evaluate.corpora import wikitext_articles, wikitext_polish, windows
 from anew.evaluate.score import Question
-from anew.evaluate.task import Example, Task, split_pair
+from anew.evaluate.task import Example, Remote, Task, split_pair
 from anew.evaluate.tasks import TASKS, Validation, with_stride
 from anew.runtime import World
 from tests.conftest import shared
@@ -149,7 +150,7 @@ def test_rolling_likelihood_equals_the_harness(model: tuple[GPT, Path], hflm: ob
     assert adapter == pytest.approx(theirs, rel=1e-6)
 
 
-def test_any_harness_task_runs(model: tuple[GPT, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_harness_task_runs(model: tuple[GPT, Path], hflm: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -165,8 +166,14 @@ def test_any_harness_task_runs(model: tuple[GPT, Path], tmp_path: Path, monkeypa
     adapter = HarnessModel(model[0], TOKENIZER)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     outcome = simple_evaluate(adapter, tasks=["count"], task_manager=manager, bootstrap_iters=0)
-    assert outcome["results"]["count"]["exact_match,none"] == 0.0
     assert len(outcome["samples"]["count"]) == 6
+    requests = instances([(f"{i} and", {"until": ["."], "max_gen_toks": 12, "do_sample": False}) for i in range(6)])  # type: ignore[misc]
+    theirs = hflm.generate_until(requests, disable_tqdm=True)  # type: ignore[attr-defined]
+    assert adapter.generate_until(requests) == theirs
+    assert any(theirs)
+    word = theirs[0].split()[-1]
+    stopped = instances([("0 and", {"until": [word], "max_gen_toks": 12, "do_sample": False})])  # type: ignore[misc]
+    assert adapter.generate_until(stopped) == [theirs[0][: theirs[0].index(word)]]
 
 
 # --- against a plain computation with transformers -------------------------------------------------------------------------------------
@@ -231,8 +238,14 @@ def test_bits_words_positions_and_calibration_add_up(model: tuple[GPT, Path]) ->
     assert sum(b["tokens"] for b in figures["calibration"]) == sum(len(e.question.endings[0]) for e in examples)
     gap = sum(b["tokens"] * abs(b["confidence"] - b["hit_rate"]) for b in figures["calibration"])
     assert figures["calibration_error"] == pytest.approx(gap / sum(b["tokens"] for b in figures["calibration"]))
-    more_context = runner.run(model[0], with_stride(task, 8), with_stride(task, 8).examples(path, TOKENIZER, 128)[:40]).figures
-    assert more_context["word_perplexity"] != figures["word_perplexity"]
+    text = sum(e.row.bytes for e in examples)
+    assert figures["bits_per_byte"] * text * math.log(2) == pytest.approx(
+        figures["loss"] * sum(b["tokens"] for b in figures["calibration"])
+    )
+    finer = with_stride(task, 8).examples(path, TOKENIZER, 128)[: 40 * 8]  # the same tokens, each behind more of those before it
+    assert [t for e in finer for t in e.question.endings[0]][: 40 * 64] != []
+    seen = [sum(e.row.seen for e in some) / len(some) for some in (examples[1:], finer[8:])]
+    assert seen[1] > seen[0]
 
 
 def test_validation_is_the_loss_that_training_reports(model: tuple[GPT, Path], text_file: Path, tmp_path: Path) -> None:
@@ -242,9 +255,15 @@ def test_validation_is_the_loss_that_training_reports(model: tuple[GPT, Path], t
     prepare.prepare(source, "1", TOKENIZER, tmp_path / "data")
     folder = prepare.open_data(str(tmp_path / "data"), "gpt2")
     task = Validation(folder, 48, 500)
-    report = runner.run(model[0], task, task.examples())
+    examples = task.examples(Path(), TOKENIZER, 128)
+    report = runner.run(model[0], task, examples)
     expected = mean_loss(model[0], folder.splits["val"], 48, 500, torch.float32, 4)
     assert report.figures["loss"] == pytest.approx(expected, rel=1e-6)
+    predicted = sum(len(e.question.endings[0]) for e in examples)
+    assert predicted == 499
+    assert report.figures["bits_per_byte"] == pytest.approx(expected * 499 / math.log(2) / sum(e.row.bytes for e in examples))
+    with pytest.raises(UserError, match="has no validation text"):
+        Validation(folder, 48, 0)
 
 
 # --- running: ranks, kills, limits -----------------------------------------------------------------------------------------------------
@@ -260,7 +279,7 @@ def test_one_two_and_three_processes_report_the_same(model: tuple[GPT, Path], sm
     examples = task.examples(shared("lambada/lambada_test.jsonl"), TOKENIZER, 128)[:60]
     alone = runner.run(model[0], task, examples)
     for size in (2, 3):
-        shares: list[dict] = []  # what each rank has when it meets the others: the last to come sees all
+        shares: list[tuple] = []  # what each rank has when it meets the others: the last to come sees all
         for rank in range(size):
             world = World(rank, size, lambda share, shares=shares: shares.append(share) or shares)  # type: ignore[misc]
             if rank < size - 1:
@@ -268,7 +287,8 @@ def test_one_two_and_three_processes_report_the_same(model: tuple[GPT, Path], sm
                     runner.run(model[0], task, examples, world)
             else:
                 assert runner.run(model[0], task, examples, world).figures == alone.figures
-        assert sum(len(share) for share in shares) == len(list(runner._chunks(examples)))
+        assert sum(len(done) for done, _ in shares) == len(list(runner._chunks(examples)))
+        assert sum(scored for _, scored in shares) == 60
 
 
 def test_a_killed_evaluation_goes_on(model: tuple[GPT, Path], small_chunks: None, tmp_path: Path) -> None:
@@ -287,7 +307,9 @@ def test_a_killed_evaluation_goes_on(model: tuple[GPT, Path], small_chunks: None
         runner.run(model[0], task, examples, store=tmp_path / "store", progress=kill)
     [kept] = (tmp_path / "store").iterdir()
     with kept.open("a") as file:
-        file.write('{"chunk": 5, "resu')  # what a kill in the middle of a write leaves
+        file.write(
+            '\n5\n{"chunk": 1}\n{"chunk": 999, "results": []}\n{"chunk": 6, "results": [1]}\n{"chunk": 5, "resu'
+        )  # what kills may leave
     again = runner.run(model[0], task, examples, store=tmp_path / "store")
     assert again.figures == alone.figures
     assert 0 < again.scored < 60
@@ -322,7 +344,9 @@ def test_perplexities_pass_downwards() -> None:
     ("hellaswag", "{}\n", "line 1 is not a JSON object"), ("hellaswag", "", "is empty"), ("hellaswag", "A man\n3\n", "is not a JSON"),
     ("hellaswag_harness", "A man\n9\na\nb\nc\nd\n", "is not HellaSwag"), ("lambada", '{"text": "word"}', "no last word"),
     ("wikitext2", " \n ", "holds no text"), ("cbt_cn", "1 Once.\n", "no questions"),
-    ("hellaswag", json.dumps({**ROW, "label": ""}), "labelled"),
+    ("hellaswag", json.dumps({**ROW, "label": ""}), "labelled"), ("hellaswag", json.dumps({**ROW, "ctx": None}), "not in the format"),
+    ("hellaswag_harness", json.dumps({**ROW, "ctx_b": 5}), "not in the format"), ("lambada", '{"text": null}', "not in the format"),
+    ("cbt_ne", "21 no tabs here\n", "not in the format"),
 ])  # fmt: skip
 def test_files_that_are_not_the_task_are_refused(task: str, content: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
@@ -356,6 +380,7 @@ def test_scoring_tasks_while_training_changes_nothing(tiny: Config, tmp_path: Pa
     rows.write_text("".join(json.dumps({"text": f"The cat sees the ship on day {i}"}) + "\n" for i in range(20)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANEW_CACHE", str(tmp_path / "cache"))
+        patch.setattr(TASKS["lambada"], "remote", Remote("https://localhost/lambada_test.jsonl", sha256_of(rows)))
         plain = train(tiny.override(out=str(tmp_path / "plain"), dropout=0.1))
         watched = train(
             tiny.override(out=str(tmp_path / "watched"), dropout=0.1, evaluate_every=3, evaluate_tasks="lambada", evaluate_limit=7)

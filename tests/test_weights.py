@@ -177,6 +177,20 @@ def test_weights_in_several_files(folder: Path) -> None:
     path.write_text(json.dumps({"weight_map": {**index["weight_map"], names[0]: "model-00003.safetensors"}}))
     with pytest.raises(UserError, match=r"lacks model-00003\.safetensors"):
         GPT.from_pretrained(str(folder))
+    first, second = parts
+    swapped = {name: second if file == first else first for name, file in index["weight_map"].items()}
+    path.write_text(json.dumps({"weight_map": swapped}))
+    with pytest.raises(UserError, match="is not where"):
+        GPT.from_pretrained(str(folder))
+    path.write_text(json.dumps({"weight_map": {**index["weight_map"], names[0]: None}}))
+    with pytest.raises(UserError, match="cannot be read"):
+        GPT.from_pretrained(str(folder))
+    path.write_text(json.dumps(index))
+    before = weights.sha256(folder)
+    edited = load_file(folder / first)
+    edited[names[0]][0] += 1
+    save_file(edited, folder / first)
+    assert weights.sha256(folder) != before, "other weights are another model, also in several files"
     path.write_text("[]")
     with pytest.raises(UserError, match="cannot be read"):
         GPT.from_pretrained(str(folder))

@@ -10,6 +10,7 @@ Each is written beside its place and renamed when it is whole. gguf and onnx are
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -41,16 +42,17 @@ def export(model: str, to: str, out: Path, dtype: str = "f32") -> None:
         raise UserError(f"--dtype {dtype} cannot be exported to {to}; gguf takes {', '.join(GGUF_DTYPES)}, the others keep f32.")
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it.")
-    path = weights.find(model)
-    gpt = weights.load_model(str(path))
+    path = weights.find(model).resolve()
+    gpt = weights.load_model(path)
     tokenizer = Tokenizer.of_size(gpt.config.vocab_size)
+    if to == "onnx":
+        write_onnx(out, gpt)
+        return
     with _whole(out) as temporary:
         if to == "hf":
             write_hf(temporary, gpt, tokenizer, card(model, path, gpt, tokenizer))
-        elif to == "gguf":
-            write_gguf(temporary, gpt, tokenizer, dtype, out.stem)
         else:
-            write_onnx(temporary, gpt)
+            write_gguf(temporary, gpt, tokenizer, dtype, out.stem)
 
 
 @contextlib.contextmanager
@@ -138,7 +140,10 @@ def _gguf_tensors(gpt: GPT) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_onnx(path: Path, gpt: GPT) -> None:
-    """A graph from ids (batch, tokens) int64 to logits (batch, tokens, vocabulary) fp32, for any batch and length up to the positions."""
+    """A graph from ids (batch, tokens) int64 to logits (batch, tokens, vocabulary) fp32, for any batch and length up to the positions.
+
+    From 375M parameters on its weights stand beside it in `path`.data.
+    """
     _needs("onnx", "onnxscript")
     import logging
     import warnings
@@ -152,8 +157,15 @@ def write_onnx(path: Path, gpt: GPT) -> None:
             gpt, (ids,), input_names=["ids"], output_names=["logits"], dynamic_shapes=dynamic, dynamo=True, verbose=False
         )
     assert program is not None
-    large = 4 * count_parameters(gpt.config) > 1_900_000_000  # a protocol buffer ends at 2 GB; then the weights stand in a file beside it
-    program.save(path, external_data=large)
+    large = 4 * count_parameters(gpt.config) > 1_500_000_000  # a protocol buffer ends at 2 GB; then the weights stand in a file beside it
+    folder = path.with_name(f".{path.name}.{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        program.save(folder / path.name, external_data=large)
+        for written in sorted(folder.iterdir(), key=lambda p: p.name == path.name):  # the graph, which names the other, last
+            os.replace(written, path.with_name(written.name))
+    finally:
+        shutil.rmtree(folder)
 
 
 def _needs(*packages: str) -> None:
@@ -173,11 +185,11 @@ def card(model: str, path: Path, gpt: GPT, tokenizer: Tokenizer) -> str:
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", "",
         f"# {path.parent.parent.name if path.parent.name == 'checkpoints' else Path(model).name}", "",
         f"A GPT-2 of {millions:,.1f}M parameters: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads, {c.n_positions} positions, "
-        f"{c.vocab_size:,} tokens ({tokenizer.name}). Exported by anew; logits are those of the checkpoint.", "",
+        f"{c.vocab_size:,} tokens ({tokenizer.name}). Exported by anew.", "",
     ]  # fmt: skip
-    run = path.parent.parent
-    if path.parent.name == "checkpoints" and (run / "config.json").is_file():
-        lines += _training(run, path)
+    run, step = path.parent.parent, re.fullmatch(r"step-(\d+)", path.name)
+    if step and (run / "config.json").is_file():
+        lines += _training(run, int(step[1]))
     lines += [
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")', 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
@@ -186,16 +198,18 @@ def card(model: str, path: Path, gpt: GPT, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
-def _training(run: Path, path: Path) -> list[str]:
+def _training(run: Path, step: int) -> list[str]:
+    """How the checkpoint of `step` was trained, and every whole evaluation of it, the last one where there are several."""
     config = Config.read(run / "config.json")
-    step = int(path.name.removeprefix("step-"))
     lines = ["## Training", "", "| what | value |", "|---|---|"]
     facts: dict[str, Any] = {
         "recipe": config.recipe,
         "steps": f"{step:,} of {config.run.steps:,}",
         "tokens": f"{step * config.run.batch_tokens:,} ({config.run.batch_tokens:,} a step)",
         "text": Path(config.data.data).name if os.path.sep in config.data.data else config.data.data,
-        "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}",
+        "begun from": config.run.init or "random weights",
+        "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}"
+        + (f", Muon's {config.optim.muon_lr:g}" if config.optim.optimizer == "muon" else ""),
         "seed": config.run.seed,
     }
     rows = [row for row in metrics.read(run) if row["step"] <= step]
@@ -206,17 +220,19 @@ def _training(run: Path, path: Path) -> list[str]:
             f"{last['val/loss']:.4f} nats a token at step {int(last['step']):,} ({last.get('val/precision', 'fp32')})"
         )
     lines += [f"| {name} | {value} |" for name, value in facts.items()] + [""]
-    measured = []
-    if (run / "evaluations.jsonl").is_file():
-        for line in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines():
+    measured: dict[tuple[str, str, str], str] = {}
+    path = run / "evaluations.jsonl"
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
             row = json.loads(line)
-            if row["step"] == step:
-                measured += [
-                    f"| {task} | {figure} | {value:.4f} | {figures.get('examples', '')} | {row['precision']} |"
-                    for task, figures in row["tasks"].items()
-                    for figure, value in figures.items()
-                    if isinstance(value, float)
-                ]
+        except ValueError:  # a killed writer's
+            continue
+        if row["step"] == step and not (row["limit"] or row["stride"] or row["file"]):
+            for task, figures in row["tasks"].items():
+                for figure, value in figures.items():
+                    if isinstance(value, float):
+                        shown = f"| {task} | {figure} | {value:.4f} | {figures.get('examples', '')} | {row['precision']} |"
+                        measured[task, figure, row["precision"]] = shown
     if measured:
-        lines += ["## Evaluation", "", "| task | figure | value | examples | precision |", "|---|---|---|---|---|", *measured, ""]
+        lines += ["## Evaluation", "", "| task | figure | value | examples | precision |", "|---|---|---|---|---|", *measured.values(), ""]
     return lines

@@ -106,15 +106,16 @@ def _pt_config(path: Path, checkpoint: dict[str, Any]) -> GPTConfig:
 
 
 def _pt_tensors(path: Path, checkpoint: dict[str, Any], config: GPTConfig) -> dict[str, Tensor]:
-    tensors = {}
+    tensors, padded = {}, False
     for name, tensor in checkpoint["model"].items():
         name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod.")
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {name} is not a tensor.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, kept by versions without flash attention
             continue
-        if name in ("transformer.wte.weight", "lm_head.weight") and len(tensor) > config.vocab_size:
-            tensor = tensor[: config.vocab_size]
+        if name in ("transformer.wte.weight", "lm_head.weight") and (len(tensor), config.vocab_size) == (PADDED_VOCAB, GPT2_VOCAB):
+            tensor = tensor[:GPT2_VOCAB]
+            padded = True
         tensors[name] = tensor.t().contiguous() if name.endswith(MATRICES) and tensor.ndim == 2 else tensor
     args = checkpoint.get("model_args")
     if args is not None:
@@ -122,7 +123,7 @@ def _pt_tensors(path: Path, checkpoint: dict[str, Any], config: GPTConfig) -> di
         if args.get("bias") is False:
             log.info(f"{path.name}: trained without biases; they are zeros now, which computes the same")
             _add_zero_biases(tensors, config)
-    if config.vocab_size == GPT2_VOCAB:
+    if padded:
         log.info(f"{path.name}: rows of the vocabulary behind {GPT2_VOCAB:,} are padding and left out")
     return tensors
 

@@ -31,7 +31,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def is_name(model: str) -> bool:
     """Could `model` be on the hub: one of OpenAI's four, or owner/name, with @revision if wanted?"""
-    return model in NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model) is not None
+    return model in NAMES or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model) is not None
 
 
 def download(model: str) -> Path:
@@ -49,7 +49,11 @@ def download(model: str) -> Path:
         _fetch(model, repository, WEIGHTS, revision)
     except _MissingError:
         index = _fetch(model, repository, INDEX, revision)
-        for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        try:
+            shards = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{model}: its {INDEX} cannot be read ({error!r}).") from error
+        for shard in shards:
             _fetch(model, repository, shard, revision)
     return config.parent
 
@@ -86,12 +90,16 @@ def _fetch(model: str, repository: str, name: str, revision: str) -> Path:
         raise UserError(f"{model} could not be downloaded: the hub answered {status}; try again later, it goes on where it was.") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was.") from error
+    except Exception as error:  # what the HTTP client raises for a cut connection is no OSError, and its package has changed its name
+        if not type(error).__module__.startswith(("httpx", "httpcore")):
+            raise
+        raise UserError(f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was.") from error
     _verify(model, path)
     return path
 
 
 def _verify(model: str, path: Path) -> None:
-    """In the cache a large file is called by its announced sha256; the file must have it, or it is removed."""
+    """In the cache a large file is called by its announced sha256 (but on Windows without symlinks); it must have it, or it is removed."""
     blob = path.resolve()
     announced = blob.name
     if re.fullmatch(r"[0-9a-f]{64}", announced) and sha256_of(blob) != announced:

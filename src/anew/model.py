@@ -184,11 +184,13 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with its language-model head, which is `wte` again."""
 
-    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32, seed: int | None = 0) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.transformer = Transformer(config)
-        self.init_weights(torch.Generator().manual_seed(seed))
+        if seed is not None:
+            self.init_weights(torch.Generator().manual_seed(seed))
+        self.transformer.wte.weight.data[config.vocab_size :] = 0.0  # padding rows
 
     @classmethod
     def from_pretrained(cls, model: str) -> "GPT":
@@ -209,7 +211,6 @@ class GPT(nn.Module):
             else:
                 std = residual_std if "c_proj" in name else self.config.wpe_std if "wpe" in name else 0.02
                 p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
-        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     def hidden(self, ids: Tensor, cache: Cache | None = None, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, C) after the final layer norm, in `compute_dtype`. A cache is filled on the way.

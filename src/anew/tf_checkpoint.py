@@ -38,7 +38,7 @@ def _tensors(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarray]]:
     if len(index) < 48 or struct.unpack("<Q", index[-8:])[0] != MAGIC:
         raise _BadError("it is no table of tensors")
     footer = _varints(index[-48:-8], 4)
-    shards: dict[int, bytearray] = {}  # writable, so that tensors may be made of it
+    shards: dict[int, np.ndarray] = {}
     n_shards = 0
     for _, handle in _block(index, footer[2], footer[3]):
         offset, size = _varints(handle, 2)
@@ -50,11 +50,11 @@ def _tensors(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarray]]:
             shard = int(fields.get(3, 0))
             if shard not in shards:
                 path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{n_shards:05d}")
-                shards[shard] = bytearray(path.read_bytes())
+                shards[shard] = np.memmap(path, np.uint8, mode="c")  # writable in memory only, so that tensors may be made of it
             yield key.decode(), _tensor(key.decode(), fields, shards[shard])
 
 
-def _tensor(name: str, fields: dict[int, Any], data: bytearray) -> np.ndarray:
+def _tensor(name: str, fields: dict[int, Any], data: np.ndarray) -> np.ndarray:
     dtype = DTYPES.get(fields.get(1, 0))
     if dtype is None or 7 in fields:
         raise _BadError(f"{name} is not a whole float tensor")
@@ -70,8 +70,8 @@ def _tensor(name: str, fields: dict[int, Any], data: bytearray) -> np.ndarray:
     if _masked(crc32c(content)) != fields.get(6):
         raise _BadError(f"{name} is damaged: its checksum differs")
     if dtype == "bf16":
-        return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    return np.frombuffer(content, dtype).astype(np.float32, copy=False).reshape(shape)
+        return (content.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return content.view(dtype).astype(np.float32, copy=False).reshape(shape)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def _table() -> np.ndarray:
 TABLE = _table()
 
 
-def crc32c(data: bytes | bytearray) -> int:
+def crc32c(data: bytes | np.ndarray) -> int:
     """CRC-32C of `data`, on 4,096 stretches of it at once, which are then joined: a CRC is linear over GF(2).
 
     32 more lanes carry one bit each through as many zero bytes: what a register becomes while the next stretch is read.
@@ -159,7 +159,7 @@ def crc32c(data: bytes | bytearray) -> int:
             if register >> bit & 1:
                 moved ^= images[bit]
         register = moved ^ lane
-    for byte in data[length * LANES :]:
+    for byte in bytes(data[length * LANES :]):
         register = int(TABLE[(register ^ byte) & 255]) ^ (register >> 8)
     return register ^ 0xFFFFFFFF
 

@@ -11,6 +11,7 @@ speaks well enough for nobody to notice. The padding rows of `wte` are storage a
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from anew.config import GPTConfig, UserError
 from anew.data.shards import sha256_of
 from anew.model import GPT, Linear
 from anew.tokenizer import Tokenizer
+
+log = logging.getLogger("anew")
 
 WTE = "transformer.wte.weight"
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -49,6 +52,8 @@ def find(model: str) -> Path:
     path = Path(model).expanduser()
     if (path / "checkpoints").is_dir():
         newest, skipped = checkpoint.newest(path)
+        for line in skipped if newest else ():
+            log.warning(f"an older checkpoint is taken: {line}")
         if newest is None:
             raise UserError(" ".join(skipped) or f"run {path} has no checkpoint yet.")
         return newest
@@ -63,8 +68,18 @@ def find(model: str) -> Path:
 
 def read_config(path: Path) -> GPTConfig:
     """The shape of the model at `path`. What is not a GPT-2, or computes something else, is refused."""
-    if foreign.is_foreign(path):
-        return foreign.read_config(path)
+    config = foreign.read_config(path) if foreign.is_foreign(path) else _hf_config(path)
+    sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+    if min(sizes.values()) < 1 or config.n_embd % config.n_head:
+        raise UserError(f"the config of {path} describes no GPT-2: {sizes}.")
+    heads = _written_heads(path) or HEADS.get((config.n_layer, config.n_embd), config.n_head)
+    if heads != config.n_head:
+        raise UserError(f"{path}: its config says n_head {config.n_head}, and these weights were made with {heads}.")
+    return config
+
+
+def _hf_config(path: Path) -> GPTConfig:
+    """The shape in a Hugging Face folder's config.json."""
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         for key, value in ARITHMETIC.items():
@@ -75,17 +90,11 @@ def read_config(path: Path) -> GPTConfig:
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
             raise UserError(f"{path} has n_inner {raw['n_inner']}, and GPT-2's is 4 x n_embd = {4 * raw['n_embd']}.")
         sizes = {key: int(raw[key]) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
-        config = GPTConfig(**sizes)  # type: ignore[arg-type]
+        return GPTConfig(**sizes)  # type: ignore[arg-type]
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a GPT-2 model: its config.json cannot be used ({error!r}).") from error
-    if min(sizes.values()) < 1 or config.n_embd % config.n_head:
-        raise UserError(f"{path}/config.json describes no GPT-2: {sizes}.")
-    heads = _written_heads(path) or HEADS.get((config.n_layer, config.n_embd), config.n_head)
-    if heads != config.n_head:
-        raise UserError(f"{path}: config.json says n_head {config.n_head}, and these weights were made with {heads}.")
-    return config
 
 
 def _written_heads(path: Path) -> int | None:
@@ -97,18 +106,19 @@ def _written_heads(path: Path) -> int | None:
 
 
 def sha256(path: Path) -> str:
-    """What identifies the weights at `path`: a hash over the hashes of its weights files."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.startswith("model.") or p.name == PICKLED)
-    return hashlib.sha256("".join(sha256_of(file) for file in files if file.is_file()).encode()).hexdigest()
+    """What identifies the model at `path`: a hash over its shape and the hashes of its weights files."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.startswith("model") or p.name == PICKLED)
+    hashes = [sha256_of(file) for file in files if file.is_file()]
+    return hashlib.sha256(repr((read_config(path), hashes)).encode()).hexdigest()
 
 
-def load_model(model: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+def load_model(model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
     """The model in a run, a checkpoint, a Hugging Face folder, a foreign checkpoint or on the hub, for use and not for training.
 
-    It computes in `dtype`; matrices are cast once, here. (State.begin is what loads a model to train.)
+    It computes in `dtype`; matrices are cast once, here. A Path is what `find` gave: it is not looked up and verified again.
     """
-    path = find(model)
-    gpt = GPT(read_config(path), compute_dtype=dtype)
+    path = find(model) if isinstance(model, str) else model
+    gpt = GPT(read_config(path), compute_dtype=dtype, seed=None)
     load_into(gpt, read_tensors(path), path)
     if dtype != torch.float32:
         for module in gpt.modules():
@@ -152,14 +162,15 @@ def _load(path: Path, name: str) -> dict[str, Tensor]:
 def _load_sharded(path: Path) -> dict[str, Tensor]:
     """Weights in several files, as transformers writes large models: the index must name every tensor's file and no other."""
     with _reading(path, INDEX):
-        files = dict(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        files = {str(key): Path(name).name for key, name in json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].items()}
+    if lacking := sorted(name for name in set(files.values()) if not (path / name).is_file()):
+        raise UserError(f"{path} lacks {lacking[0]}, one of the files its {INDEX} names.")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
-        if not (path / Path(name).name).is_file():
-            raise UserError(f"{path} lacks {name}, one of the files its {INDEX} names.")
-        tensors |= _load(path, Path(name).name)
-    if tensors.keys() != files.keys():
-        raise UserError(f"{path}: {min(tensors.keys() ^ files.keys())} is not where {INDEX} says it is.")
+        part = _load(path, name)
+        if wrong := part.keys() ^ {key for key, file in files.items() if file == name}:
+            raise UserError(f"{path}: {min(wrong)} is not where {INDEX} says it is.")
+        tensors |= part
     return tensors
 
 

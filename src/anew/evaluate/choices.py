@@ -1,6 +1,5 @@
 """Tasks that choose: HellaSwag in both scorings, LAMBADA's last word, the Children's Book Test."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from anew.config import UserError
 from anew.evaluate.score import Question, Scored
-from anew.evaluate.task import Remote, Result, Task, json_lines, split_pair, text_of
+from anew.evaluate.task import Remote, Result, Task, json_lines, perplexity, split_pair, text_of
 from anew.tokenizer import Tokenizer
 
 
@@ -21,6 +20,7 @@ class HellaSwag(Task):
     """
 
     name = "hellaswag"
+    count = 10042
     remote = Remote(
         "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
         "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
@@ -30,7 +30,9 @@ class HellaSwag(Task):
         return [{"context": r["ctx"], "endings": r["endings"], "label": r["label"]} for r in _hellaswag_json(path)]
 
     def question(self, row: Any, tokenizer: Tokenizer) -> Question:
-        return Question(tokenizer.encode(row["context"]), [tokenizer.encode(" " + ending) for ending in row["endings"]])
+        return Question(
+            tokenizer.encode(row["context"]) or [tokenizer.end_of_text], [tokenizer.encode(" " + ending) for ending in row["endings"]]
+        )
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         totals = np.array([ending.total for ending in answer])
@@ -104,7 +106,7 @@ class ChildrensBook(Task):
     def question(self, row: Any, tokenizer: Tokenizer) -> Question:
         context = _close_up(row["story"]).rstrip()
         rest = _close_up(row["after"])
-        return Question(tokenizer.encode(context), [tokenizer.encode(f" {word}{rest}") for word in row["words"]])
+        return Question(tokenizer.encode(context) or [tokenizer.end_of_text], [tokenizer.encode(f" {word}{rest}") for word in row["words"]])
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         return {"acc": int(np.argmax([ending.total for ending in answer]) == row["label"])}
@@ -118,6 +120,7 @@ class Lambada(Task):
     """
 
     name = "lambada"
+    count = 5153
     remote = Remote(
         "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
         "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
@@ -142,9 +145,9 @@ class Lambada(Task):
     def figures(self, results: Sequence[Result]) -> dict[str, float]:
         means = super().figures(results)
         return {
-            "perplexity": math.exp(means["nats"]),
+            "perplexity": perplexity(means["nats"]),
             "acc": means["acc"],
-            "last_token_perplexity": math.exp(means["last_token_nats"]),
+            "last_token_perplexity": perplexity(means["last_token_nats"]),
             "last_token_acc": means["last_token_acc"],
         }
 

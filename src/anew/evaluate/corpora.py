@@ -11,7 +11,7 @@ import numpy as np
 
 from anew.config import UserError
 from anew.evaluate.score import Question, Scored
-from anew.evaluate.task import Example, Remote, Result, Task, text_of
+from anew.evaluate.task import Example, Remote, Result, Task, perplexity, text_of
 from anew.tokenizer import Tokenizer
 
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens seen before the one predicted
@@ -49,9 +49,9 @@ def window_figures(results: Sequence[Result]) -> dict[str, Any]:
     total = {key: sum(r[key] for r in results) for key in ("nats", "tokens", "hits", "words", "bytes")}
     tables = {key: np.sum([r[key] for r in results], axis=0) for key in results[0] if "_" in key or key == "confidence"}
     loss = total["nats"] / total["tokens"]
-    figures: dict[str, Any] = {"loss": loss, "token_perplexity": math.exp(loss), "acc": total["hits"] / total["tokens"]}
+    figures: dict[str, Any] = {"loss": loss, "token_perplexity": perplexity(loss), "acc": total["hits"] / total["tokens"]}
     if total["words"]:
-        figures["word_perplexity"] = math.exp(total["nats"] / total["words"])
+        figures["word_perplexity"] = perplexity(total["nats"] / total["words"])
     if total["bytes"]:
         figures["bits_per_byte"] = total["nats"] / math.log(2) / total["bytes"]
     counts = tables["confidence_tokens"]
@@ -96,6 +96,10 @@ class Corpus(Task):
     documents: Callable[[str], list[str]] = lambda text: [text]
     polish: Callable[[str], str] = lambda text: text
     stride: int = 0
+    size: int = 0  # bytes of the published text; 0: not known
+
+    def is_whole(self, examples: Sequence[Example]) -> bool:
+        return self.stride == 0 and self.size > 0 and abs(sum(e.row.bytes for e in examples) - self.size) < self.size // 500
 
     def rows(self, path: Path) -> list[Any]:
         documents = [text for text in self.documents(text_of(path, self.member)) if text.strip()]
@@ -161,12 +165,13 @@ WIKITEXT = Remote(
     "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
 )
 WIKITEXT_TEST = "wikitext-2-raw/wiki.test.raw"  # WikiText-2's test text, which is WikiText-103's too
+WIKITEXT_BYTES = 1_290_590
 ENWIK8 = Remote("https://mattmahoney.net/dc/enwik8.zip", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")
 TEXT8 = Remote("https://mattmahoney.net/dc/text8.zip", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")
 
 CORPORA = (
-    Corpus("wikitext2", WIKITEXT, WIKITEXT_TEST),
-    Corpus("wikitext103", WIKITEXT, WIKITEXT_TEST, wikitext_articles, wikitext_polish),
+    Corpus("wikitext2", WIKITEXT, WIKITEXT_TEST, size=WIKITEXT_BYTES),
+    Corpus("wikitext103", WIKITEXT, WIKITEXT_TEST, wikitext_articles, wikitext_polish, size=WIKITEXT_BYTES),
     Corpus("ptb", polish=ptb_polish),
     Corpus("enwik8", ENWIK8, "enwik8", last_characters),
     Corpus("text8", TEXT8, "text8", last_characters),

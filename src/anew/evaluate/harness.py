@@ -19,7 +19,7 @@ except ImportError as error:
 from anew.config import UserError
 from anew.evaluate.corpora import windows
 from anew.evaluate.score import Question, score
-from anew.generate import generate
+from anew.generate import stream
 from anew.model import GPT
 from anew.runtime import ALONE, World
 from anew.tokenizer import Tokenizer
@@ -94,10 +94,21 @@ class HarnessModel(TemplateLM):
             stops = [stops] if isinstance(stops, str) else stops
             most = min(int(rules.get("max_gen_toks", 256)), self.max_length - 1)
             ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - most) :]
-            [new] = generate(self.gpt, [ids], most, self.eot_token_id, temperature=0.0)
-            text = self.gpt_tokenizer.decode(new)
-            texts.append(text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))])
+            texts.append(self._until(ids, most, [stop for stop in stops if stop]))
         return texts
+
+    def _until(self, ids: list[int], most: int, stops: list[str]) -> str:
+        """The likeliest continuation of `ids` up to the first of `stops`, which is left out."""
+        new: list[int] = []
+        text = ""
+        for [token] in stream(self.gpt, [ids], most, temperature=0.0):
+            if token == self.eot_token_id:
+                break
+            new.append(token)
+            text = self.gpt_tokenizer.decode(new)
+            if found := [text.index(stop) for stop in stops if stop in text]:
+                return text[: min(found)]
+        return text
 
     def barrier(self) -> None:
         """Wait for the other processes."""

@@ -23,6 +23,7 @@ from anew.evaluate.task import Example, Result, Task
 from anew.model import GPT
 from anew.runtime import ALONE, World, pick_compile
 
+RESULTS_VERSION = 1  # to be raised with every change of what the scorer or a task makes of an example
 CHUNK_TOKENS = 16384  # 2 to 4 seconds of 124M on two cores: what a kill costs at most
 WORTH_COMPILING = 200_000  # tokens: 40 seconds of 124M on two cores
 BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
@@ -31,7 +32,7 @@ Progress = Callable[[int, int], None]  # examples done, examples in all
 
 @dataclass(frozen=True)
 class Report:
-    """What a task found: its figures, on how many examples; how many of them this process scored just now, in how many seconds."""
+    """What a task found: its figures, on how many examples; how many of them were scored just now, in how many seconds."""
 
     figures: dict[str, Any]
     examples: int
@@ -44,9 +45,9 @@ def run(
 ) -> Report:
     """Score `examples` and return the task's figures, the same in every process. Chunks in the folder `store` are not scored again."""
     chunks = list(_chunks(examples))
-    done = _stored(store)
+    done = _stored(store, chunks)
     left = [i for i in range(len(chunks)) if i % world.size == world.rank and i not in done]
-    finished = sum(len(chunks[i]) for i in done)
+    kept = sum(len(chunks[i]) for i in done)
     batch_tokens = BATCH_TOKENS[model.transformer.wte.weight.device.type]
     began, scored = time.perf_counter(), 0
     for i in left:
@@ -55,12 +56,14 @@ def run(
         _keep(store, world, i, done[i])
         scored += len(chunks[i])
         if progress:
-            progress(min(len(examples), finished + scored * world.size), len(examples))
+            progress(min(len(examples), kept + scored * world.size), len(examples))
+    seconds = time.perf_counter() - began
     everywhere: dict[int, list[Result]] = {}
-    for part in world.gather(done):
+    shares = world.gather((done, scored))
+    for part, _ in shares:
         everywhere |= part
     results = [result for i in range(len(chunks)) for result in everywhere[i]]
-    return Report(task.figures(results), len(results), scored, time.perf_counter() - began)
+    return Report(task.figures(results), len(results), sum(share for _, share in shares), seconds)
 
 
 def compile_blocks(model: GPT, examples: Sequence[Example]) -> bool:
@@ -68,6 +71,8 @@ def compile_blocks(model: GPT, examples: Sequence[Example]) -> bool:
 
     That is, for a model in bf16 on a CPU with a compiler and a long evaluation; in fp32 the matrix products are all that counts.
     """
+    if model.transformer.h[0]._compiled_call_impl is not None:
+        return True
     weight = model.transformer.wte.weight
     tokens = sum(len(e.question.context) + sum(len(ending) for ending in e.question.endings) for e in examples)
     if (
@@ -96,16 +101,18 @@ def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
         yield chunk
 
 
-def _stored(store: Path | None) -> dict[int, list[Result]]:
-    """Chunks that earlier processes finished. The last line of a killed one may be cut; it is not counted."""
+def _stored(store: Path | None, chunks: list[list[Example]]) -> dict[int, list[Result]]:
+    """Chunks that earlier processes finished. The last line of a killed one may be cut; what is no whole chunk is not counted."""
     done: dict[int, list[Result]] = {}
     for path in sorted(store.glob("*.jsonl")) if store else ():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+                chunk, results = int(row["chunk"]), row["results"]
+                if len(results) == len(chunks[chunk]):
+                    done[chunk] = results
+            except (ValueError, KeyError, TypeError, IndexError):
                 continue
-            done[row["chunk"]] = row["results"]
     return done
 
 
@@ -119,7 +126,7 @@ def _keep(store: Path | None, world: World, chunk: int, results: list[Result]) -
 
 def key(task: str, weights: str, precision: str, device: str, examples: Sequence[Example]) -> str:
     """A name for what is evaluated: the same weights (their sha256), questions, precision and kind of device."""
-    digest = hashlib.sha256(json.dumps([task, weights, precision, device, CHUNK_TOKENS]).encode())
+    digest = hashlib.sha256(json.dumps([RESULTS_VERSION, task, weights, precision, device, CHUNK_TOKENS]).encode())
     for example in examples:
         parts = [example.question.context, *example.question.endings]
         digest.update(json.dumps([[int(i) for i in part] for part in parts]).encode() + repr(example.row).encode())

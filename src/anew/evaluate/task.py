@@ -10,8 +10,10 @@ Every figure is a ratio of sums over examples, so it does not depend on how they
 import bz2
 import io
 import json
+import math
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 from anew.config import UserError
 from anew.data import sources
+from anew.data.shards import sha256_of
 from anew.evaluate.score import Question, Scored
 from anew.tokenizer import Tokenizer
 
@@ -50,6 +53,11 @@ class Task:
 
     name: str
     remote: Remote | None = None
+    count: int = 0  # examples in the published measurement; 0: not known
+
+    def is_whole(self, examples: Sequence[Example]) -> bool:
+        """Are `examples` all that the published figures are about?"""
+        return len(examples) == self.count
 
     def fetch(self, file: str = "") -> Path:
         """The task's data: `file` if given, else downloaded once and checked."""
@@ -59,8 +67,10 @@ class Task:
             return Path(file)
         if self.remote is None:
             raise UserError(f"task {self.name} has no public download; give its text with --file.")
+        if self.remote.path.is_file() and sha256_of(self.remote.path) != self.remote.sha256:
+            raise UserError(f"{self.remote.path} is not the published file (another sha256); remove it, or give another with --file.")
         if not self.remote.path.is_file():
-            hint = f"fetch it by other means and pass the file with --file, or put it at {self.remote.path}"
+            hint = f"fetch it by other means and put it at {self.remote.path}"
             sources.download(self.remote.url, self.remote.path, self.remote.sha256, hint=hint)
         return self.remote.path
 
@@ -74,7 +84,12 @@ class Task:
 
     def examples(self, path: Path, tokenizer: Tokenizer, positions: int) -> list[Example]:
         """The file as examples for a model of `positions` positions."""
-        return [Example(row, self.question(row, tokenizer)) for row in self.rows(path)]
+        try:
+            return [Example(row, self.question(row, tokenizer)) for row in self.rows(path)]
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} is not in the format of task {self.name} ({error}).") from error
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         """What the answer says about one row."""
@@ -83,6 +98,11 @@ class Task:
     def figures(self, results: Sequence[Result]) -> dict[str, float]:
         """The task's figures over all rows: by default the mean of everything in the results."""
         return {key: sum(r[key] for r in results) / len(results) for key in results[0]}
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats), or the largest number there is: text without spaces can have thousands of nats a word."""
+    return math.exp(min(nats, 709.0))
 
 
 def split_pair(tokenizer: Tokenizer, context: str, ending: str) -> Question:
@@ -104,7 +124,7 @@ def text_of(path: Path, member: str = "") -> str:
                 content = (archive.extractfile(member) or io.BytesIO()).read()
         else:
             content = bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
-    except (OSError, KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (OSError, KeyError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{path} cannot be read ({error}); give the text itself with --file.") from error
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from anew.config import UserError
 from anew.data.batches import evaluation_windows
 from anew.data.shards import DataFolder
 from anew.evaluate.choices import ChildrensBook, HellaSwag, HellaSwagHarness, Lambada
 from anew.evaluate.corpora import CORPORA, Corpus, Window, window_figures, window_result
 from anew.evaluate.score import Question, Scored
 from anew.evaluate.task import Example, Result, Task
+from anew.tokenizer import Tokenizer
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (HellaSwag(), HellaSwagHarness(), Lambada(), *CORPORA, ChildrensBook("CN"), ChildrensBook("NE"))
@@ -31,16 +34,20 @@ class Validation(Task):
     name = "val"
 
     def __init__(self, folder: DataFolder, seq_len: int, limit_tokens: int) -> None:
-        shards = folder.splits["val"]
-        limit = min(limit_tokens, sum(shard.n_tokens for shard in shards))
-        self.windows: list[Example] = []
-        for ids, targets in evaluation_windows(shards, seq_len, limit, 1):
-            known = int((targets[0] == -100).sum()) + 1  # tokens that are context only
-            self.windows.append(Example(Window(known), Question(ids[0, :known].tolist(), [targets[0, known - 1 :].tolist()])))
+        self.shards, self.seq_len = folder.splits["val"], seq_len
+        self.limit = min(limit_tokens, sum(shard.n_tokens for shard in self.shards))
+        if self.limit < 2:
+            raise UserError(f"{folder.path} has no validation text.")
 
-    def examples(self, *_: Any) -> list[Example]:
-        """The windows, whatever the file."""
-        return self.windows
+    def examples(self, path: Path, tokenizer: Tokenizer, positions: int) -> list[Example]:
+        """The windows that training reports its loss on, whatever the file."""
+        found = []
+        for ids, targets in evaluation_windows(self.shards, min(self.seq_len, positions), self.limit, 1):
+            known = int((targets[0] == -100).sum()) + 1  # tokens that are context only
+            ending = targets[0, known - 1 :].tolist()
+            size = len(tokenizer.decode_bytes([i for i in ending if i != tokenizer.end_of_text]))
+            found.append(Example(Window(known, bytes=size), Question(ids[0, :known].tolist(), [ending])))
+        return found
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         return window_result(row, answer)

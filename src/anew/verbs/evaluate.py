@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from anew.config import Config, UserError
 from anew.data import sources
 from anew.data.prepare import open_data
 from anew.evaluate import runner
+from anew.evaluate.corpora import Corpus
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS, Validation, with_stride
@@ -58,25 +60,22 @@ class Subject:
 def run_evaluate(argv: list[str]) -> None:
     """Measure a model on HellaSwag, LAMBADA, WikiText and more, beside GPT-2's published figures."""
     a = tyro.cli(EvaluateArgs, args=argv, prog="anew evaluate")
-    if a.limit < 0 or a.stride < 0:
-        raise UserError("--limit and --stride must be 0 or above.")
+    names = _names(a)
     with runtime.joined() as world:
         device = runtime.pick_device(a.device)
         precision, _ = runtime.pick_precision(a.precision, device)
         torch.set_float32_matmul_precision(runtime.MATMUL[precision])
         subject = _subject(a.model, device, precision)
         against = _subject(a.against, device, precision) if a.against else None
+        if against and against.tokenizer.name != subject.tokenizer.name:
+            raise UserError(f"{a.against} has the tokenizer {against.tokenizer.name} and {a.model} has {subject.tokenizer.name}; figures a "
+                            "token cannot be compared.")  # fmt: skip
         outcome: dict[str, Any] = {
-            "model": a.model,
-            "precision": precision,
-            "device": device.type,
-            "limited": a.limit > 0,
-            "tasks": {},
-            "comparisons": [],
-            "not_run": {},
-        }
+            "model": a.model, "precision": precision, "device": device.type, "limit": a.limit, "stride": a.stride, "file": a.file,
+            "tasks": {}, "against": {}, "comparisons": [], "not_run": {},
+        }  # fmt: skip
         lines: list[list[str]] = []
-        for name in _names(a.task):
+        for name in names:
             if name.startswith("harness:"):
                 from anew.evaluate.harness import run_harness  # lm-eval is an extra
 
@@ -84,62 +83,103 @@ def run_evaluate(argv: list[str]) -> None:
                 outcome["tasks"][name] = found
                 lines += [[name, figure, _show(value), "", "", ""] for figure, value in found.items()]
                 continue
-            try:
-                task, examples = _open(name, a, subject)
-            except UserError as error:
+            opened, problem = _open_everywhere(name, a, subject, against, world)
+            if opened is None:
                 if a.task != "all":
-                    raise
-                outcome["not_run"][name] = str(error)
+                    raise UserError(problem)
+                outcome["not_run"][name] = problem
                 continue
+            task, examples = opened
             report = _report(task, examples, subject, precision, device, world, a.fresh)
             outcome["tasks"][name] = {**report.figures, "examples": report.examples}
-            theirs = _report(task, _open(name, a, against)[1], against, precision, device, world, a.fresh) if against else None
-            compared = compare(name, report.figures, size_of(subject.model.config), report.examples, whole=not a.limit)
+            theirs = _report(task, examples, against, precision, device, world, a.fresh) if against else None
+            if theirs:
+                outcome["against"][name] = theirs.figures
+            whole = precision == "fp32" and task.is_whole(examples)
+            compared = compare(name, report.figures, size_of(subject.model.config), report.examples, whole)
             outcome["comparisons"] += [_as_json(c) for c in compared]
             lines += _lines(name, report, theirs, compared)
         if not outcome["tasks"]:
             raise UserError("no task could be run: " + " ".join(outcome["not_run"].values()))
         if world.rank == 0:
             _print(outcome, lines, size_of(subject.model.config), a.against)
-            _remember(subject, outcome)
             if a.json:
                 print(json.dumps(outcome))
+            _remember(subject, outcome)
 
 
-def _names(wanted: str) -> list[str]:
-    names = ["val", *TASKS] if wanted == "all" else [name for name in wanted.split(",") if name]
+def _names(a: EvaluateArgs) -> list[str]:
+    """The tasks asked for; settings that none of them would heed are refused."""
+    names = ["val", *TASKS] if a.task == "all" else [name for name in a.task.split(",") if name]
     for name in names:
         if name not in {"val", *TASKS} and not name.startswith("harness:"):
             raise UserError(f"there is no task '{name}'; choose all, val, {', '.join(TASKS)} or harness:NAME.")
+    if not names:
+        raise UserError("--task names no task.")
+    if a.limit < 0 or a.stride < 0:
+        raise UserError("--limit and --stride must be 0 or above.")
+    if a.file and len(names) > 1:
+        raise UserError("--file is the data of one task; name that one with --task.")
+    if a.stride and not any(isinstance(TASKS.get(name), Corpus) for name in names):
+        raise UserError(f"--stride is for tasks of running text: {', '.join(n for n, t in TASKS.items() if isinstance(t, Corpus))}.")
+    if any(name.startswith("harness:") for name in names) and (a.file or a.stride or a.against or a.fresh):
+        raise UserError("tasks of the harness take neither --file, --stride, --against nor --fresh.")
     return names
 
 
 def _subject(name: str, device: torch.device, precision: str) -> Subject:
-    path = weights.find(name)
-    model = weights.load_model(str(path), device, runtime.DTYPES[precision])
+    path = weights.find(name).resolve()
+    model = weights.load_model(path, device, runtime.DTYPES[precision])
     return Subject(name, path, model, Tokenizer.of_size(model.config.vocab_size), weights.sha256(path))
 
 
-def _open(name: str, a: EvaluateArgs, subject: Subject) -> tuple[Task, list[Example]]:
-    """The task and its examples for this model."""
-    positions = subject.model.config.n_positions
+def _open_everywhere(
+    name: str, a: EvaluateArgs, subject: Subject, against: Subject | None, world: runtime.World
+) -> tuple[tuple[Task, list[Example]] | None, str]:
+    """The task and its examples in every process, or in none, and why. Rank 0 goes first: what it fetches or prepares, the others find."""
+    opened: tuple[Task, list[Example]] | None = None
+    problem = ""
+    for turn in (True, False):
+        if turn == (world.rank == 0):
+            try:
+                opened = _open(name, a, subject, against)
+            except UserError as error:
+                problem = str(error)
+        if problems := [p for p in world.gather(problem) if p]:
+            return None, problems[0]
+    return opened, ""
+
+
+def _open(name: str, a: EvaluateArgs, subject: Subject, against: Subject | None) -> tuple[Task, list[Example]]:
+    """The task and its examples, which fit both models."""
+    positions = min(s.model.config.n_positions for s in (subject, against or subject))
     if name == "val":
         task: Task = _validation(a.file, subject)
-        examples = task.examples(Path(), subject.tokenizer, positions)
+        path = Path()
     else:
         task = with_stride(TASKS[name], a.stride)
-        examples = task.examples(task.fetch(a.file), subject.tokenizer, positions)
-    return task, examples[: a.limit or None]
+        path = task.fetch(a.file)
+    return task, task.examples(path, subject.tokenizer, positions)[: a.limit or None]
 
 
 def _validation(file: str, subject: Subject) -> Validation:
     """The validation split of the data folder `file`, else of what the model's run was trained on."""
-    run = subject.path.parent.parent
-    config = Config.read(run / "config.json") if (run / "checkpoints").is_dir() and (run / "config.json").is_file() else Config()
-    if not file and config.run.out == "" and not (run / "checkpoints").is_dir():
-        raise UserError(f"{subject.name} is not a run, so nobody knows its validation text; name a data folder with --file.")
+    run = _run_of(subject.path)
+    if not file and run is None:
+        raise UserError(f"{subject.name} is not a run, so nobody knows its validation text; name a data folder with --task val --file DIR.")
+    config = Config.read(run / "config.json") if run else Config()
     folder = open_data(file or config.data.data, subject.tokenizer.name)
-    return Validation(folder, min(config.data.seq_len, subject.model.config.n_positions), config.data.val_tokens)
+    if not file and (subject.path / "trainer.json").is_file():
+        trained_on = json.loads((subject.path / "trainer.json").read_text(encoding="utf-8"))["data_revision"]
+        if trained_on != folder.revision:
+            raise UserError(f"the text in {config.data.data} is no longer the one that {subject.name} was trained on.")
+    return Validation(folder, config.data.seq_len, config.data.val_tokens)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder that a checkpoint stands in."""
+    run = path.parent.parent
+    return run if path.parent.name == "checkpoints" and (run / "config.json").is_file() else None
 
 
 def _report(
@@ -154,9 +194,9 @@ def _report(
     with _progress(f"{task.name} {subject.name}"[:30], world) as progress:
         report = runner.run(subject.model, task, examples, world, store, progress)
     if world.rank == 0:
-        kept = report.examples - report.scored * world.size
-        rate = f", {report.scored * world.size / report.seconds:.1f} a second" if report.scored else ""
-        log.info(f"{task.name}: {report.examples:,} examples{rate}" + (f", {kept:,} of them kept from before" if kept > world.size else ""))
+        kept = report.examples - report.scored
+        rate = f", {report.scored / report.seconds:.1f} a second" if report.scored else ""
+        log.info(f"{task.name}: {report.examples:,} examples{rate}" + (f", {kept:,} of them kept from before" if kept else ""))
     return report
 
 
@@ -241,9 +281,11 @@ def _print(outcome: dict[str, Any], lines: list[list[str]], size: str | None, ag
             console.print(f"{name}, loss by tokens seen: {by_position}")
     for comparison in outcome["comparisons"]:
         worse = comparison["allowed"]
-        rule = f"passes if at most {worse:.3g} worse" if worse is not None else "no verdict" + " on a part" * outcome["limited"]
+        rule = f"passes if at most {worse:.3g} worse" if worse is not None else "no verdict"
         note = f"; {comparison['note']}" if comparison["note"] else ""
         console.print(f"{comparison['task']} {comparison['figure']}: {comparison['source']}; {rule}{note}.")
+    if outcome["comparisons"] and not any(c["verdict"] for c in outcome["comparisons"]):
+        console.print("Verdicts need --precision fp32 and the whole task as it was published.")
     if size is None:
         console.print("No GPT-2 of this shape was published, so there is nothing to pass or fail.")
     for name, reason in outcome["not_run"].items():
@@ -252,9 +294,8 @@ def _print(outcome: dict[str, Any], lines: list[list[str]], size: str | None, ag
 
 def _remember(subject: Subject, outcome: dict[str, Any]) -> None:
     """A run keeps the evaluations of its checkpoints, for its model card and its report."""
-    run = subject.path.parent.parent
-    if not (run / "checkpoints").is_dir() or not subject.path.name.startswith("step-"):
+    run, step = _run_of(subject.path), re.fullmatch(r"step-(\d+)", subject.path.name)
+    if run is None or step is None:
         return
-    row = {"step": int(subject.path.name.removeprefix("step-")), **outcome}
     with (run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("\n" + json.dumps({"step": int(step[1]), **outcome}))  # behind what a killed writer may have left

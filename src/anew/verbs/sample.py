@@ -22,7 +22,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 class SampleArgs:
     """Let a model write. Example: anew sample runs/demo --prompt "def " --tokens 200"""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run folder, a checkpoint folder or a Hugging Face GPT-2 folder")]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name")]
     prompt: Annotated[str, tyro.conf.arg(help="text to continue; none: start a new document")] = ""
     prompt_file: Annotated[str, tyro.conf.arg(help="read the prompt from this file; - is standard input")] = ""
     interactive: Annotated[bool, tyro.conf.arg(help="ask for prompts, one a line, until an empty one")] = False
