@@ -87,7 +87,7 @@ WRONG = [
     (["train", "shakespeare", "--micro-batch", "3"], "choose a --micro-batch that divides 16"),
     (["train", "shakespeare", "--device", "cuda"], "has no cuda"),
     (["train", "shakespeare", "--precision", "tf32"], "tf32 needs an NVIDIA GPU"),
-    (["train", "gpt2-124m"], "cannot be prepared by this version"),
+    (["train", "gpt2-124m"], "hub cannot be reached for HuggingFaceFW/fineweb-edu"),
     (["train", "finetune"], "add --init MODEL"),
     (["train", "finetune", "--init", "{tmp}"], "is not a model"),
     (["train", "demo", "--out", "{tmp}/empty.txt"], "empty.txt/.* cannot be used|empty.txt cannot be used"),

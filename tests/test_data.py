@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anew import Tokenizer, UserError
-from anew.data import prepare, shards, sources
+from anew.data import prepare, sources
 from anew.data.batches import Batches, evaluation_windows, permute, prefetch
+from anew.data.open import open_data
 from anew.data.shards import HEADER_BYTES, DataFolder, Shard, SplitWriter, sha256_of
 
 GPT2, BYTES = Tokenizer.named("gpt2"), Tokenizer.named("bytes")
@@ -45,15 +46,14 @@ def test_a_split_is_cut_where_the_shard_is_full_and_loses_nothing(tmp_path: Path
     for document in documents:
         writer.write(document)
     entries = writer.close()
+    assert not list(tmp_path.glob("*.part"))
     assert [e["tokens"] for e in entries] == [100, 100, 100, 80]
     read = np.concatenate([Shard(tmp_path / str(e["name"]), int(str(e["tokens"])), str(e["sha256"])).tokens for e in entries])
     assert np.array_equal(read, np.concatenate(documents))
 
 
 def prepared(text_file: Path, out: Path, tokenizer: Tokenizer = BYTES) -> DataFolder:
-    source = sources.find(str(text_file))
-    prepare.prepare(source, source.revision(), tokenizer, out)
-    return DataFolder.open(out)
+    return prepare.prepare(sources.find(str(text_file)), prepare.Settings(tokenizer.name), out)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "magic", "version", "missing"])
@@ -85,13 +85,6 @@ def test_any_other_index_is_refused_in_words(tmp_path_factory: pytest.TempPathFa
     (folder / "index.json").write_text(json.dumps(content))
     with pytest.raises(UserError):
         DataFolder.open(folder)
-
-
-def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), shards.writing(tmp_path / "data") as folder:
-        (folder / "train-00000.bin").write_bytes(b"half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- sources and preparation
@@ -157,20 +150,20 @@ def test_bad_files_are_refused_by_line(tmp_path: Path, content: str, words: str)
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=words):
-        prepare.open_data(str(path), "bytes")
+        open_data(str(path), "bytes")
 
 
 def test_data_is_prepared_once_and_found_again(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANEW_CACHE", str(tmp_path))
-    first = prepare.open_data(str(text_file), "gpt2")
+    first = open_data(str(text_file), "gpt2")
     stamp = (first.path / "index.json").stat().st_mtime_ns
-    second = prepare.open_data(str(text_file), "gpt2")
+    second = open_data(str(text_file), "gpt2")
     assert (second.path / "index.json").stat().st_mtime_ns == stamp
-    assert prepare.open_data(str(first.path), "gpt2").n_tokens("train") == first.n_tokens("train")
+    assert open_data(str(first.path), "gpt2").n_tokens("train") == first.n_tokens("train")
     with pytest.raises(UserError, match="--tokenizer gpt2"):
-        prepare.open_data(str(first.path), "bytes")
+        open_data(str(first.path), "bytes")
     with pytest.raises(UserError, match="no data at 'nowhere'"):
-        prepare.open_data("nowhere", "gpt2")
+        open_data("nowhere", "gpt2")
 
 
 # --- batches

@@ -12,8 +12,21 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 LEVELS = [
     {"config", "attention"},
-    {"model", "tokenizer", "runtime", "tf_checkpoint", "data.shards"},
-    {"optim", "checkpoint", "foreign", "hub", "weights", "generate", "metrics", "data.sources", "data.prepare", "data.batches"},
+    {"model", "tokenizer", "runtime", "tf_checkpoint", "data.shards", "data.readers", "data.hub_data"},
+    {
+        "optim",
+        "checkpoint",
+        "foreign",
+        "hub",
+        "weights",
+        "generate",
+        "metrics",
+        "data.sources",
+        "data.documents",
+        "data.prepare",
+        "data.open",
+        "data.batches",
+    },
     {"evaluate.score", "evaluate.task", "evaluate.loss", "evaluate.published", "state"},
     {"evaluate.choices", "evaluate.corpora", "evaluate.tasks", "evaluate.runner", "evaluate.harness", "evaluate.during", "export"},
     {"train"},
@@ -28,12 +41,16 @@ WITHIN_A_LEVEL = {
     *(("evaluate.tasks", f"evaluate.{other}") for other in ("choices", "corpora")),
     ("evaluate.harness", "evaluate.corpora"),
     *(("evaluate.during", f"evaluate.{other}") for other in ("runner", "tasks")),
-    ("data.prepare", "data.sources"),
+    *(("data.prepare", f"data.{other}") for other in ("sources", "documents")),
+    ("data.documents", "data.sources"),
+    *(("data.open", f"data.{other}") for other in ("sources", "prepare")),
 }
 UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
 VERBS = {"cli", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"}
 OWNERS = {
-    "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"}, "huggingface_hub": {"hub"},
+    "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"},
+    "huggingface_hub": {"hub", "data.hub_data"},
+    "pyarrow": {"data.readers"}, "filelock": {"data.prepare"},
     "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"}, "transformers": set(), "datasets": set(),
 }  # fmt: skip
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import anew
-from anew import Tokenizer
 from anew.cli import VERBS, main
 from anew.config import RECIPES
 from anew.data import prepare, sources
@@ -30,8 +29,7 @@ def user_folder(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
     shakespeare = Path("cache/downloads/tinyshakespeare.txt")
     shakespeare.parent.mkdir(parents=True)
     shakespeare.write_text(text * 5)
-    source = sources.find("my.txt")
-    prepare.prepare(source, "1", Tokenizer.named("gpt2"), Path("DIR"))
+    prepare.prepare(sources.find("my.txt"), prepare.Settings("gpt2"), Path("DIR"))
     small = {"n_layer": 1, "n_head": 1, "n_embd": 16, "steps": 2, "batch_tokens": 256, "data": "my.txt", "precision": "fp32"}
     train(anew.recipe("shakespeare", tokenizer="gpt2", out="path/to/gpt2", **small))
     return tmp_path

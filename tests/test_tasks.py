@@ -12,6 +12,7 @@ import torch
 from anew import GPT, GPTConfig, Tokenizer, UserError, weights
 from anew.config import Config
 from anew.data import prepare, sources
+from anew.data.open import open_data
 from anew.data.shards import sha256_of
 from anew.evaluate import published, runner
 from anew.evaluate.corpora import wikitext_articles, wikitext_polish, windows
@@ -251,9 +252,8 @@ def test_bits_words_positions_and_calibration_add_up(model: tuple[GPT, Path]) ->
 def test_validation_is_the_loss_that_training_reports(model: tuple[GPT, Path], text_file: Path, tmp_path: Path) -> None:
     from anew.evaluate.loss import mean_loss
 
-    source = sources.find(str(text_file))
-    prepare.prepare(source, "1", TOKENIZER, tmp_path / "data")
-    folder = prepare.open_data(str(tmp_path / "data"), "gpt2")
+    prepare.prepare(sources.find(str(text_file)), prepare.Settings("gpt2"), tmp_path / "data")
+    folder = open_data(str(tmp_path / "data"), "gpt2")
     task = Validation(folder, 48, 500)
     examples = task.examples(Path(), TOKENIZER, 128)
     report = runner.run(model[0], task, examples)

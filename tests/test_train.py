@@ -85,10 +85,11 @@ def test_resume_across_shards_and_epochs(tiny: Config, tmp_path: Path) -> None:
 
     tokenizer = Tokenizer.named("bytes")
     text = tokenizer.encode(Path(tiny.data.data).read_text())
-    with shards.writing(tmp_path / "data") as folder:
-        writer = shards.SplitWriter(folder, "train", shard_tokens=301)  # 18 sequences a shard, 8 a step
-        writer.write(torch.tensor(text[:1500]).numpy())
-        shards.write_index(folder, "bytes", "test", "1", writer.close())
+    folder = tmp_path / "data"
+    folder.mkdir()
+    writer = shards.SplitWriter(folder, "train", shard_tokens=301)  # 18 sequences a shard, 8 a step
+    writer.write(torch.tensor(text[:1500]).numpy())
+    shards.write_index(folder, "bytes", "test", "1", writer.close())
     whole = tiny.override(data=str(tmp_path / "data"), steps=30, out=tiny.run.out + "-whole")
     train(whole)
     parts = whole.override(out=tiny.run.out + "-parts")
@@ -106,7 +107,7 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
 
     from anew import Tokenizer, optim, weights
     from anew.data.batches import Batches
-    from anew.data.prepare import open_data
+    from anew.data.open import open_data
 
     train(tiny)
     weights.save_model(tmp_path, anew.GPT(tiny.model, seed=tiny.run.seed), Tokenizer.named("bytes"))
@@ -143,7 +144,7 @@ def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> N
 
 def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
     from anew.data.batches import Batches
-    from anew.data.prepare import open_data
+    from anew.data.open import open_data
     from anew.train import _batches
 
     batches = Batches(open_data(tiny.data.data, "bytes").splits["train"], 16, 1)

@@ -12,6 +12,7 @@ A setting is judged only when all are known (`Config.check`), so that the order 
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -58,9 +59,10 @@ class GPTConfig:
 class DataConfig:
     """What is read, and in which pieces."""
 
-    data: str = setting("stdlib", "a prepared data folder, a text or .jsonl file, a folder, a glob, or a source: stdlib, tinyshakespeare")
+    data: str = setting("stdlib", "a data folder, a file, a folder, a glob, or a source: stdlib, tinyshakespeare, fineweb-edu, ...")
     tokenizer: Literal["gpt2", "bytes"] = setting("gpt2", "gpt2: OpenAI's 50,257 tokens; bytes: 256 bytes and end of text")
     seq_len: int = setting(1024, "tokens a training sequence (T); at most n_positions")
+    disk_budget: str = setting("0", "web data: most bytes of disk, e.g. 30GB; shards behind kept checkpoints go", may_change=True)
     val_tokens: int = setting(10_485_760, "score at most this many tokens of the validation split", may_change=True)
     one_batch: bool = setting(False, "train on the first batch for ever: the classic check that a model can learn")
 
@@ -313,3 +315,11 @@ def recipe(name: str, **settings: Any) -> Config:
         raise UserError(f"there is no recipe '{name}'; choose one of {', '.join(RECIPES)}.")
     base = dataclasses.replace(RECIPES[name][1], recipe=name)
     return base.override(**settings).adapted(set(settings))[0].check()
+
+
+def bytes_of(size: str) -> int:
+    """30GB, 500M or plain bytes as a number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
+    if match is None:
+        raise UserError(f"disk budget {size} is no size; write it as 30GB or 500MB.")
+    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anew.config import UserError
+from anew.data.hub_data import is_network_error
 from anew.data.shards import sha256_of
 
 log = logging.getLogger("anew")
@@ -90,8 +91,8 @@ def _fetch(model: str, repository: str, name: str, revision: str) -> Path:
         raise UserError(f"{model} could not be downloaded: the hub answered {status}; try again later, it goes on where it was.") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was.") from error
-    except Exception as error:  # what the HTTP client raises for a cut connection is no OSError, and its package has changed its name
-        if not type(error).__module__.startswith(("httpx", "httpcore")):
+    except Exception as error:
+        if not is_network_error(error):
             raise
         raise UserError(f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was.") from error
     _verify(model, path)

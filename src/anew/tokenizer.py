@@ -9,7 +9,8 @@ spells `<|endoftext|>` is encoded as those thirteen characters. The end-of-text 
 
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import numpy as np
 from anew.config import TOKENIZERS, UserError
 
 END_OF_TEXT = "<|endoftext|>"
+PIECE_BYTES, MOST_BYTES = 1 << 18, 1 << 22
+CUT = re.compile(rb"[A-Za-z] (?=[A-Za-z])")
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # openai/gpt-2 src/encoder.py
 
 
@@ -66,12 +69,15 @@ class Tokenizer:
         text = _without_surrogates(text)
         return list(text.encode()) if self.name == "bytes" else self._tiktoken.encode_ordinary(text)
 
-    def encode_documents(self, documents: Sequence[bytes], threads: int = 2) -> list[np.ndarray]:
-        """One uint16 array a document. Bytes that are not UTF-8 stay as they are for "bytes" and become U+FFFD for "gpt2"."""
+    def encode_document(self, document: bytes) -> np.ndarray:
+        """(tokens,) uint16. Bytes that are no UTF-8 stay for "bytes" and become U+FFFD for BPE. A long document is read in pieces."""
         if self.name == "bytes":
-            return [np.frombuffer(document, dtype=np.uint8).astype(np.uint16) for document in documents]
-        texts = [document.decode("utf-8", errors="replace") for document in documents]
-        return [np.array(ids, dtype=np.uint16) for ids in self._tiktoken.encode_ordinary_batch(texts, num_threads=threads)]
+            return np.frombuffer(document, dtype=np.uint8).astype(np.uint16)
+        parts = [
+            self._tiktoken.encode_to_numpy(piece.decode("utf-8", errors="replace"), disallowed_special=()).astype(np.uint16)
+            for piece in _pieces(document)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes that `ids` stand for; end of text is written out. Ids no tokenizer emits (padding rows) are refused."""
@@ -140,6 +146,23 @@ class Tokenizer:
         """Write `files(n_positions)` into `folder`."""
         for name, content in self.files(n_positions).items():
             (folder / name).write_bytes(content)
+
+
+def _pieces(document: bytes) -> Iterator[bytes]:
+    """A long document cut where no token can cross: before a single space between two ASCII letters.
+
+    GPT-2's pattern takes such a space into the word behind it and nothing across it. Text without one (a million equal characters) is cut
+    every MOST_BYTES wherever that is, which may split a token.
+    """
+    start = 0
+    while len(document) - start > PIECE_BYTES:
+        match = CUT.search(document, start + PIECE_BYTES, start + MOST_BYTES)
+        end = match.start() + 1 if match else min(len(document), start + MOST_BYTES)
+        while end < len(document) and not match and document[end] & 0xC0 == 0x80:  # not within a character
+            end += 1
+        yield document[start:end]
+        start = end
+    yield document[start:]
 
 
 def _byte_order() -> list[int]:

@@ -8,6 +8,7 @@ Hugging Face folder. The step is the only clock: tokens, learning rate and rando
 was stopped anywhere goes on bit for bit as if it had not been.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anew import metrics, optim, runtime, weights
-from anew.config import Config, UserError
+from anew import checkpoint, metrics, optim, runtime, weights
+from anew.config import Config, UserError, bytes_of
 from anew.data.batches import Batches, prefetch
-from anew.data.prepare import open_data
+from anew.data.open import Stopped, open_data, remove_used
+from anew.data.shards import DataFolder
 from anew.evaluate.during import Evaluator
 from anew.state import State
 from anew.tokenizer import Tokenizer
@@ -108,14 +110,17 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
     config = settle(config)
     run, rt = config.folder, runtime.start(config.run)
     tokenizer = Tokenizer.named(config.data.tokenizer)
-    folder = open_data(config.data.data, tokenizer.name)
+    folder = open_data(config.data.data, tokenizer.name, bytes_of(config.data.disk_budget))
     batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed)
     state = State(config, rt, folder.revision)
     found = state.begin(run)
-    with _handled_signals() as stop, metrics.Recorder(run, config, state.step) as recorder:
+    with folder, _handled_signals() as stop, metrics.Recorder(run, config, state.step) as recorder:
+        batches.more = folder.more(stop)
         _write_config(run, config)
         peak, peak_source = runtime.peak_flops(rt)
         plan = metrics.describe(config, rt.world, folder.n_tokens("train"), folder.n_tokens("val"), batches.epoch_sequences)
+        if batches.more:
+            found.append("the data is still being prepared: its tokens and epochs above are those so far")
         for line in [*rt.why, *plan, f"MFU is measured against {peak_source}", *found]:
             log.info(line)
         loss_of = torch.compile(state.model, dynamic=False) if rt.compile else state.model
@@ -141,6 +146,7 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
                 progress(row)
             if state.step % config.run.save_every == 0 or state.step == config.run.steps:
                 state.save(run, tokenizer)
+                _remove_used_shards(config, folder, batches)
             began = time.perf_counter()
         if stop.is_set():
             state.save(run, tokenizer)
@@ -184,7 +190,15 @@ def _batches(config: Config, batches: Batches, rt: runtime.Runtime, steps: range
         rows = rows.to(rt.device, non_blocking=rt.device.type == "cuda")  # on MPS a copy from a temporary may read freed memory
         return step, [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(micro)]
 
-    return prefetch(load, steps)
+    with contextlib.suppress(Stopped):  # asked to stop while waiting for data that is still being prepared
+        yield from prefetch(load, steps)
+
+
+def _remove_used_shards(config: Config, folder: DataFolder, batches: Batches) -> None:
+    """Within a disk budget: shards that even the oldest checkpoint is past are not needed again."""
+    saved = checkpoint.steps(config.folder)
+    if folder.growth is not None and bytes_of(config.data.disk_budget) and saved:
+        remove_used(batches.shards, int(saved[0].name.removeprefix("step-")) * config.batch_sequences, config.data.seq_len)
 
 
 def _seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -19,6 +19,7 @@ from anew.config import UserError
 from anew.data.shards import Shard
 
 Pairs = tuple[np.ndarray, np.ndarray]
+More = Callable[[int], tuple[list[Shard], bool]]
 T = TypeVar("T")
 
 
@@ -51,8 +52,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Batches:
     """Numbered training sequences over `shards`."""
 
-    def __init__(self, shards: Sequence[Shard], seq_len: int, seed: int) -> None:
-        self.shards, self.seq_len, self.seed = list(shards), seq_len, seed
+    def __init__(self, shards: Sequence[Shard], seq_len: int, seed: int, more: More | None = None) -> None:
+        """`more(known)` waits for shards behind the `known` ones: all there are then, and whether that is all there will be."""
+        self.seq_len, self.seed, self.more = seq_len, seed, more
+        self._take(shards)
+
+    def _take(self, shards: Sequence[Shard]) -> None:
+        seq_len = self.seq_len
+        self.shards = list(shards)
         self.windows = np.array([max(0, (shard.n_tokens - 1) // seq_len) for shard in self.shards], dtype=np.int64)
         self.epoch_sequences = int(self.windows.sum())
         if self.epoch_sequences == 0:
@@ -63,7 +70,11 @@ class Batches:
             )
 
     def locate(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and window of each sequence number."""
+        """Shard and window of each sequence number. While preparation goes on it is the first epoch, as far as it goes."""
+        while self.more is not None and int(sequences.max(initial=0)) >= self.epoch_sequences:
+            shards, complete = self.more(len(self.shards))
+            self._take(shards)
+            self.more = None if complete else self.more
         shard, window = np.empty_like(sequences), np.empty_like(sequences)
         for epoch in np.unique(sequences // self.epoch_sequences):
             order = np.arange(len(self.shards))

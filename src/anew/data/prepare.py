@@ -1,88 +1,339 @@
-"""From a source to a data folder: read, split, tokenise, write shards.
+"""From a source to a data folder: fetch, read, tokenise, split, shuffle, write shards. Kill it anywhere and run it again: the same bytes.
 
+    anew prepare fineweb-edu --out data/edu --disk-budget 30GB
     anew prepare my.txt --out data/mine --tokenizer gpt2
 
-`open_data` is what training calls: it takes a prepared folder as it is, and prepares anything else once into a cache keyed by the
-source's name, its revision (a sha256 over its documents) and the tokenizer.
+Documents are taken in blocks of about 32 MB of text. A block is tokenised by threads (tiktoken works outside Python's lock, so threads are
+as fast as processes and nothing has to be sent or cleaned up), each document is held out or not by its hash, the others are permuted
+within the block by a generator seeded with its number, and the tokens are appended to the shards. Then `progress.json` says so in one
+step. So the result depends on the source and the settings alone, and what a kill costs is one block.
 """
 
-import hashlib
-import itertools
+import json
 import logging
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from anew.config import UserError
-from anew.data import shards, sources
+from anew.data import hub_data, readers, shards
+from anew.data.documents import Document, Text, halves, in_order, jobs_of, threshold_of
+from anew.data.hub_data import HubFile
+from anew.data.shards import DataFolder, SplitWriter
+from anew.data.sources import Source
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
 
-HELD_OUT_OF = 10  # a tenth of the text is never trained on
-BATCH_DOCUMENTS = 256
+VAL_TOKENS = 10_485_760  # what build-nanogpt and llm.c validate on is 20 to 160 batches, by hardware; here it is one number
+OVERHEAD_BYTES = 1 << 16
+PROGRESS, INDEX, PARTS = "progress.json", "index.json", ".parts"
 
 
-def open_data(data: str, tokenizer: str) -> shards.DataFolder:
-    """The data folder that `--data` means, prepared now if it has to be. Its tokenizer must be `tokenizer`."""
-    path = Path(data).expanduser()
-    if (path / "index.json").is_file():
-        folder = shards.DataFolder.open(path)
-        if folder.tokenizer != tokenizer:
-            raise UserError(
-                f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses {tokenizer}; "
-                f"add --tokenizer {folder.tokenizer}."
-            )
-        return folder
-    source = sources.find(data)
-    revision = source.revision()
-    cached = sources.cache_folder() / "data" / f"{source.name}-{tokenizer}-{revision[:12]}"
-    if not (cached / "index.json").is_file():
-        log.info(f"preparing {data} with the {tokenizer} tokenizer into {cached}")
-        prepare(source, revision, Tokenizer.named(tokenizer), cached)
-    return shards.DataFolder.open(cached)
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a data folder, besides the source."""
+
+    tokenizer: str
+    limit_tokens: int = 0
+    val_tokens: int = VAL_TOKENS
+    shard_tokens: int = shards.SHARD_TOKENS
+    seed: int = 1337
+    block_bytes: int = 32 << 20  # text that is tokenised, shuffled and remembered together
 
 
-def prepare(source: sources.Source, revision: str, tokenizer: Tokenizer, out: Path) -> None:
-    """Write `source` as a data folder at `out`: whole, or not at all."""
-    with shards.writing(out) as folder:
-        writers = {split: shards.SplitWriter(folder, split) for split in ("train", "val")}
-        pieces = _split_by_position(source) if source.by_position else _split_by_document(source)
-        for batch in _batched(pieces):
-            for (split, _), ids in zip(batch, tokenizer.encode_documents([text for _, text in batch]), strict=True):
-                writers[split].write(np.concatenate([np.array([tokenizer.end_of_text], dtype=np.uint16), ids]))
-        entries = [entry for writer in writers.values() for entry in writer.close()]
-        shards.write_index(folder, tokenizer.name, source.name, revision, entries)
+@dataclass
+class Progress:
+    """How far a preparation is: all that `progress.json` holds, and all that a restart needs."""
+
+    settings: dict[str, Any]
+    source: str
+    revision: str
+    threshold: int
+    file: int = 0  # the file to go on with
+    document: int = 0  # documents of it that are done
+    block: int = 0
+    documents: int = 0
+    bytes: int = 0
+    dropped: int = 0  # documents that repeat a held-out one
+    finished: dict[str, list[dict[str, Any]]] | None = None  # shards by split
+    unfinished: dict[str, int] | None = None
+    val_open: bool = True
+    val_hashes: list[int] | None = None
 
 
-def _split_by_position(source: sources.Source) -> Iterator[tuple[str, bytes]]:
-    """The first nine tenths of one text (by characters, where it is UTF-8) train, the rest is held out."""
-    for content in source.documents():
+@dataclass(frozen=True)
+class Status:
+    """What a progress bar shows."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    file: int
+    files: int
+    disk_bytes: int
+    seconds: float
+    share: float  # of the source's files or of the limit, 0 to 1
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def begun_at(out: Path) -> str:
+    """The revision of a preparation that was begun or finished at `out`, so that it goes on with the same text; else empty."""
+    for name in (PROGRESS, INDEX):
+        if (out / name).is_file():
+            try:
+                revision = str(json.loads((out / name).read_text(encoding="utf-8"))["revision"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            return revision if len(revision) == 40 else ""  # a commit of the hub; local text has a sha256
+    return ""
+
+
+def prepare(
+    source: Source,
+    settings: Settings,
+    out: Path,
+    workers: int = 0,
+    disk_budget: int = 0,
+    consumed: bool = False,
+    wait: bool = False,
+    report: Callable[[Status], None] | None = None,
+) -> DataFolder:
+    """Write `source` as a data folder at `out`, or go on where an earlier process stopped.
+
+    `workers` 0: one thread a core. `disk_budget` bounds, in bytes, fetched files and shards together (0: no bound); `consumed`: a
+    training run removes shards it is done with, so a full budget is waited for. If another process is at work on `out`, `wait` or refuse.
+    """
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=-1 if wait else 0):
+            if (out / INDEX).is_file():
+                return _same(DataFolder.open(out), source, settings)
+            job = _Job(source, settings, out, workers or cores(), disk_budget, consumed, report)
+            job.run()
+    except Timeout as error:
+        raise UserError(f"another process is preparing {out}; let it finish, or choose another --out.") from error
+    except OSError as error:
+        if error.errno == 28:
+            raise UserError(f"the disk of {out} is full; free some and run the same command again, it goes on where it was.") from error
+        raise
+    return DataFolder.open(out)
+
+
+def _same(folder: DataFolder, source: Source, settings: Settings) -> DataFolder:
+    if (folder.revision, folder.tokenizer) != (source.revision, settings.tokenizer):
+        raise UserError(f"{folder.path} holds other data ({folder.source}, {folder.tokenizer}); choose another --out or remove it.")
+    return folder
+
+
+class _Job:
+    """One preparation under its lock."""
+
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        out: Path,
+        workers: int,
+        budget: int,
+        consumed: bool,
+        report: Callable[[Status], None] | None,
+    ) -> None:
+        self.source, self.settings, self.out, self.workers, self.budget, self.report = source, settings, out, workers, budget, report
+        self.tokenizer = Tokenizer.named(settings.tokenizer)
+        self.consumed = consumed
+        self.stopped = threading.Event()
+        self.ahead: Future[Path] | None = None
+        self.held: dict[int, int] = {}  # bytes of each file that is fetched or being fetched
+        self.began, self.bytes_before = time.perf_counter(), 0
+        self.progress = self._restore()
+        self.bytes_before = self.progress.bytes
+        finished, unfinished = self.progress.finished or {}, self.progress.unfinished or {}
+        self.writers = {
+            split: SplitWriter(out, split, settings.shard_tokens, finished.get(split, []), unfinished.get(split, 0))
+            for split in ("train", "val")
+        }
+        self.val_hashes = set(self.progress.val_hashes or [])
+
+    def _restore(self) -> Progress:
+        path = self.out / PROGRESS
+        fresh = Progress(asdict(self.settings), self.source.name, self.source.revision, 0)
+        if not path.is_file():
+            strangers = [p.name for p in self.out.iterdir() if p.name not in (".lock", PARTS)]
+            if strangers:
+                raise UserError(f"{self.out} exists already and holds {strangers[0]}; choose another --out or remove it.")
+            fresh.threshold = threshold_of(self.source)
+            return fresh
         try:
-            text = content.decode()
-            at = len(text[: len(text) * (HELD_OUT_OF - 1) // HELD_OUT_OF].encode())
-        except UnicodeDecodeError:
-            at = len(content) * (HELD_OUT_OF - 1) // HELD_OUT_OF
-        yield "train", content[:at]
-        yield "val", content[at:]
+            found = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); remove {self.out} and prepare again.") from error
+        if (found.settings, found.source, found.revision) != (fresh.settings, fresh.source, fresh.revision):
+            raise UserError(f"{self.out} was begun with other settings or another text; give the same ones to go on, or another --out.")
+        log.info(f"going on after {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text")
+        return found
 
+    def run(self) -> None:
+        """To the end of the source, or of the limit."""
+        try:
+            for block in self._blocks():
+                self._write(block)
+                done = self.progress.file
+                self._advance(block)
+                self._remember()
+                self._drop(range(done, self.progress.file))
+                if self.settings.limit_tokens and self.writers["train"].n_tokens >= self.settings.limit_tokens:
+                    break
+            entries = [entry for writer in self.writers.values() for entry in writer.close()]
+        except BaseException:
+            self.stopped.set()
+            for writer in self.writers.values():
+                writer.file.close()
+            raise
+        p = self.progress
+        counts = {"documents": p.documents, "bytes": p.bytes, "repeats_of_validation": p.dropped}
+        shards.write_index(
+            self.out, self.tokenizer.name, self.source.name, self.source.revision, entries, **counts, settings=asdict(self.settings)
+        )
+        (self.out / PROGRESS).unlink(missing_ok=True)
+        shutil.rmtree(self.out / PARTS, ignore_errors=True)
 
-def _split_by_document(source: sources.Source) -> Iterator[tuple[str, bytes]]:
-    """A document is held out by its own hash, so that adding documents moves no other. At least one is, if there are two."""
-    hashes = [_hash(document) for document in source.documents()]
-    threshold = 2**64 // HELD_OUT_OF
-    if len(hashes) > 1 and min(hashes) >= threshold:
-        threshold = min(hashes) + 1
-    for document in source.documents():
-        yield "val" if _hash(document) < threshold else "train", document
+    # --- reading -------------------------------------------------------------------------------------------------------------------
 
+    def _blocks(self) -> Iterator[list[Document]]:
+        """Blocks of tokenised documents from where progress stands. No block spans two fetched files, so that each can be dropped."""
+        first, files = self.progress.file, range(self.progress.file, len(self.source.files))
+        with (
+            ThreadPoolExecutor(self.workers, thread_name_prefix="tokenise") as pool,
+            ThreadPoolExecutor(1, thread_name_prefix="fetch") as fetcher,
+        ):
+            for group in [[number] for number in files] if self.source.is_remote else [files]:
+                block: list[Document] = []
+                size = 0
+                texts = self._texts(group, self.progress.document if self.progress.file == first else 0, fetcher)
+                for document in in_order(pool, jobs_of(texts), self.tokenizer, 4 * self.workers):
+                    block.append(document)
+                    size += document.bytes
+                    if size >= self.settings.block_bytes:
+                        yield block
+                        block, size = [], 0
+                if block:
+                    yield block
+                if self.source.is_remote:
+                    self.progress.file, self.progress.document = group[0] + 1, 0
+                    self._remember()
+                    self._drop(group)
 
-def _hash(document: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "little")
+    def _advance(self, block: list[Document]) -> None:
+        self.progress.file, self.progress.document = block[-1].file, block[-1].number + 1
+        self.progress.block += 1
+        self.progress.documents += len(block)
+        self.progress.bytes += sum(document.bytes for document in block)
 
+    def _texts(self, group: Sequence[int], skip: int, fetcher: ThreadPoolExecutor) -> Iterator[Text]:
+        """The documents of some files, but for the first `skip` of the first."""
+        for number in group:
+            file = self.source.files[number]
+            if isinstance(file, HubFile):
+                path = (self.ahead or fetcher.submit(self._fetch, number)).result()
+                self.ahead = fetcher.submit(self._fetch, number + 1) if number + 1 < len(self.source.files) else None
+            else:
+                path = file
+            if self.source.by_position:
+                pieces = list(enumerate(halves(readers.documents(path))))[skip:]
+                yield from (Text(number, i, piece, ("train", "val")[i % 2]) for i, piece in pieces if piece)
+            else:
+                for i, content in enumerate(readers.documents(path, self.source.column, skip), skip):
+                    yield Text(number, i, content, "")
+            skip = 0
 
-def _batched(pieces: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
-    iterator = iter(pieces)
-    while batch := list(itertools.islice(iterator, BATCH_DOCUMENTS)):
-        yield batch
+    # --- the disk ------------------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, number: int) -> Path:
+        """One file of the source, once there is room for it."""
+        file = self.source.files[number]
+        assert isinstance(file, HubFile)
+        self._wait_for(file.size, f"{file.path} of {file.size / 1e6:,.0f} MB", others=number > self.progress.file)
+        self.held[number] = file.size
+        return hub_data.fetch(file, self.out / PARTS)
+
+    def _drop(self, numbers: Iterable[int]) -> None:
+        """Remove fetched files that are done with."""
+        for number in numbers:
+            file = self.source.files[number]
+            if isinstance(file, HubFile):
+                hub_data.drop(file, self.out / PARTS)
+                self.held.pop(number, None)
+
+    def _disk_bytes(self) -> int:
+        """What is on the disk, with files that are being fetched counted as whole, and a little for the progress file's next version."""
+        parts = shards.disk_bytes(self.out / PARTS)
+        return shards.disk_bytes(self.out) - parts + max(parts, sum(list(self.held.values()))) + OVERHEAD_BYTES
+
+    def _wait_for(self, size: int, what: str, others: bool) -> None:
+        """Until `size` more bytes fit into the disk budget. `others`: a file before this one is still at work and will make room."""
+        while self.budget and (used := self._disk_bytes()) + size > self.budget:
+            if self.stopped.wait(0.1):
+                raise UserError("stopped.")
+            if not self.consumed and not (others and self.progress.file < len(self.source.files)):
+                raise UserError(
+                    f"the disk budget of {self.budget / 1e6:,.0f} MB is full: {used / 1e6:,.0f} MB are in use and {what} does not fit; run "
+                    "again with a larger --disk-budget, it goes on where it was."
+                )
+
+    # --- writing -------------------------------------------------------------------------------------------------------------------
+
+    def _write(self, block: list[Document]) -> None:
+        """Held-out documents to the validation split until it is full, the others to the training split in the block's own order."""
+        end = np.array([self.tokenizer.end_of_text], dtype="<u2")
+        train = []
+        for document in block:
+            tokens = np.concatenate([end, document.tokens])
+            if document.split == "val" or (document.split == "" and self.progress.val_open and document.hash < self.progress.threshold):
+                self.writers["val"].write(tokens)
+                self.val_hashes.add(document.hash)
+                if document.split == "" and self.writers["val"].n_tokens >= self.settings.val_tokens:
+                    self.progress.val_open = False
+                    self.writers["val"].cut()  # whole from now on, so that training may start
+            elif document.split == "" and document.hash in self.val_hashes:
+                self.progress.dropped += 1  # the same text as a held-out document
+            else:
+                train.append(tokens)
+        if train:
+            order = np.random.Generator(np.random.Philox(key=[self.settings.seed, self.progress.block])).permutation(len(train))
+            tokens = np.concatenate([train[i] for i in order])
+            self._wait_for(tokens.nbytes, f"a block of {tokens.nbytes / 1e6:,.0f} MB", others=False)
+            if self.settings.limit_tokens:
+                tokens = tokens[: self.settings.limit_tokens - self.writers["train"].n_tokens]
+            self.writers["train"].write(tokens)
+
+    def _remember(self) -> None:
+        for writer in self.writers.values():
+            writer.sync()
+        p = self.progress
+        p.finished = {split: writer.entries for split, writer in self.writers.items()}
+        p.unfinished = {split: writer.unfinished for split, writer in self.writers.items()}
+        p.val_hashes = sorted(self.val_hashes)
+        shards.write_json(self.out / PROGRESS, asdict(p))
+        if self.report:
+            tokens = sum(writer.n_tokens for writer in self.writers.values())
+            seconds = time.perf_counter() - self.began
+            share = p.file / len(self.source.files)
+            if self.settings.limit_tokens:
+                share = max(share, self.writers["train"].n_tokens / self.settings.limit_tokens)
+            disk = shards.disk_bytes(self.out)
+            self.report(Status(p.documents, p.bytes - self.bytes_before, tokens, p.file, len(self.source.files), disk, seconds, share))

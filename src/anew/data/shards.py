@@ -5,15 +5,15 @@ format of llm.c, which its tools read as it is. Each document starts with end-of
 their sha256; it is written last, so a folder that has one is whole.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from anew.config import UserError
 MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 INDEX_VERSION = 1
 SHARD_TOKENS = 100_000_000
+CONSUMED = "consumed.json"
 
 
 def sha256_of(path: Path) -> str:
@@ -44,6 +45,11 @@ class Shard:
         try:
             header = np.fromfile(self.path, dtype="<i4", count=3)
             right_size = self.path.stat().st_size == HEADER_BYTES + 2 * self.n_tokens
+        except FileNotFoundError as error:
+            raise UserError(
+                f"shard {self.path.name} was removed after it was trained on, to keep within the disk budget, and is needed again; remove "
+                f"{self.path.parent} and start again with a larger --disk-budget."
+            ) from error
         except OSError as error:
             raise UserError(f"shard {self.path} cannot be read ({error.strerror}); prepare the data again.") from error
         if len(header) < 3 or header[0] != MAGIC:
@@ -66,10 +72,23 @@ class DataFolder:
     source: str
     revision: str
     splits: dict[str, list[Shard]] = field(default_factory=dict)
+    growth: Any = None  # open.Growth, while the folder is still being prepared
 
     def n_tokens(self, split: str) -> int:
         """Tokens in the split "train" or "val"."""
         return sum(shard.n_tokens for shard in self.splits.get(split, []))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.growth is not None:
+            self.growth.close()
+
+    def more(self, stop: threading.Event) -> Callable[[int], tuple[list[Shard], bool]] | None:
+        """What `Batches` asks for further shards, if there will be any."""
+        growth = self.growth
+        return None if growth is None or growth.complete else lambda known: (growth.wait_for_more(known, stop), growth.complete)
 
     @classmethod
     def open(cls, path: Path) -> "DataFolder":
@@ -84,7 +103,7 @@ class DataFolder:
             splits: dict[str, list[Shard]] = {"train": [], "val": []}
             for entry in index["shards"]:
                 shard = Shard(path / Path(entry["name"]).name, int(entry["tokens"]), entry["sha256"])
-                if not shard.path.is_file():
+                if not shard.path.is_file() and (entry["split"], len(splits["train"])) >= ("train", consumed(path)):
                     raise UserError(f"{path}/index.json names {shard.path.name}, which is missing; prepare the data again.")
                 splits[entry["split"]].append(shard)
             return cls(path, index["tokenizer"], index["source"], index["revision"], splits)
@@ -96,71 +115,131 @@ class DataFolder:
 
 @dataclass
 class SplitWriter:
-    """Cuts one split's stream of tokens into shards of `shard_tokens`."""
+    """Cuts one split's stream of tokens into shards of `shard_tokens`; can be stopped after any `sync` and taken up again.
+
+    The shard being written is `train-00003.bin.part`. `entries` (the finished shards) and `unfinished` (tokens in the part) are all that
+    has to be remembered: what a killed writer wrote behind them is cut off.
+    """
 
     folder: Path
     split: str
     shard_tokens: int = SHARD_TOKENS
-    entries: list[dict[str, object]] = field(default_factory=list)
-    pending: list[np.ndarray] = field(default_factory=list)
-    n_pending: int = 0
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    unfinished: int = 0
+
+    def __post_init__(self) -> None:
+        part, final = self._part, self._part.with_suffix("")
+        if not part.exists() and final.exists():  # killed between finishing this shard and remembering it
+            os.replace(final, part)
+        for path in self.folder.glob(f"{self.split}-*.bin*"):
+            if path != part and path.name not in {entry["name"] for entry in self.entries}:
+                path.unlink()
+        if part.exists() and part.stat().st_size < HEADER_BYTES + 2 * self.unfinished:
+            raise UserError(f"{part} is shorter than was written to it; remove {self.folder} and prepare again.")
+        self.file = part.open("r+b" if part.exists() else "w+b")
+        self.file.truncate(HEADER_BYTES + 2 * self.unfinished)
+        self.file.seek(0, os.SEEK_END)
+
+    @property
+    def _part(self) -> Path:
+        return self.folder / f"{self.split}-{len(self.entries):05d}.bin.part"
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(int(entry["tokens"]) for entry in self.entries) + self.unfinished
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append one document (its end-of-text first)."""
-        self.pending.append(tokens.astype("<u2", copy=False))
-        self.n_pending += len(tokens)
-        while self.n_pending >= self.shard_tokens:
-            self._flush(self.shard_tokens)
+        """Append documents' tokens (each with its end-of-text first)."""
+        tokens = tokens.astype("<u2", copy=False)
+        while self.unfinished + len(tokens) >= self.shard_tokens:
+            room = self.shard_tokens - self.unfinished
+            self._append(tokens[:room])
+            self.cut()
+            tokens = tokens[room:]
+        self._append(tokens)
 
-    def close(self) -> list[dict[str, object]]:
-        """Write what is left; the entries of this split for `index.json`."""
-        if self.n_pending:
-            self._flush(self.n_pending)
+    def _append(self, tokens: np.ndarray) -> None:
+        self.file.write(tokens.tobytes())
+        self.unfinished += len(tokens)
+
+    def sync(self) -> None:
+        """Everything written is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> list[dict[str, Any]]:
+        """The split ends here: what is unfinished becomes its last, shorter shard. The entries of this split for `index.json`."""
+        if self.unfinished:
+            self._finish()
+        else:
+            self.file.close()
+            self._part.unlink()
         return self.entries
 
-    def _flush(self, n: int) -> None:
-        stream = np.concatenate(self.pending)
-        tokens, self.pending = stream[:n], [stream[n:]]
-        self.n_pending = len(stream) - n
-        path = self.folder / f"{self.split}-{len(self.entries):05d}.bin"
+    def cut(self) -> None:
+        """End the shard here."""
+        if self.unfinished:
+            self._finish()
+            self.file = self._part.open("w+b")
+            self.file.truncate(HEADER_BYTES)
+            self.file.seek(0, os.SEEK_END)
+
+    def _finish(self) -> None:
+        """Header, flush, hash, rename: a file without `.part` is always a whole shard."""
         header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-        header[:3] = MAGIC, SHARD_VERSION, n
-        with path.open("wb") as file:
-            file.write(header.tobytes())
-            file.write(tokens.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        self.entries.append({"name": path.name, "split": self.split, "tokens": n, "sha256": sha256_of(path)})
+        header[:3] = MAGIC, SHARD_VERSION, self.unfinished
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.sync()
+        self.file.close()
+        part = self._part
+        entry = {"name": part.stem, "split": self.split, "tokens": self.unfinished, "sha256": sha256_of(part)}
+        os.replace(part, part.with_suffix(""))
+        self.entries.append(entry)
+        self.unfinished = 0
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+def write_index(folder: Path, tokenizer: str, source: str, revision: str, entries: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Write `index.json`: the last file of a data folder. `more` says where it comes from; readers do not need it."""
+    index = {"version": INDEX_VERSION, "tokenizer": tokenizer, "dtype": "uint16", "source": source, "revision": revision}
+    write_json(folder / "index.json", {**index, "shards": list(entries), **more})
 
-    If somebody else has finished the same folder meanwhile, theirs stays.
-    """
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+
+def consumed(folder: Path) -> int:
+    """How many training shards, from the first on, were removed after use."""
     try:
-        yield temporary
-        if not (path / "index.json").exists():
-            if path.is_dir():  # empty: Windows does not replace even that
-                path.rmdir()
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return int(json.loads((folder / CONSUMED).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return 0
 
 
-def write_index(folder: Path, tokenizer: str, source: str, revision: str, shards: Sequence[dict[str, object]]) -> None:
-    """Write `index.json`: the last file of a data folder."""
-    index = {
-        "version": INDEX_VERSION,
-        "tokenizer": tokenizer,
-        "dtype": "uint16",
-        "source": source,
-        "revision": revision,
-        "shards": list(shards),
-    }
-    (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def consume(shards: Sequence[Shard], count: int) -> None:
+    """Remove the first `count` training shards: a run is done with them."""
+    folder = shards[0].path.parent
+    if count > consumed(folder):
+        write_json(folder / CONSUMED, count)
+        for shard in shards[:count]:
+            shard.path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` in one step: it is the old or the new one after any crash."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def disk_bytes(folder: Path) -> int:
+    """What the files under `folder` take, hidden ones too."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(Path(root, name)).st_size
+            except FileNotFoundError:  # removed meanwhile
+                continue
+    return total

@@ -16,7 +16,7 @@ import tyro
 from anew import runtime, weights
 from anew.config import Config, UserError
 from anew.data import sources
-from anew.data.prepare import open_data
+from anew.data.open import open_data
 from anew.evaluate import runner
 from anew.evaluate.corpora import Corpus
 from anew.evaluate.published import Comparison, compare, size_of

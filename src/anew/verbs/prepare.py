@@ -1,38 +1,161 @@
-"""`anew prepare SOURCE --out DIR`: turn text into a folder of tokens."""
+"""`anew prepare SOURCE --out DIR`: turn text into a folder of tokens; say beforehand what it will take; show what is in one."""
 
 import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from anew.config import UserError
-from anew.data import prepare, sources
+from anew.config import UserError, bytes_of
+from anew.data import prepare, shards, sources
 from anew.data.shards import DataFolder
 from anew.tokenizer import Tokenizer
+
+log = logging.getLogger("anew")
+
+BYTES_A_TOKEN, PARQUET_RATIO, THREAD_MB = 4.4, 1.7, 12.0  # web text, docs/log.md 6: text / parquet sizes; MB a second a thread
 
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Turn text into a folder of tokens. Example: anew prepare my-texts/ --out data/mine --tokenizer gpt2"""
+    """Turn text into a folder of tokens. Example: anew prepare fineweb-edu --out data/edu --limit-tokens 1000000000"""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a file, folder, glob, stdlib or tinyshakespeare")]
-    out: Annotated[str, tyro.conf.arg(help="data folder to write; it must not exist yet")]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a file, folder, glob, known name or repo:config:split:column")] = ""
+    out: Annotated[str, tyro.conf.arg(help="data folder to write, or to go on with")] = ""
     tokenizer: Annotated[Literal["gpt2", "bytes"], tyro.conf.arg(help="gpt2: 50,257 tokens; bytes: 257")] = "gpt2"
+    workers: Annotated[int, tyro.conf.arg(help="threads that tokenise; 0: one a core")] = 0
+    limit_tokens: Annotated[int, tyro.conf.arg(help="stop after this many training tokens; 0: the whole source")] = 0
+    disk_budget: Annotated[str, tyro.conf.arg(help="most bytes on the disk, fetched files and shards together, e.g. 30GB; 0: no bound")] = (
+        "0"
+    )
+    shard_tokens: Annotated[int, tyro.conf.arg(help="tokens a shard, 2 bytes each")] = shards.SHARD_TOKENS
+    val_tokens: Annotated[int, tyro.conf.arg(help="tokens to hold out for validation")] = prepare.VAL_TOKENS
+    seed: Annotated[int, tyro.conf.arg(help="decides the order of documents within a block of 32 MB")] = 1337
+    dry_run: Annotated[bool, tyro.conf.arg(help="only say what it will take: bytes, tokens, disk, hours")] = False
+    show: Annotated[str, tyro.conf.arg(help="only say what is in this data folder")] = ""
     json: Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")] = False
 
 
 def run_prepare(argv: list[str]) -> None:
     """Turn text into a folder of tokens that training reads."""
     a = tyro.cli(PrepareArgs, args=argv, prog="anew prepare")
+    if a.show:
+        return _show(DataFolder.open(Path(a.show)), a.json)
+    if not a.source:
+        raise UserError("name a source to prepare, or a data folder with --show.")
+    if min(a.workers, a.limit_tokens, a.val_tokens) < 0 or a.shard_tokens < 2:
+        raise UserError("--workers, --limit-tokens and --val-tokens must be 0 or above, and --shard-tokens at least 2.")
+    settings = prepare.Settings(a.tokenizer, a.limit_tokens, a.val_tokens, a.shard_tokens, a.seed)
+    budget = bytes_of(a.disk_budget)
+    if a.dry_run:
+        return _dry_run(sources.find(a.source), a, budget)
+    if not a.out:
+        raise UserError("name the data folder to write with --out.")
     out = Path(a.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already; choose another --out or remove it.")
-    source = sources.find(a.source)
-    prepare.prepare(source, source.revision(), Tokenizer.named(a.tokenizer), out)
-    folder = DataFolder.open(out)
+    revision = prepare.begun_at(out)
+    source = sources.find(a.source, revision or "main")
+    with _progress() as report:
+        folder = prepare.prepare(source, settings, out, a.workers, budget, report=report)
     counts = {split: folder.n_tokens(split) for split in ("train", "val")}
-    print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens ({a.tokenizer}) of {source.name}")
+    print(f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens ({folder.tokenizer}) of {source.name}")
     if a.json:
-        print(json.dumps({"out": str(out), "tokenizer": a.tokenizer, "revision": folder.revision, **counts}))
+        print(json.dumps({"out": str(out), "tokenizer": folder.tokenizer, "revision": folder.revision, **counts}))
+    return None
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        with Progress(BarColumn(bar_width=10), TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("reading", total=None)
+            yield lambda status: bar.update(task, description=_line(status), completed=status.share, total=1.0)
+        return
+    last = 0.0
+
+    def say(status: prepare.Status) -> None:
+        nonlocal last
+        if status.seconds - last >= 10:
+            last = status.seconds
+            log.info(_line(status))
+
+    yield say
+
+
+def _line(s: prepare.Status) -> str:
+    left = s.seconds * (1 / s.share - 1) if s.share > 0 else 0
+    return (
+        f"{s.tokens / 1e6:,.1f}M tokens, {s.documents:,} documents, {s.bytes / 1e6 / max(s.seconds, 1e-9):.1f} MB/s, "
+        f"disk {s.disk_bytes / 1e9:.2f} GB, {left / 60:,.0f} min left"
+    )
+
+
+def _dry_run(source: sources.Source, a: PrepareArgs, budget: int) -> None:
+    """What a preparation will take, from the sizes of the files alone."""
+    packed = any(str(getattr(f, "path", f)).endswith((".parquet", ".gz", ".xz", ".zst", ".bz2")) for f in source.files)
+    text = source.total_bytes * (PARQUET_RATIO if packed else 1)
+    a_token = BYTES_A_TOKEN if a.tokenizer == "gpt2" else 1
+    tokens = min(text / a_token, a.limit_tokens or float("inf"))
+    workers = a.workers or prepare.cores()
+    hours = tokens * a_token / (THREAD_MB * 1e6 * workers) / 3600
+    largest = max((getattr(f, "size", 0) for f in source.files), default=0)
+    disk = 2 * tokens + 2 * largest
+    facts = {
+        "files": len(source.files), "bytes_to_read": source.total_bytes, "tokens": int(tokens), "shard_bytes": int(2 * tokens),
+        "disk_bytes": int(disk), "hours": round(hours, 2),
+    }  # fmt: skip
+    print(f"{source.name} at revision {source.revision[:12]}: {len(source.files)} files, {source.total_bytes / 1e9:,.2f} GB to read")
+    print(f"about {tokens / 1e6:,.0f}M tokens in {2 * tokens / 1e9:,.2f} GB of shards; {disk / 1e9:,.2f} GB of disk with files in flight")
+    print(f"about {hours:,.2f} hours of {workers} threads, if the network keeps up (an estimate from web text)")
+    free = shutil.disk_usage(Path(a.out).parent if a.out and Path(a.out).parent.is_dir() else Path()).free
+    if disk > free:
+        print(f"the disk has {free / 1e9:,.2f} GB free: not enough")
+    if budget and disk > budget:
+        print(
+            f"the budget of {budget / 1e9:,.2f} GB is less: only a training run, which removes shards it is done with, can stay within it"
+        )
+    if a.json:
+        print(json.dumps(facts))
+
+
+def _show(folder: DataFolder, as_json: bool) -> None:
+    """Counts, the lengths of documents as a picture, what an epoch is, and some documents."""
+    tokenizer = Tokenizer.named(folder.tokenizer)
+    facts: dict[str, Any] = {"path": str(folder.path), "source": folder.source, "revision": folder.revision, "tokenizer": folder.tokenizer}
+    print(f"{folder.path}: {folder.source}, revision {folder.revision[:12]}, tokenizer {folder.tokenizer}")
+    for split in ("train", "val"):
+        facts[split] = {"tokens": folder.n_tokens(split), "shards": len(folder.splits[split])}
+        print(f"{split:<6}{folder.n_tokens(split):>15,} tokens in {len(folder.splits[split])} shards")
+    for batch in (524_288,):
+        steps = folder.n_tokens("train") / batch
+        facts["steps_an_epoch"] = steps
+        print(
+            f"at {batch:,} tokens a step: {steps:,.1f} steps an epoch; 10B tokens are 19,073 steps, {19_073 / max(steps, 1e-9):,.1f} epochs"
+        )
+    if not folder.splits["train"]:
+        return
+    tokens = folder.splits["train"][0].tokens
+    starts = (tokens[:20_000_000] == tokenizer.end_of_text).nonzero()[0]
+    lengths = [int(n) - 1 for n in (starts[1:] - starts[:-1])]
+    print(f"lengths of the {len(lengths):,} whole documents at the start of the first shard, in tokens:")
+    counts: dict[int, int] = {}
+    for length in lengths:
+        counts[max(length, 1).bit_length()] = counts.get(max(length, 1).bit_length(), 0) + 1
+    facts["lengths"] = {f"{2 ** (b - 1)}": n for b, n in sorted(counts.items())}
+    for bits, count in sorted(counts.items()):
+        print(f"{2 ** (bits - 1):>10,} to {2**bits - 1:<10,} {count:>9,}  {'#' * max(1, round(40 * count / max(counts.values())))}")
+    for start in starts[:: max(1, len(starts) // 3)][:3]:
+        sample = tokens[start + 1 : start + 41].tolist()
+        text = tokenizer.decode([i for i in sample if i != tokenizer.end_of_text]).replace("\n", " ")
+        print(f"  ...{text[:70]}")
+    if as_json:
+        print(json.dumps(facts))
