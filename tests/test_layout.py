@@ -25,6 +25,7 @@ LEVELS = [
         "data.documents",
         "data.prepare",
         "data.open",
+        "data.others",
         "data.batches",
     },
     {"evaluate.score", "evaluate.task", "evaluate.loss", "evaluate.published", "state"},
@@ -43,7 +44,7 @@ WITHIN_A_LEVEL = {
     *(("evaluate.during", f"evaluate.{other}") for other in ("runner", "tasks")),
     *(("data.prepare", f"data.{other}") for other in ("sources", "documents")),
     ("data.documents", "data.sources"),
-    *(("data.open", f"data.{other}") for other in ("sources", "prepare")),
+    *(("data.open", f"data.{other}") for other in ("sources", "prepare", "others")),
 }
 UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
 VERBS = {"cli", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"}

@@ -29,6 +29,7 @@ from safetensors.numpy import load_file
 from anew import Config, Tokenizer, UserError
 from anew.data import hub_data, prepare, readers, shards, sources
 from anew.data.batches import Batches
+from anew.data.open import open_data
 from anew.data.shards import DataFolder, SplitWriter
 from anew.tokenizer import MOST_BYTES, PIECE_BYTES
 from tests.conftest import shared
@@ -547,6 +548,71 @@ def test_other_datasets_and_names_that_do_not_exist(hub: Hub) -> None:
         sources.find("somebody/nothing:config:train")
     with pytest.raises(UserError, match="there is no data at 'nothing at all'"):
         sources.find("nothing at all")
+
+
+def test_other_projects_token_files_are_read_and_ours_are_llm_cs(whole: DataFolder, tiny: Config, tmp_path: Path) -> None:
+    from anew.train import train
+
+    streams = {split: np.concatenate([s.tokens for s in whole.splits[split]]) for split in ("train", "val")}
+    for name in ("llmc", "npy", "nanogpt", "odd", "wide"):
+        (tmp_path / name).mkdir()
+    for split, stream in streams.items():
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(stream)
+        (tmp_path / "llmc" / f"edu_fineweb_{split}_000001.bin").write_bytes(header.tobytes() + stream.tobytes())
+        np.save(tmp_path / "npy" / f"edufineweb_{split}_000000.npy", np.asarray(stream))
+        (tmp_path / "nanogpt" / f"{split}.bin").write_bytes(stream.tobytes())
+    for name in ("llmc", "npy", "nanogpt"):
+        folder = open_data(str(tmp_path / name), "gpt2")
+        for split, stream in streams.items():
+            assert np.array_equal(np.concatenate([s.tokens for s in folder.splits[split]]), stream), name
+        result = train(tiny.override(data=str(tmp_path / name), tokenizer="gpt2", vocab_size=50257, steps=2, warmup_steps=0,
+                                     val_tokens=200, out=str(tmp_path / f"run-{name}")))  # fmt: skip
+        assert result.step == 2
+    (tmp_path / "odd" / "train.bin").write_bytes(b"odd")
+    np.save(tmp_path / "wide" / "x_train_0.npy", np.zeros(9))
+    for name, words in (("odd", "odd number of bytes"), ("wide", "holds float64")):
+        with pytest.raises(UserError, match=words):
+            open_data(str(tmp_path / name), "gpt2")
+    ours = whole.splits["train"][0].path.read_bytes()
+    magic, version, n_tokens = np.frombuffer(ours[:12], "<i4")  # llm.c's dataloader asks for these three
+    assert (magic, version, n_tokens) == (20240520, 1, 20_000)
+    assert len(ours) == 1024 + 2 * n_tokens
+
+
+def test_what_prepare_says_beforehand_and_afterwards(posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from anew.cli import main
+
+    main(["prepare", str(posts), "--dry-run", "--disk-budget", "100K", "--json"])
+    said = capsys.readouterr().out
+    plan = json.loads(said.splitlines()[-1])
+    assert plan["files"] == 1
+    assert plan["bytes_to_read"] == posts.stat().st_size
+    assert "the budget of 0.00 GB is less" in said
+    main(["prepare", str(posts), "--out", str(tmp_path / "data"), "--limit-tokens", "30000", "--workers", "1", "--json"])
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert out["train"] == 30_000
+    assert 0.3 < plan["tokens"] / 200_000 < 3
+    main(["prepare", "--show", str(tmp_path / "data"), "--json"])
+    shown = capsys.readouterr().out
+    facts = json.loads(shown.splitlines()[-1])
+    tokens = np.concatenate([s.tokens for s in DataFolder.open(tmp_path / "data").splits["train"]])
+    assert facts["train"] == {"tokens": 30_000, "shards": 1}
+    assert sum(facts["lengths"].values()) == (tokens == GPT2.end_of_text).sum() - 1
+    assert max(map(len, shown.splitlines()[1:-1])) <= 80
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["x", "--disk-budget", "lots"], "is no size"), ([], "name a source"), (["{posts}"], "name the data folder"),
+    (["{posts}", "--out", "d", "--workers", "-1"], "must be 0 or above"), (["--show", "nowhere"], "is not a data folder"),
+])  # fmt: skip
+def test_wishes_that_prepare_refuses(posts: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from anew.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["prepare", *(a.format(posts=posts) for a in arguments)])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_the_real_web_text_goes_through(tmp_path: Path) -> None:

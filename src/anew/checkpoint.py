@@ -106,7 +106,9 @@ def prune(run: Path, keep: int) -> None:
     good = 0
     for folder in reversed(steps(run)) if keep else []:
         if good >= keep:
-            shutil.rmtree(folder)
+            leftover = folder.with_name(f".{folder.name}.tmp")  # killed half-way this is for `clean`, and not a damaged checkpoint
+            os.replace(folder, leftover)
+            shutil.rmtree(leftover)
             continue
         with contextlib.suppress(UserError):
             verify(folder)

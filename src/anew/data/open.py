@@ -22,6 +22,7 @@ from pathlib import Path
 
 from anew.config import UserError
 from anew.data import prepare, shards, sources
+from anew.data.others import open_others
 from anew.data.prepare import INDEX, PROGRESS, Settings
 from anew.data.shards import DataFolder, Shard
 
@@ -82,8 +83,8 @@ def open_data(data: str, tokenizer: str, disk_budget: int = 0, stop: threading.E
     Data of the hub is open as soon as validation and a first shard are there; `growth` then brings the rest.
     """
     path = Path(data).expanduser()
-    if (path / INDEX).is_file():
-        folder = DataFolder.open(path)
+    folder = DataFolder.open(path) if (path / INDEX).is_file() else open_others(path) if path.is_dir() else None
+    if folder is not None:
         if folder.tokenizer != tokenizer:
             raise UserError(
                 f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses {tokenizer}; "

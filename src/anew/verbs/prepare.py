@@ -14,12 +14,15 @@ import tyro
 
 from anew.config import UserError, bytes_of
 from anew.data import prepare, shards, sources
+from anew.data.others import open_others
 from anew.data.shards import DataFolder
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
 
-BYTES_A_TOKEN, PARQUET_RATIO, THREAD_MB = 4.4, 1.7, 12.0  # web text, docs/log.md 6: text / parquet sizes; MB a second a thread
+# Web text: bytes a token, text a byte of each packed format, MB a second a thread (docs/log.md, 6).
+BYTES_A_TOKEN, THREAD_MB = 4.4, 11.0
+RATIOS = {".parquet": 1.7, ".gz": 2.6, ".zst": 2.9, ".bz2": 3.5, ".xz": 3.6}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ def run_prepare(argv: list[str]) -> None:
     """Turn text into a folder of tokens that training reads."""
     a = tyro.cli(PrepareArgs, args=argv, prog="anew prepare")
     if a.show:
-        return _show(DataFolder.open(Path(a.show)), a.json)
+        shown = Path(a.show)
+        return _show((None if (shown / prepare.INDEX).is_file() else open_others(shown)) or DataFolder.open(shown), a.json)
     if not a.source:
         raise UserError("name a source to prepare, or a data folder with --show.")
     if min(a.workers, a.limit_tokens, a.val_tokens) < 0 or a.shard_tokens < 2:
@@ -101,8 +105,7 @@ def _line(s: prepare.Status) -> str:
 
 def _dry_run(source: sources.Source, a: PrepareArgs, budget: int) -> None:
     """What a preparation will take, from the sizes of the files alone."""
-    packed = any(str(getattr(f, "path", f)).endswith((".parquet", ".gz", ".xz", ".zst", ".bz2")) for f in source.files)
-    text = source.total_bytes * (PARQUET_RATIO if packed else 1)
+    text = source.total_bytes * RATIOS.get(Path(str(getattr(source.files[0], "path", source.files[0]))).suffix, 1.0)
     a_token = BYTES_A_TOKEN if a.tokenizer == "gpt2" else 1
     tokens = min(text / a_token, a.limit_tokens or float("inf"))
     workers = a.workers or prepare.cores()
@@ -135,18 +138,15 @@ def _show(folder: DataFolder, as_json: bool) -> None:
     for split in ("train", "val"):
         facts[split] = {"tokens": folder.n_tokens(split), "shards": len(folder.splits[split])}
         print(f"{split:<6}{folder.n_tokens(split):>15,} tokens in {len(folder.splits[split])} shards")
-    for batch in (524_288,):
-        steps = folder.n_tokens("train") / batch
-        facts["steps_an_epoch"] = steps
-        print(
-            f"at {batch:,} tokens a step: {steps:,.1f} steps an epoch; 10B tokens are 19,073 steps, {19_073 / max(steps, 1e-9):,.1f} epochs"
-        )
+    steps = facts["steps_an_epoch"] = folder.n_tokens("train") / 524_288
+    print(f"an epoch is {steps:,.1f} steps of 524,288 tokens;")
+    print(f"10B tokens are 19,073 steps, {19_073 / max(steps, 1e-9):,.1f} epochs")
     if not folder.splits["train"]:
         return
     tokens = folder.splits["train"][0].tokens
     starts = (tokens[:20_000_000] == tokenizer.end_of_text).nonzero()[0]
     lengths = [int(n) - 1 for n in (starts[1:] - starts[:-1])]
-    print(f"lengths of the {len(lengths):,} whole documents at the start of the first shard, in tokens:")
+    print(f"tokens of each of the first {len(lengths):,} documents:")
     counts: dict[int, int] = {}
     for length in lengths:
         counts[max(length, 1).bit_length()] = counts.get(max(length, 1).bit_length(), 0) + 1
