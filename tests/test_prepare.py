@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from anew import Config, Tokenizer, UserError
 from anew.data import hub_data, prepare, readers, shards, sources
 from anew.data.batches import Batches
-from anew.data.open import open_data
+from anew.data.open import finished, open_data
 from anew.data.shards import DataFolder, SplitWriter
 from anew.tokenizer import MOST_BYTES, PIECE_BYTES
 from tests.conftest import shared
@@ -135,6 +135,21 @@ def test_settings_may_not_change_on_the_way(posts: Path, tmp_path: Path) -> None
     (out / "progress.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         prepare.prepare(sources.find(str(posts)), SMALL, out)
+
+
+def test_a_kill_before_the_first_block_is_gone_on_with(
+    posts: Path, whole: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare._Job, "_remember", die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(sources.find(str(posts)), SMALL, tmp_path / "data")
+    assert finished(tmp_path / "data") == {"train": [], "val": []}
+    monkeypatch.undo()
+    prepare.prepare(sources.find(str(posts)), SMALL, tmp_path / "data")
+    assert content(tmp_path / "data") == content(whole.path)
 
 
 def test_two_writers_cannot_share_a_folder(posts: Path, tmp_path: Path) -> None:
@@ -441,36 +456,35 @@ def test_a_file_that_changed_on_the_server_is_noticed(hub: Hub, edu: tuple[DataF
         prepare.prepare(source, SMALL, tmp_path / "data")
 
 
-def test_the_disk_budget_is_never_exceeded(hub: Hub, edu: tuple[DataFolder, dict[str, bytes]], tmp_path: Path) -> None:
+def test_twenty_files_within_a_disk_budget_of_three(hub: Hub, tmp_path: Path) -> None:
     """A reader removes shards when it is done with them, as training does; two fetched files and a few shards have to fit."""
+    hub.files = {f"sample/10BT/{i:03d}_00000.parquet": part(i) for i in range(20)}
+    undisturbed = prepare.prepare(sources.find("fineweb-edu"), SMALL, tmp_path / "undisturbed")
     out, most, stop = tmp_path / "data", 0, threading.Event()
     size = max(len(raw) for raw in hub.files.values())
-    budget = 3 * size + 200_000
+    budget = 3 * size + prepare.OVERHEAD_BYTES + 40_000  # and one small shard
+    assert budget < sum(s.path.stat().st_size for s in undisturbed.splits["train"]) / 2
     taken: list[bytes] = []
 
     def read() -> None:
         nonlocal most
         while not stop.is_set():
             most = max(most, shards.disk_bytes(out))
-            try:
-                entries = json.loads((out / "progress.json").read_text())["finished"]["train"]
-            except (FileNotFoundError, ValueError, TypeError):
-                continue
-            for entry in entries[len(taken) :]:
-                taken.append((out / entry["name"]).read_bytes())
-                (out / entry["name"]).unlink()
+            found = finished(out)["train"]
+            for shard in found[len(taken) :]:
+                taken.append(shard.path.read_bytes())
+                shards.consume(found, len(taken))
 
     reader = threading.Thread(target=read)
     reader.start()
-    job = prepare._Job(sources.find("fineweb-edu"), SMALL, out, 2, budget, True, None) if out.mkdir() is None else None
-    assert job is not None
-    job.run()
-    stop.set()
-    reader.join()
+    try:
+        prepare.prepare(sources.find("fineweb-edu"), SMALL, out, workers=2, disk_budget=budget, consumed=True)
+    finally:
+        stop.set()
+        reader.join()
     assert 0 < most <= budget
-    undisturbed = [raw for name, raw in sorted(edu[1].items()) if name.startswith("train")]
-    assert taken == undisturbed[: len(taken)]
-    assert len(taken) > 3
+    assert taken == [s.path.read_bytes() for s in undisturbed.splits["train"]][: len(taken)]
+    assert len(taken) > 10
     with pytest.raises(UserError, match=r"the disk budget of .* is full"):
         prepare.prepare(sources.find("fineweb-edu"), SMALL, tmp_path / "alone", disk_budget=size + 1000)
 

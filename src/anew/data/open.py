@@ -133,7 +133,7 @@ def finished(path: Path) -> dict[str, list[Shard]]:
     except (OSError, ValueError):
         return splits
     for split in splits:
-        if split == "train" or not progress["val_open"]:
+        if progress["finished"] and (split == "train" or not progress["val_open"]):
             splits[split] = [Shard(path / e["name"], e["tokens"], e["sha256"]) for e in progress["finished"][split]]
     return splits
 

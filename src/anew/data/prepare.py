@@ -173,10 +173,11 @@ class _Job:
         path = self.out / PROGRESS
         fresh = Progress(asdict(self.settings), self.source.name, self.source.revision, 0)
         if not path.is_file():
-            strangers = [p.name for p in self.out.iterdir() if p.name not in (".lock", PARTS)]
+            strangers = [p.name for p in self.out.iterdir() if not p.name.startswith(".")]
             if strangers:
                 raise UserError(f"{self.out} exists already and holds {strangers[0]}; choose another --out or remove it.")
             fresh.threshold = threshold_of(self.source)
+            shards.write_json(path, asdict(fresh))  # before anything else, so that whatever a kill leaves is known to be ours
             return fresh
         try:
             found = Progress(**json.loads(path.read_text(encoding="utf-8")))
@@ -197,6 +198,7 @@ class _Job:
                 self._remember()
                 self._drop(range(done, self.progress.file))
                 if self.settings.limit_tokens and self.writers["train"].n_tokens >= self.settings.limit_tokens:
+                    self.stopped.set()  # the file that is being waited for is not needed
                     break
             entries = [entry for writer in self.writers.values() for entry in writer.close()]
         except BaseException:
