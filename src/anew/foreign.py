@@ -1,6 +1,6 @@
 """Other projects' GPT-2 checkpoints as ours: OpenAI's TensorFlow release, and the .pt files of nanoGPT and build-nanogpt.
 
-    config, tensors = foreign.read(Path("out/ckpt.pt"))         # Hugging Face's names, OpenAI's (in, out) layout
+    tensors = foreign.read_tensors(Path("out/ckpt.pt"))         # Hugging Face's names, OpenAI's (in, out) layout
 
 | what | how it is known | what is changed |
 |---|---|---|
@@ -46,15 +46,13 @@ def read_config(path: Path) -> GPTConfig:
     return _tf_config(path) if path.is_dir() else _pt_config(path, _load_pt(path))
 
 
-def read(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The model's shape and its tensors. What had to be changed in meaning is logged."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The model's tensors. What had to be changed in meaning is logged."""
     if path.is_dir():
-        config = _tf_config(path)
         named = tf_checkpoint.read(path / "model.ckpt")
-        return config, {_from_tf(name): torch.from_numpy(value.squeeze(0) if value.ndim == 3 else value) for name, value in named.items()}
+        return {_from_tf(name): torch.from_numpy(value.squeeze(0) if value.ndim == 3 else value) for name, value in named.items()}
     checkpoint = _load_pt(path)
-    config = _pt_config(path, checkpoint)
-    return config, _pt_tensors(path, checkpoint, config)
+    return _pt_tensors(path, checkpoint, _pt_config(path, checkpoint))
 
 
 def _from_tf(name: str) -> str:

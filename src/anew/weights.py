@@ -131,7 +131,7 @@ def load_model(model: str | Path, device: torch.device | str = "cpu", dtype: tor
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors at `path` under their full names; never through pickle's code execution."""
     if foreign.is_foreign(path):
-        return foreign.read(path)[1]
+        return foreign.read_tensors(path)
     if (path / WEIGHTS).is_file():
         raw = _load(path, WEIGHTS)
     elif (path / INDEX).is_file():

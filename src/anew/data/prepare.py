@@ -77,8 +77,6 @@ class Status:
     documents: int
     bytes: int
     tokens: int
-    file: int
-    files: int
     disk_bytes: int
     seconds: float
     share: float  # of the source's files or of the limit, 0 to 1
@@ -338,4 +336,4 @@ class _Job:
             if self.settings.limit_tokens:
                 share = max(share, self.writers["train"].n_tokens / self.settings.limit_tokens)
             disk = shards.disk_bytes(self.out)
-            self.report(Status(p.documents, p.bytes - self.bytes_before, tokens, p.file, len(self.source.files), disk, seconds, share))
+            self.report(Status(p.documents, p.bytes - self.bytes_before, tokens, disk, seconds, share))

@@ -20,7 +20,7 @@ from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
 
-# Web text: bytes a token, text a byte of each packed format, MB a second a thread (docs/log.md, 6).
+# For --dry-run: bytes a token of web text, MB a second a thread (docs/log.md, 6), and rough sizes of text a packed byte.
 BYTES_A_TOKEN, THREAD_MB = 4.4, 11.0
 RATIOS = {".parquet": 1.7, ".gz": 2.6, ".zst": 2.9, ".bz2": 3.5, ".xz": 3.6}
 
