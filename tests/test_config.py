@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anew.config import FIELDS, RECIPES, Config, UserError, recipe
+from anew.config import FIELDS, Config, UserError
+from anew.recipes import RECIPES, recipe
 
 
 def test_the_reference_recipe_carries_the_published_figures() -> None:

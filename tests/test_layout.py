@@ -12,7 +12,7 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 LEVELS = [
     {"config", "attention"},
-    {"model", "tokenizer", "runtime", "tf_checkpoint", "data.shards", "data.readers", "data.hub_data"},
+    {"model", "tokenizer", "runtime", "recipes", "tf_checkpoint", "data.shards", "data.readers", "data.hub_data"},
     {
         "optim",
         "checkpoint",
@@ -26,6 +26,8 @@ LEVELS = [
         "data.prepare",
         "data.open",
         "data.others",
+        "data.splits",
+        "vocabulary",
         "data.batches",
     },
     {"evaluate.score", "evaluate.task", "evaluate.loss", "evaluate.published", "state"},
@@ -42,16 +44,17 @@ WITHIN_A_LEVEL = {
     *(("evaluate.tasks", f"evaluate.{other}") for other in ("choices", "corpora")),
     ("evaluate.harness", "evaluate.corpora"),
     *(("evaluate.during", f"evaluate.{other}") for other in ("runner", "tasks")),
-    *(("data.prepare", f"data.{other}") for other in ("sources", "documents")),
+    *(("data.prepare", other) for other in ("data.sources", "data.documents", "data.splits", "vocabulary")),
     ("data.documents", "data.sources"),
-    *(("data.open", f"data.{other}") for other in ("sources", "prepare", "others")),
+    ("data.splits", "data.documents"),
+    *(("data.open", f"data.{other}") for other in ("sources", "prepare", "others", "splits")),
 }
 UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
 VERBS = {"cli", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"}
 OWNERS = {
     "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"},
     "huggingface_hub": {"hub", "data.hub_data"},
-    "pyarrow": {"data.readers"}, "filelock": {"data.prepare"},
+    "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare"},
     "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"}, "transformers": set(), "datasets": set(),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Preparation as it happens: killed, cut off, run by many threads, out of disk, over a network that lies. Never a bad shard."""
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -11,6 +12,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -634,3 +637,57 @@ def test_the_real_web_text_goes_through(tmp_path: Path) -> None:
     folder = prepare.prepare(sources.find(str(path)), prepare.Settings("gpt2"), tmp_path / "data")
     documents = [json.loads(line)["text"] for line in path.open()]
     assert sorted(_texts(folder, "train") + _texts(folder, "val")) == sorted(d.replace("\ufffd", "\ufffd") for d in documents)
+
+
+def test_the_first_tokens_can_be_the_validation_split(posts: Path, tmp_path: Path) -> None:
+    first = dataclasses.replace(SMALL, val_tokens=12_345, validation="first")
+    folder = prepare.prepare(sources.find(str(posts)), first, tmp_path / "data", workers=2)
+    stream = [t for line in posts.open() for t in [GPT2.end_of_text, *GPT2.encode(json.loads(line)["text"])]]
+    assert np.concatenate([s.tokens for s in folder.splits["val"]]).tolist() == stream[:12_345]
+    rest = np.concatenate([s.tokens for s in folder.splits["train"]])
+    assert sorted(rest.tolist()) == sorted(stream[12_345:])
+
+
+@pytest.mark.parametrize("to", ["llm.c", "build-nanogpt", "nanogpt"])
+def test_a_data_folder_in_the_files_of_other_projects(whole: DataFolder, to: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "anew", "prepare", str(whole.path), "--to", to, "--out", str(out), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    again = open_data(str(out), "gpt2")
+    for split in ("train", "val"):
+        ours, theirs = (np.concatenate([s.tokens for s in f.splits[split]]) for f in (whole, again))
+        assert (ours == theirs).all()
+    if to == "nanogpt":  # as its train.py reads it
+        assert (np.memmap(out / "train.bin", dtype=np.uint16, mode="r") == np.concatenate([s.tokens for s in whole.splits["train"]])).all()
+    if to == "build-nanogpt":  # as its load_tokens does
+        names = sorted(p.name for p in out.iterdir() if "train" in p.name)
+        assert len(np.load(out / names[0]).astype(np.int32)) == 20_000
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).returncode == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes rights that this process has not")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_said_and_goes_on_when_there_is_room(posts: Path, whole: DataFolder, small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * 700_000)
+    code = (
+        f"from pathlib import Path; from tests.test_prepare import child; child(Path({str(posts)!r}), Path({str(small_disk / 'data')!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1  # no SIGBUS: shards are written, not mapped
+    assert "UserError: the disk of" in done.stderr
+    assert "is full" in done.stderr
+    assert not (small_disk / "data" / "index.json").exists()
+    ballast.unlink()
+    child(posts, small_disk / "data")
+    assert content(small_disk / "data") == content(whole.path)

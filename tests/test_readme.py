@@ -8,8 +8,8 @@ import pytest
 
 import anew
 from anew.cli import VERBS, main
-from anew.config import RECIPES
 from anew.data import prepare, sources
+from anew.recipes import RECIPES
 from anew.train import train
 from tests.conftest import ROOT
 

@@ -6,9 +6,10 @@ model = anew.GPT.from_pretrained("runs/demo")
 result = anew.train(anew.recipe("shakespeare", steps=200))
 """
 
-from anew.config import RECIPES, Config, GPTConfig, UserError, recipe
+from anew.config import Config, GPTConfig, UserError
 from anew.generate import generate, stream
 from anew.model import GPT
+from anew.recipes import RECIPES, recipe
 from anew.tokenizer import Tokenizer
 from anew.train import train
 

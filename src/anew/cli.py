@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 from loguru import logger
 
-from anew.config import RECIPES, UserError
+from anew.config import UserError
+from anew.recipes import RECIPES
 from anew.train import Preempted
 from anew.verbs.evaluate import run_evaluate
 from anew.verbs.export import run_export

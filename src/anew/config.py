@@ -1,4 +1,4 @@
-"""Every setting of anew, with a help line each, and the named recipes.
+"""Every setting of anew, with a help line each.
 
 The command line is made from these dataclasses (`anew train --help`), a run keeps its own as RUN/config.json, and Python users
 build them by hand:
@@ -23,6 +23,7 @@ class UserError(ValueError):
 
 
 TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # ids each can emit; the last one is <|endoftext|>
+MOST_IDS = 65_536  # shards hold tokens as uint16
 VOCAB_MULTIPLE = 128  # rows of `wte` are stored to a multiple of this: 50257 -> 50304 = 393 x 2^7
 
 
@@ -60,7 +61,9 @@ class DataConfig:
     """What is read, and in which pieces."""
 
     data: str = setting("stdlib", "a data folder, a file, a folder, a glob, or a source: stdlib, tinyshakespeare, fineweb-edu, ...")
-    tokenizer: Literal["gpt2", "bytes"] = setting("gpt2", "gpt2: OpenAI's 50,257 tokens; bytes: 256 bytes and end of text")
+    tokenizer: str = setting(
+        "gpt2", "gpt2: OpenAI's 50,257 tokens; bytes: 256 and end of text; train:N: learn N from the data; or a folder that has one"
+    )
     seq_len: int = setting(1024, "tokens a training sequence (T); at most n_positions")
     disk_budget: str = setting("0", "web data: most bytes of disk, e.g. 30GB; shards behind kept checkpoints go", may_change=True)
     val_tokens: int = setting(10_485_760, "score at most this many tokens of the validation split", may_change=True)
@@ -151,7 +154,7 @@ class Config:
 
     def adapted(self, given: set[str]) -> tuple[Self, list[str]]:
         """Settings that only follow from others (`given` are those the user chose), and a line for each that moved."""
-        config, said = self.override(vocab_size=TOKENIZERS[self.data.tokenizer]), []
+        config, said = self.override(vocab_size=ids_of(self.data.tokenizer) or self.model.vocab_size), []
         steps, sequences, micro = self.run.steps, self.batch_sequences, self.run.micro_batch
         if "warmup_steps" not in given and self.optim.warmup_steps >= steps > 0:
             config = config.override(warmup_steps=steps // 10)
@@ -192,8 +195,8 @@ class Config:
                     raise UserError(f"{f.name} is {value}; it must be a finite number.")
         refuse_if = [
             (
-                m.vocab_size != TOKENIZERS[d.tokenizer],
-                f"vocab_size {m.vocab_size:,} is not that of the tokenizer {d.tokenizer}, {TOKENIZERS[d.tokenizer]:,}.",
+                m.vocab_size != (ids_of(d.tokenizer) or m.vocab_size),
+                f"vocab_size {m.vocab_size:,} is not that of the tokenizer {d.tokenizer}, {ids_of(d.tokenizer) or 0:,}.",
             ),
             (min(m.n_layer, m.n_head, m.n_embd, m.n_positions) < 1, "n_layer, n_head, n_embd and n_positions must all be at least 1."),
             (
@@ -260,61 +263,29 @@ GROUPS = {"model": GPTConfig, "data": DataConfig, "optim": OptimConfig, "run": R
 FIELDS = {f.name: f for t in GROUPS.values() for f in dataclasses.fields(t)}
 GROUP_OF = {f.name: g for g, t in GROUPS.items() for f in dataclasses.fields(t)}
 
-_GPT2_STEPS = 19_073  # 10e9 / 524,288: one pass over FineWeb-Edu's sample-10BT
-_GPT2 = Config(data=DataConfig(data="fineweb-edu"), run=RunConfig(steps=_GPT2_STEPS, save_every=1000, sample_every=1000))
-# A GPT-2 that learns within a minute on two CPU cores. Found by measurement (docs/log.md): at 128 tokens the plain softmax is faster
-# on a CPU than the fused kernel, two heads are faster than four and as good, and compiling takes longer than it gives back.
-_SMALL: dict[str, Any] = {
-    "tokenizer": "bytes", "vocab_size": 257, "n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 128, "attention": "plain",
-    "seq_len": 128, "batch_tokens": 2048, "steps": 1000, "compile": "off",
-    "optimizer": "muon", "lr": 6e-3, "min_lr": 0.0, "muon_lr": 0.01, "schedule": "linear", "warmup_steps": 50,
-    "evaluate_every": 500, "save_every": 500, "log_every": 50,
-}  # fmt: skip
-# To know a text by heart takes room and repetition: more width, longer windows (the first tokens of a window cannot be known), 25 epochs.
-_BY_HEART: dict[str, Any] = {
-    "tokenizer": "gpt2", "vocab_size": 50257, "n_layer": 6, "n_head": 4, "n_embd": 256, "n_positions": 256, "seq_len": 256,
-    "batch_tokens": 2048, "steps": 3700, "compile": "auto", "evaluate_train": True,
-}  # fmt: skip
+
+def own_name(n_vocab: int, digest: str) -> str:
+    """What a vocabulary of one's own is called: equal names, equal ids."""
+    return f"bpe-{n_vocab}-{digest[:12]}"
 
 
-def _gpt2(n_layer: int, n_head: int, n_embd: int, lr: float) -> Config:
-    """A published size. Rates above 124M are GPT-3's (Brown et al. 2020, table 2.1), ending at a tenth."""
-    return _GPT2.override(n_layer=n_layer, n_head=n_head, n_embd=n_embd, lr=lr, min_lr=lr / 10)
+def fits(wanted: str, tokenizer: str) -> bool:
+    """Is the tokenizer of this name the one that was asked for? Any vocabulary of N ids is what `train:N` asks for."""
+    return wanted == tokenizer or (wanted.startswith("train:") and tokenizer.startswith(f"bpe-{wanted[6:]}-"))
 
 
-RECIPES: dict[str, tuple[str, Config]] = {
-    "demo": (
-        "minutes on a laptop: learns Python from the standard library's own source",
-        Config().override(**_SMALL | {"steps": 2000, "val_tokens": 131_072, "log_every": 100}),
-    ),
-    "shakespeare": ("tinyshakespeare in about a minute on two CPU cores", Config().override(**_SMALL, data="tinyshakespeare")),
-    "shakespeare-memorise": (
-        "the same text by heart (shakespeare --memorise): training loss near 0, held-out loss high",
-        Config().override(**_SMALL | _BY_HEART, data="tinyshakespeare"),
-    ),
-    "overfit": (
-        "one batch again and again, to prove that the model can learn",
-        Config().override(**_SMALL | {"steps": 200, "warmup_steps": 10, "one_batch": True, "evaluate_every": 0}),
-    ),
-    "gpt2-124m": ("GPT-2 small: 10B tokens of FineWeb-Edu", _gpt2(12, 12, 768, 6e-4)),
-    "gpt2-350m": ("GPT-2 medium", _gpt2(24, 16, 1024, 3e-4)),
-    "gpt2-355m": ("the same as gpt2-350m", _gpt2(24, 16, 1024, 3e-4)),
-    "gpt2-774m": ("GPT-2 large", _gpt2(36, 20, 1280, 2.5e-4)),
-    "gpt2-1558m": ("GPT-2 XL", _gpt2(48, 25, 1600, 2e-4)),
-    "gpt2-124m-openwebtext": ("124M on 47.2B tokens of OpenWebText", _gpt2(12, 12, 768, 6e-4).override(data="openwebtext", steps=90_000)),
-    "finetune": (
-        "go on from --init MODEL on your own --data",
-        Config().override(lr=3e-5, min_lr=3e-6, steps=100, warmup_steps=10, batch_tokens=32_768, micro_batch=4, evaluate_every=20),
-    ),
-}
-
-
-def recipe(name: str, **settings: Any) -> Config:
-    """The named recipe with flat settings replaced, judged: `recipe("shakespeare", steps=200)`."""
-    if name not in RECIPES:
-        raise UserError(f"there is no recipe '{name}'; choose one of {', '.join(RECIPES)}.")
-    base = dataclasses.replace(RECIPES[name][1], recipe=name)
-    return base.override(**settings).adapted(set(settings))[0].check()
+def ids_of(tokenizer: str) -> int | None:
+    """How many ids a tokenizer has, where its name says so; None for a folder, which has to be looked into."""
+    if tokenizer in TOKENIZERS:
+        return TOKENIZERS[tokenizer]
+    match = re.fullmatch(r"(?:train:|bpe-)(\d+)(?:-[0-9a-f]{12})?", tokenizer)
+    if match is None:
+        if Path(tokenizer).is_dir():
+            return None
+        raise UserError(f"there is no tokenizer '{tokenizer}'; choose gpt2, bytes, train:N or a folder that holds one.")
+    if not 257 < int(match[1]) <= MOST_IDS:
+        raise UserError(f"tokenizer {tokenizer}: a vocabulary has 258 ids (256 bytes, end of text, and a word) to {MOST_IDS:,}.")
+    return int(match[1])
 
 
 def bytes_of(size: str) -> int:

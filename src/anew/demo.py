@@ -33,8 +33,7 @@ def share_of_python(text: str) -> float:
 
 def show_demo(run: Path) -> dict[str, object]:
     """Print samples and the share of their lines that are Python, beside the same share of the library itself."""
-    model = weights.load_model(str(run))
-    tokenizer = Tokenizer.of_size(model.config.vocab_size)
+    model, tokenizer = weights.load_model(str(run)), Tokenizer.named("bytes")
     prompts = [*PROMPTS, *["def "] * MANY]
     rows = generate(model, [tokenizer.encode(p) for p in prompts], SAMPLE_BYTES, tokenizer.end_of_text, temperature=0.7, seed=1)
     texts = [prompt + tokenizer.decode(ids) for prompt, ids in zip(prompts, rows, strict=True)]

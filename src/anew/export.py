@@ -44,7 +44,7 @@ def export(model: str, to: str, out: Path, dtype: str = "f32") -> None:
         raise UserError(f"{out} exists already; choose another --out or remove it.")
     path = weights.find(model).resolve()
     gpt = weights.load_model(path)
-    tokenizer = Tokenizer.of_size(gpt.config.vocab_size)
+    tokenizer = Tokenizer.of_model(path, gpt.config.vocab_size)
     if to == "onnx":
         write_onnx(out, gpt)
         return

@@ -7,6 +7,7 @@ huggingface_hub does the transfer: it resumes what was cut, honours HF_ENDPOINT,
 with transformers. It does not hash what it received; here the weights must have the sha256 that the hub announced for them.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ NAMES = {
     "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
 }
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -56,6 +58,10 @@ def download(model: str) -> Path:
             raise UserError(f"{model}: its {INDEX} cannot be read ({error!r}).") from error
         for shard in shards:
             _fetch(model, repository, shard, revision)
+    if model not in NAMES:  # OpenAI's are gpt2's, which is built in
+        for name in TOKENIZER_FILES:
+            with contextlib.suppress(_MissingError):
+                _fetch(model, repository, name, revision)
     return config.parent
 
 

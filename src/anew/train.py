@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anew import checkpoint, metrics, optim, runtime, weights
-from anew.config import Config, UserError, bytes_of
+from anew.config import Config, UserError, bytes_of, ids_of
 from anew.data.batches import Batches, prefetch
 from anew.data.open import Stopped, open_data, remove_used
 from anew.data.shards import DataFolder
@@ -109,16 +109,21 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
     """
     config = settle(config)
     run, rt = config.folder, runtime.start(config.run)
-    tokenizer = Tokenizer.named(config.data.tokenizer)
-    folder = open_data(config.data.data, tokenizer.name, bytes_of(config.data.disk_budget))
+    wanted = config.data.tokenizer
+    folder = open_data(
+        config.data.data, wanted if wanted.startswith("train:") else Tokenizer.find(wanted, run), bytes_of(config.data.disk_budget)
+    )
+    tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
     batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed)
-    state = State(config, rt, folder.revision)
+    state = State(config, rt, folder.identity)
     found = state.begin(run)
     with folder, _handled_signals() as stop, metrics.Recorder(run, config, state.step) as recorder:
         batches.more = folder.more(stop)
         _write_config(run, config)
         peak, peak_source = runtime.peak_flops(rt)
-        plan = metrics.describe(config, rt.world, folder.n_tokens("train"), folder.n_tokens("val"), batches.epoch_sequences)
+        plan = metrics.describe(
+            config, rt.world, folder.n_tokens("train"), folder.n_tokens("val"), batches.epoch_sequences, batches.dropped
+        )
         if batches.more:
             found.append("the data is still being prepared: its tokens and epochs above are those so far")
         for line in [*rt.why, *plan, f"MFU is measured against {peak_source}", *found]:
@@ -161,20 +166,30 @@ def settle(config: Config) -> Config:
     existing = Config.read(path) if path.exists() else None
     if config.run.init:
         if existing is not None and existing.run.init == config.run.init:
-            shape = existing.model
+            shape, tokenizer = existing.model, existing.data.tokenizer
         else:
-            shape = weights.read_config(weights.find(config.run.init))
+            path = weights.find(config.run.init)
+            shape = weights.read_config(path)
+            tokenizer = _kept(Tokenizer.of_model(path, shape.vocab_size), config.folder)
         taken = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")}
-        tokenizer = Tokenizer.of_size(shape.vocab_size).name
         if config.data.seq_len > shape.n_positions:
             log.info(f"seq_len lowered from {config.data.seq_len} to the {shape.n_positions} positions of {config.run.init}")
         config = config.override(**taken, tokenizer=tokenizer, seq_len=min(config.data.seq_len, shape.n_positions))
+    elif ids_of(config.data.tokenizer) is None:
+        own = Tokenizer.of_folder(Path(config.data.tokenizer))
+        config = config.override(tokenizer=_kept(own, config.folder), vocab_size=own.n_vocab)
     config.check()
     if existing is not None and (different := existing.differences(config)):
         raise UserError(
             f"{config.folder} is another run ({'; '.join(different)}); use the same settings to go on with it, or another --out."
         )
     return config
+
+
+def _kept(tokenizer: Tokenizer, run: Path) -> str:
+    """Its name; one that is not built in is kept in the run folder, for when the run goes on."""
+    tokenizer.keep(run)
+    return tokenizer.name
 
 
 def _batches(config: Config, batches: Batches, rt: runtime.Runtime, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:

@@ -62,6 +62,7 @@ class Batches:
         self.shards = list(shards)
         self.windows = np.array([max(0, (shard.n_tokens - 1) // seq_len) for shard in self.shards], dtype=np.int64)
         self.epoch_sequences = int(self.windows.sum())
+        self.dropped = sum(shard.n_tokens - 1 - n * seq_len for shard, n in zip(self.shards, self.windows.tolist(), strict=True))
         if self.epoch_sequences == 0:
             longest = max((shard.n_tokens for shard in self.shards), default=0)
             raise UserError(

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from anew.config import UserError
+from anew.config import TOKENIZERS, UserError, fits
 from anew.data import prepare, shards, sources
 from anew.data.others import open_others
-from anew.data.prepare import INDEX, PROGRESS, Settings
+from anew.data.prepare import INDEX, PROGRESS
 from anew.data.shards import DataFolder, Shard
+from anew.data.splits import Settings
+from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
 
@@ -77,31 +79,34 @@ class Growth:
         return DataFolder.open(self.path).splits if self.complete else finished(self.path)
 
 
-def open_data(data: str, tokenizer: str, disk_budget: int = 0, stop: threading.Event | None = None) -> DataFolder:
-    """The data folder that `--data` means, prepared now if it has to be. Its tokenizer must be `tokenizer`.
+def open_data(data: str, tokenizer: str | Tokenizer, disk_budget: int = 0, stop: threading.Event | None = None) -> DataFolder:
+    """The data folder that `--data` means, prepared now if it has to be, with `tokenizer`: one, or a name (which may be train:N).
 
     Data of the hub is open as soon as validation and a first shard are there; `growth` then brings the rest.
     """
+    wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.name
     path = Path(data).expanduser()
     folder = DataFolder.open(path) if (path / INDEX).is_file() else open_others(path) if path.is_dir() else None
     if folder is not None:
-        if folder.tokenizer != tokenizer:
+        if not fits(wanted, folder.tokenizer):
+            flag = folder.tokenizer if folder.tokenizer in TOKENIZERS else path
             raise UserError(
-                f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses {tokenizer}; "
-                f"add --tokenizer {folder.tokenizer}."
+                f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses {wanted}; add --tokenizer {flag}."
             )
         return folder
     revision = "main"
-    if sources.is_hub_name(data) and (before := _begun(data, tokenizer)):
+    if sources.is_hub_name(data) and (before := _begun(data, wanted)):
         if (before / INDEX).is_file():
             return DataFolder.open(before)
         revision = prepare.begun_at(before)
     source = sources.find(data, revision)
-    cached = sources.cache_folder() / "data" / f"{source.name}-{tokenizer}-{source.revision[:12]}"
+    cached = sources.cache_folder() / "data" / f"{source.name}-{_in_a_path(wanted)}-{source.revision[:12]}"
     if (cached / INDEX).is_file():
         return DataFolder.open(cached)
-    log.info(f"preparing {data} with the {tokenizer} tokenizer into {cached}")
-    settings = settings_for(tokenizer)
+    log.info(f"preparing {data} with the {wanted} tokenizer into {cached}")
+    settings = settings_for(wanted)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.keep(cached)
     if not source.is_remote:
         return prepare.prepare(source, settings, cached, wait=True)
     cached.mkdir(parents=True, exist_ok=True)
@@ -111,13 +116,18 @@ def open_data(data: str, tokenizer: str, disk_budget: int = 0, stop: threading.E
     process.start()
     growth = Growth(cached, process)
     splits = growth.wait_for_start(stop or threading.Event())
-    return DataFolder(cached, tokenizer, source.name, source.revision, splits, growth)
+    name = Tokenizer.of_folder(cached).name if wanted.startswith("train:") else wanted
+    return DataFolder(cached, name, source.name, source.revision, splits, growth)
 
 
 def _begun(data: str, tokenizer: str) -> Path | None:
     """The latest preparation of a dataset: a run goes on with it whatever the hub has meanwhile, and asks nobody once it is done."""
-    folders = (sources.cache_folder() / "data").glob(f"{sources.cache_name(data)}-{tokenizer}-*")
+    folders = (sources.cache_folder() / "data").glob(f"{sources.cache_name(data)}-{_in_a_path(tokenizer)}-*")
     return max((f for f in folders if prepare.begun_at(f)), key=lambda f: f.stat().st_mtime, default=None)
+
+
+def _in_a_path(tokenizer: str) -> str:
+    return tokenizer.replace(":", "-")
 
 
 def settings_for(tokenizer: str) -> Settings:

@@ -1,4 +1,6 @@
-"""Token files of other projects as a data folder, where they are: no copy, no index.
+"""Token files of other projects: read as a data folder where they are, with no copy and no index, and written.
+
+    anew prepare data/edu --to nanogpt --out nanoGPT/data/edu
 
 | project | files | format |
 |---|---|---|
@@ -6,9 +8,12 @@
 | build-nanogpt | `*_train_*.npy`, `*_val_*.npy` (shard 0 is its validation) | numpy, uint16 |
 | nanoGPT | `train.bin`, `val.bin` | uint16 and nothing else |
 
-They carry no hashes, so only their sizes and headers are checked. Our own shards are llm.c's, so its tools read them as they are.
+They carry no hashes, so only their sizes and headers are checked. Our own shards are llm.c's, so its tools read them as they are; its
+names are all that `--to llm.c` changes.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from anew.config import UserError
-from anew.data.shards import HEADER_BYTES, MAGIC, DataFolder, Shard
+from anew.data.shards import HEADER_BYTES, MAGIC, DataFolder, Shard, header_of
+
+FORMATS = ("llm.c", "build-nanogpt", "nanogpt")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,34 @@ def open_others(path: Path) -> DataFolder | None:
         return None
     splits: dict[str, list[Shard]] = {split: [_shard(file) for file in files] for split, files in found.items()}
     return DataFolder(path, "gpt2", path.name, "", splits)
+
+
+def write_others(folder: DataFolder, to: str, out: Path) -> list[Path]:
+    """The tokens of `folder` in the files of another project, in a new folder `out`, which appears whole; the files."""
+    if to not in FORMATS:
+        raise UserError(f"there is no format '{to}'; choose one of {', '.join(FORMATS)}.")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or remove it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        for split, found in folder.splits.items():
+            for i, shard in enumerate(found):
+                name = f"{folder.source}_{split}_{i:06d}"
+                if to == "nanogpt":
+                    with (temporary / f"{split}.bin").open("ab") as file:
+                        file.write(shard.tokens.data)
+                elif to == "build-nanogpt":
+                    np.save(temporary / f"{name}.npy", shard.tokens)
+                else:
+                    with (temporary / f"{name}.bin").open("wb") as file:
+                        file.write(header_of(shard.n_tokens))
+                        file.write(shard.tokens.data)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(out.iterdir())
 
 
 def _shard(path: Path) -> ForeignShard:

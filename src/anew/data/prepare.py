@@ -19,55 +19,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from anew.config import UserError
+from anew.config import UserError, fits, ids_of
 from anew.data import hub_data, readers, shards
-from anew.data.documents import Document, Text, halves, in_order, jobs_of, threshold_of
+from anew.data.documents import Document, Text, halves, hash_of, in_order, jobs_of, threshold_of
 from anew.data.hub_data import HubFile
-from anew.data.shards import DataFolder, SplitWriter
+from anew.data.shards import DataFolder
 from anew.data.sources import Source
+from anew.data.splits import Progress, Settings, Splits
+from anew.tokenizer import FILE as TOKENIZER
 from anew.tokenizer import Tokenizer
+from anew.vocabulary import learn
 
 log = logging.getLogger("anew")
 
-VAL_TOKENS = 10_485_760  # what build-nanogpt and llm.c validate on is 20 to 160 batches, by hardware; here it is one number
 OVERHEAD_BYTES = 1 << 16
 PROGRESS, INDEX, PARTS = "progress.json", "index.json", ".parts"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of a data folder, besides the source."""
-
-    tokenizer: str
-    limit_tokens: int = 0
-    val_tokens: int = VAL_TOKENS
-    shard_tokens: int = shards.SHARD_TOKENS
-    seed: int = 1337
-    block_bytes: int = 32 << 20  # text that is tokenised, shuffled and remembered together
-
-
-@dataclass
-class Progress:
-    """How far a preparation is: all that `progress.json` holds, and all that a restart needs."""
-
-    settings: dict[str, Any]
-    source: str
-    revision: str
-    threshold: int
-    file: int = 0  # the file to go on with
-    document: int = 0  # documents of it that are done
-    block: int = 0
-    documents: int = 0
-    bytes: int = 0
-    dropped: int = 0  # documents that repeat a held-out one
-    finished: dict[str, list[dict[str, Any]]] | None = None  # shards by split
-    unfinished: dict[str, int] | None = None
-    val_open: bool = True
-    val_hashes: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +102,7 @@ def prepare(
 
 
 def _same(folder: DataFolder, source: Source, settings: Settings) -> DataFolder:
-    if (folder.revision, folder.tokenizer) != (source.revision, settings.tokenizer):
+    if folder.revision != source.revision or not fits(settings.tokenizer, folder.tokenizer):
         raise UserError(f"{folder.path} holds other data ({folder.source}, {folder.tokenizer}); choose another --out or remove it.")
     return folder
 
@@ -152,7 +121,6 @@ class _Job:
         report: Callable[[Status], None] | None,
     ) -> None:
         self.source, self.settings, self.out, self.workers, self.budget, self.report = source, settings, out, workers, budget, report
-        self.tokenizer = Tokenizer.named(settings.tokenizer)
         self.consumed = consumed
         self.stopped = threading.Event()
         self.ahead: Future[Path] | None = None
@@ -160,18 +128,25 @@ class _Job:
         self.began, self.bytes_before = time.perf_counter(), 0
         self.progress = self._restore()
         self.bytes_before = self.progress.bytes
-        finished, unfinished = self.progress.finished or {}, self.progress.unfinished or {}
-        self.writers = {
-            split: SplitWriter(out, split, settings.shard_tokens, finished.get(split, []), unfinished.get(split, 0))
-            for split in ("train", "val")
-        }
-        self.val_hashes = set(self.progress.val_hashes or [])
+        self.splits = Splits(out, settings, self.progress)
+        self.tokenizer = self._tokenizer()
+
+    def _tokenizer(self) -> Tokenizer:
+        """The one that the settings name, or one learnt from the text (of a source on the hub its first file) that is not held out."""
+        if not self.settings.tokenizer.startswith("train:"):
+            return Tokenizer.find(self.settings.tokenizer, self.out)
+        if not (self.out / TOKENIZER).is_file():
+            with ThreadPoolExecutor(1) as fetcher:
+                texts = self._texts([0] if self.source.is_remote else range(len(self.source.files)), 0, fetcher, ahead=False)
+                seen = (t.content for t in texts if t.split == "train" or (t.split == "" and hash_of(t.content) >= self.progress.threshold))
+                learn(seen, ids_of(self.settings.tokenizer) or 0).keep(self.out)
+        return Tokenizer.of_folder(self.out)
 
     def _restore(self) -> Progress:
         path = self.out / PROGRESS
         fresh = Progress(asdict(self.settings), self.source.name, self.source.revision, 0)
         if not path.is_file():
-            strangers = [p.name for p in self.out.iterdir() if not p.name.startswith(".")]
+            strangers = [p.name for p in self.out.iterdir() if not p.name.startswith(".") and p.name != TOKENIZER]
             if strangers:
                 raise UserError(f"{self.out} exists already and holds {strangers[0]}; choose another --out or remove it.")
             fresh.threshold = threshold_of(self.source)
@@ -195,14 +170,13 @@ class _Job:
                 self._advance(block)
                 self._remember()
                 self._drop(range(done, self.progress.file))
-                if self.settings.limit_tokens and self.writers["train"].n_tokens >= self.settings.limit_tokens:
+                if self.settings.limit_tokens and self.splits.train.n_tokens >= self.settings.limit_tokens:
                     self.stopped.set()  # the file that is being waited for is not needed
                     break
-            entries = [entry for writer in self.writers.values() for entry in writer.close()]
+            entries = [*self.splits.train.close(), *self.splits.val.close()]
         except BaseException:
             self.stopped.set()
-            for writer in self.writers.values():
-                writer.file.close()
+            self.splits.abandon()
             raise
         p = self.progress
         counts = {"documents": p.documents, "bytes": p.bytes, "repeats_of_validation": p.dropped}
@@ -244,16 +218,16 @@ class _Job:
         self.progress.documents += len(block)
         self.progress.bytes += sum(document.bytes for document in block)
 
-    def _texts(self, group: Sequence[int], skip: int, fetcher: ThreadPoolExecutor) -> Iterator[Text]:
+    def _texts(self, group: Sequence[int], skip: int, fetcher: ThreadPoolExecutor, ahead: bool = True) -> Iterator[Text]:
         """The documents of some files, but for the first `skip` of the first."""
         for number in group:
             file = self.source.files[number]
             if isinstance(file, HubFile):
                 path = (self.ahead or fetcher.submit(self._fetch, number)).result()
-                self.ahead = fetcher.submit(self._fetch, number + 1) if number + 1 < len(self.source.files) else None
+                self.ahead = fetcher.submit(self._fetch, number + 1) if ahead and number + 1 < len(self.source.files) else None
             else:
                 path = file
-            if self.source.by_position:
+            if self.source.by_position and self.settings.validation == "hash":
                 pieces = list(enumerate(halves(readers.documents(path))))[skip:]
                 yield from (Text(number, i, piece, ("train", "val")[i % 2]) for i, piece in pieces if piece)
             else:
@@ -298,42 +272,23 @@ class _Job:
     # --- writing -------------------------------------------------------------------------------------------------------------------
 
     def _write(self, block: list[Document]) -> None:
-        """Held-out documents to the validation split until it is full, the others to the training split in the block's own order."""
-        end = np.array([self.tokenizer.end_of_text], dtype="<u2")
-        train = []
-        for document in block:
-            tokens = np.concatenate([end, document.tokens])
-            if document.split == "val" or (document.split == "" and self.progress.val_open and document.hash < self.progress.threshold):
-                self.writers["val"].write(tokens)
-                self.val_hashes.add(document.hash)
-                if document.split == "" and self.writers["val"].n_tokens >= self.settings.val_tokens:
-                    self.progress.val_open = False
-                    self.writers["val"].cut()  # whole from now on, so that training may start
-            elif document.split == "" and document.hash in self.val_hashes:
-                self.progress.dropped += 1  # the same text as a held-out document
-            else:
-                train.append(tokens)
+        """Held-out documents to the validation split, the others to the training split in the block's own order."""
+        train = self.splits.hold_out(block, self.tokenizer.end_of_text)
         if train:
             order = np.random.Generator(np.random.Philox(key=[self.settings.seed, self.progress.block])).permutation(len(train))
             tokens = np.concatenate([train[i] for i in order])
             self._wait_for(tokens.nbytes, f"a block of {tokens.nbytes / 1e6:,.0f} MB", others=False)
             if self.settings.limit_tokens:
-                tokens = tokens[: self.settings.limit_tokens - self.writers["train"].n_tokens]
-            self.writers["train"].write(tokens)
+                tokens = tokens[: self.settings.limit_tokens - self.splits.train.n_tokens]
+            self.splits.train.write(tokens)
 
     def _remember(self) -> None:
-        for writer in self.writers.values():
-            writer.sync()
-        p = self.progress
-        p.finished = {split: writer.entries for split, writer in self.writers.items()}
-        p.unfinished = {split: writer.unfinished for split, writer in self.writers.items()}
-        p.val_hashes = sorted(self.val_hashes)
-        shards.write_json(self.out / PROGRESS, asdict(p))
+        self.splits.remember(self.progress)
+        shards.write_json(self.out / PROGRESS, asdict(self.progress))
         if self.report:
-            tokens = sum(writer.n_tokens for writer in self.writers.values())
-            seconds = time.perf_counter() - self.began
+            p, tokens, seconds = self.progress, self.splits.train.n_tokens, time.perf_counter() - self.began
             share = p.file / len(self.source.files)
             if self.settings.limit_tokens:
-                share = max(share, self.writers["train"].n_tokens / self.settings.limit_tokens)
+                share = max(share, tokens / self.settings.limit_tokens)
             disk = shards.disk_bytes(self.out)
-            self.report(Status(p.documents, p.bytes - self.bytes_before, tokens, disk, seconds, share))
+            self.report(Status(p.documents, p.bytes - self.bytes_before, tokens + self.splits.val.n_tokens, disk, seconds, share))

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from anew.config import UserError
+from anew.config import TOKENIZERS, UserError
 
 MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 INDEX_VERSION = 1
@@ -74,6 +74,11 @@ class DataFolder:
     splits: dict[str, list[Shard]] = field(default_factory=dict)
     growth: Any = None  # open.Growth, while the folder is still being prepared
 
+    @property
+    def identity(self) -> str:
+        """What the tokens are: the revision of the text, and the vocabulary where it is not a built-in one."""
+        return self.revision if self.tokenizer in TOKENIZERS else f"{self.revision} {self.tokenizer}"
+
     def n_tokens(self, split: str) -> int:
         """Tokens in the split "train" or "val"."""
         return sum(shard.n_tokens for shard in self.splits.get(split, []))
@@ -111,6 +116,13 @@ class DataFolder:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a data folder: its index.json cannot be read ({error}).") from error
+
+
+def header_of(n_tokens: int) -> bytes:
+    """What stands before the tokens in a shard."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, SHARD_VERSION, n_tokens
+    return header.tobytes()
 
 
 @dataclass
@@ -187,10 +199,8 @@ class SplitWriter:
 
     def _finish(self) -> None:
         """Header, flush, hash, rename: a file without `.part` is always a whole shard."""
-        header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-        header[:3] = MAGIC, SHARD_VERSION, self.unfinished
         self.file.seek(0)
-        self.file.write(header.tobytes())
+        self.file.write(header_of(self.unfinished))
         self.sync()
         self.file.close()
         part = self._part

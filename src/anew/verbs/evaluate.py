@@ -130,7 +130,7 @@ def _names(a: EvaluateArgs) -> list[str]:
 def _subject(name: str, device: torch.device, precision: str) -> Subject:
     path = weights.find(name).resolve()
     model = weights.load_model(path, device, runtime.DTYPES[precision])
-    return Subject(name, path, model, Tokenizer.of_size(model.config.vocab_size), weights.sha256(path))
+    return Subject(name, path, model, Tokenizer.of_model(path, model.config.vocab_size), weights.sha256(path))
 
 
 def _open_everywhere(
@@ -168,10 +168,13 @@ def _validation(file: str, subject: Subject) -> Validation:
     if not file and run is None:
         raise UserError(f"{subject.name} is not a run, so nobody knows its validation text; name a data folder with --task val --file DIR.")
     config = Config.read(run / "config.json") if run else Config()
-    folder = open_data(file or config.data.data, subject.tokenizer.name)
+    learnt = not file and config.data.tokenizer.startswith("train:")  # then the prepared text is found under that name
+    folder = open_data(file or config.data.data, config.data.tokenizer if learnt else subject.tokenizer)
+    if folder.tokenizer != subject.tokenizer.name:
+        raise UserError(f"{folder.path} has the tokenizer {folder.tokenizer}, and {subject.name} has {subject.tokenizer.name}.")
     if not file and (subject.path / "trainer.json").is_file():
         trained_on = json.loads((subject.path / "trainer.json").read_text(encoding="utf-8"))["data_revision"]
-        if trained_on != folder.revision:
+        if trained_on != folder.identity:
             raise UserError(f"the text in {config.data.data} is no longer the one that {subject.name} was trained on.")
     return Validation(folder, config.data.seq_len, config.data.val_tokens)
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from anew.config import UserError, bytes_of
-from anew.data import prepare, shards, sources
-from anew.data.others import open_others
+from anew.config import UserError, bytes_of, ids_of
+from anew.data import prepare, shards, sources, splits
+from anew.data.others import open_others, write_others
 from anew.data.shards import DataFolder
 from anew.tokenizer import Tokenizer
 
@@ -31,15 +31,21 @@ class PrepareArgs:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a file, folder, glob, known name or repo:config:split:column")] = ""
     out: Annotated[str, tyro.conf.arg(help="data folder to write, or to go on with")] = ""
-    tokenizer: Annotated[Literal["gpt2", "bytes"], tyro.conf.arg(help="gpt2: 50,257 tokens; bytes: 257")] = "gpt2"
+    tokenizer: Annotated[str, tyro.conf.arg(help="gpt2: 50,257 tokens; bytes: 257; train:N: learn N; or a folder that has one")] = "gpt2"
     workers: Annotated[int, tyro.conf.arg(help="threads that tokenise; 0: one a core")] = 0
     limit_tokens: Annotated[int, tyro.conf.arg(help="stop after this many training tokens; 0: the whole source")] = 0
     disk_budget: Annotated[str, tyro.conf.arg(help="most bytes on the disk, fetched files and shards together, e.g. 30GB; 0: no bound")] = (
         "0"
     )
     shard_tokens: Annotated[int, tyro.conf.arg(help="tokens a shard, 2 bytes each")] = shards.SHARD_TOKENS
-    val_tokens: Annotated[int, tyro.conf.arg(help="tokens to hold out for validation")] = prepare.VAL_TOKENS
+    val_tokens: Annotated[int | None, tyro.conf.arg(help="tokens to hold out; by default 10,485,760, with first 100,000,000")] = None
+    validation: Annotated[
+        Literal["hash", "first"], tyro.conf.arg(help="hold out documents by their hash, or the first tokens (build-nanogpt's shard 0)")
+    ] = "hash"
     seed: Annotated[int, tyro.conf.arg(help="decides the order of documents within a block of 32 MB")] = 1337
+    to: Annotated[
+        Literal["anew", "llm.c", "build-nanogpt", "nanogpt"], tyro.conf.arg(help="write the files of this project, from a data folder")
+    ] = "anew"
     dry_run: Annotated[bool, tyro.conf.arg(help="only say what it will take: bytes, tokens, disk, hours")] = False
     show: Annotated[str, tyro.conf.arg(help="only say what is in this data folder")] = ""
     json: Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")] = False
@@ -53,15 +59,22 @@ def run_prepare(argv: list[str]) -> None:
         return _show((None if (shown / prepare.INDEX).is_file() else open_others(shown)) or DataFolder.open(shown), a.json)
     if not a.source:
         raise UserError("name a source to prepare, or a data folder with --show.")
-    if min(a.workers, a.limit_tokens, a.val_tokens) < 0 or a.shard_tokens < 2:
+    if min(a.workers, a.limit_tokens, a.val_tokens or 0) < 0 or a.shard_tokens < 2:
         raise UserError("--workers, --limit-tokens and --val-tokens must be 0 or above, and --shard-tokens at least 2.")
-    settings = prepare.Settings(a.tokenizer, a.limit_tokens, a.val_tokens, a.shard_tokens, a.seed)
+    own = Tokenizer.of_folder(Path(a.tokenizer)) if ids_of(a.tokenizer) is None else None
+    val_tokens = (splits.SHARD_0_TOKENS if a.validation == "first" else splits.VAL_TOKENS) if a.val_tokens is None else a.val_tokens
+    name = own.name if own else a.tokenizer
+    settings = splits.Settings(name, a.limit_tokens, val_tokens, a.shard_tokens, a.seed, validation=a.validation)
     budget = bytes_of(a.disk_budget)
     if a.dry_run:
         return _dry_run(sources.find(a.source), a, budget)
     if not a.out:
         raise UserError("name the data folder to write with --out.")
     out = Path(a.out)
+    if a.to != "anew":
+        return _convert(a, out)
+    if own:
+        own.keep(out)
     revision = prepare.begun_at(out)
     source = sources.find(a.source, revision or "main")
     with _progress() as report:
@@ -71,6 +84,18 @@ def run_prepare(argv: list[str]) -> None:
     if a.json:
         print(json.dumps({"out": str(out), "tokenizer": folder.tokenizer, "revision": folder.revision, **counts}))
     return None
+
+
+def _convert(a: PrepareArgs, out: Path) -> None:
+    """A data folder as another project's files."""
+    source = Path(a.source)
+    folder = open_others(source) if source.is_dir() and not (source / prepare.INDEX).is_file() else None
+    if folder is None and not (source / prepare.INDEX).is_file():
+        raise UserError(f"--to {a.to} takes a data folder, and {source} is none; prepare it first.")
+    files = write_others(folder or DataFolder.open(source), a.to, out)
+    print(f"{out}: {len(files)} files for {a.to}, {shards.disk_bytes(out) / 1e6:,.1f} MB")
+    if a.json:
+        print(json.dumps({"out": str(out), "files": [file.name for file in files]}))
 
 
 @contextmanager
@@ -106,7 +131,7 @@ def _line(s: prepare.Status) -> str:
 def _dry_run(source: sources.Source, a: PrepareArgs, budget: int) -> None:
     """What a preparation will take, from the sizes of the files alone."""
     text = source.total_bytes * RATIOS.get(Path(str(getattr(source.files[0], "path", source.files[0]))).suffix, 1.0)
-    a_token = BYTES_A_TOKEN if a.tokenizer == "gpt2" else 1
+    a_token = 1 if a.tokenizer == "bytes" else BYTES_A_TOKEN
     tokens = min(text / a_token, a.limit_tokens or float("inf"))
     workers = a.workers or prepare.cores()
     hours = tokens * a_token / (THREAD_MB * 1e6 * workers) / 3600
@@ -132,7 +157,7 @@ def _dry_run(source: sources.Source, a: PrepareArgs, budget: int) -> None:
 
 def _show(folder: DataFolder, as_json: bool) -> None:
     """Counts, the lengths of documents as a picture, what an epoch is, and some documents."""
-    tokenizer = Tokenizer.named(folder.tokenizer)
+    tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
     facts: dict[str, Any] = {"path": str(folder.path), "source": folder.source, "revision": folder.revision, "tokenizer": folder.tokenizer}
     print(f"{folder.path}: {folder.source}, revision {folder.revision[:12]}, tokenizer {folder.tokenizer}")
     for split in ("train", "val"):

@@ -47,8 +47,9 @@ def run_sample(argv: list[str]) -> None:
     device = runtime.pick_device(a.device)
     precision, _ = runtime.pick_precision(a.precision, device)
     torch.set_float32_matmul_precision(runtime.MATMUL[precision])
-    model = weights.load_model(a.model, device, runtime.DTYPES[precision])
-    tokenizer = Tokenizer.of_size(model.config.vocab_size)
+    path = weights.find(a.model)
+    model = weights.load_model(path, device, runtime.DTYPES[precision])
+    tokenizer = Tokenizer.of_model(path, model.config.vocab_size)
     prompts = iter(input, "") if a.interactive else iter([_prompt(a)])
     texts: list[str] = []
     try:

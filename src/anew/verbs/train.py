@@ -13,9 +13,10 @@ import tyro
 from loguru import logger
 
 from anew import config as settings
-from anew.config import RECIPES, Config, UserError
+from anew.config import Config, UserError
 from anew.demo import show_demo
 from anew.metrics import Row
+from anew.recipes import RECIPES
 from anew.train import Result, train
 
 SWITCHES = {"help", "json", "memorise"} | {name for name, f in settings.FIELDS.items() if f.type is bool or isinstance(f.default, bool)}

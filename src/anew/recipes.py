@@ -1,0 +1,65 @@
+"""The named runs: `anew train RECIPE`.
+
+config = recipe("shakespeare", steps=200)           # settings given here replace the recipe's own
+"""
+
+import dataclasses
+from typing import Any
+
+from anew.config import Config, DataConfig, RunConfig, UserError
+
+_GPT2_STEPS = 19_073  # 10e9 / 524,288: one pass over FineWeb-Edu's sample-10BT
+_GPT2 = Config(data=DataConfig(data="fineweb-edu"), run=RunConfig(steps=_GPT2_STEPS, save_every=1000, sample_every=1000))
+# A GPT-2 that learns within a minute on two CPU cores. Found by measurement (docs/log.md): at 128 tokens the plain softmax is faster
+# on a CPU than the fused kernel, two heads are faster than four and as good, and compiling takes longer than it gives back.
+_SMALL: dict[str, Any] = {
+    "tokenizer": "bytes", "vocab_size": 257, "n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 128, "attention": "plain",
+    "seq_len": 128, "batch_tokens": 2048, "steps": 1000, "compile": "off",
+    "optimizer": "muon", "lr": 6e-3, "min_lr": 0.0, "muon_lr": 0.01, "schedule": "linear", "warmup_steps": 50,
+    "evaluate_every": 500, "save_every": 500, "log_every": 50,
+}  # fmt: skip
+# To know a text by heart takes room and repetition: more width, longer windows (the first tokens of a window cannot be known), 25 epochs.
+_BY_HEART: dict[str, Any] = {
+    "tokenizer": "gpt2", "vocab_size": 50257, "n_layer": 6, "n_head": 4, "n_embd": 256, "n_positions": 256, "seq_len": 256,
+    "batch_tokens": 2048, "steps": 3700, "compile": "auto", "evaluate_train": True,
+}  # fmt: skip
+
+
+def _gpt2(n_layer: int, n_head: int, n_embd: int, lr: float) -> Config:
+    """A published size. Rates above 124M are GPT-3's (Brown et al. 2020, table 2.1), ending at a tenth."""
+    return _GPT2.override(n_layer=n_layer, n_head=n_head, n_embd=n_embd, lr=lr, min_lr=lr / 10)
+
+
+RECIPES: dict[str, tuple[str, Config]] = {
+    "demo": (
+        "minutes on a laptop: learns Python from the standard library's own source",
+        Config().override(**_SMALL | {"steps": 2000, "val_tokens": 131_072, "log_every": 100}),
+    ),
+    "shakespeare": ("tinyshakespeare in about a minute on two CPU cores", Config().override(**_SMALL, data="tinyshakespeare")),
+    "shakespeare-memorise": (
+        "the same text by heart (shakespeare --memorise): training loss near 0, held-out loss high",
+        Config().override(**_SMALL | _BY_HEART, data="tinyshakespeare"),
+    ),
+    "overfit": (
+        "one batch again and again, to prove that the model can learn",
+        Config().override(**_SMALL | {"steps": 200, "warmup_steps": 10, "one_batch": True, "evaluate_every": 0}),
+    ),
+    "gpt2-124m": ("GPT-2 small: 10B tokens of FineWeb-Edu", _gpt2(12, 12, 768, 6e-4)),
+    "gpt2-350m": ("GPT-2 medium", _gpt2(24, 16, 1024, 3e-4)),
+    "gpt2-355m": ("the same as gpt2-350m", _gpt2(24, 16, 1024, 3e-4)),
+    "gpt2-774m": ("GPT-2 large", _gpt2(36, 20, 1280, 2.5e-4)),
+    "gpt2-1558m": ("GPT-2 XL", _gpt2(48, 25, 1600, 2e-4)),
+    "gpt2-124m-openwebtext": ("124M on 47.2B tokens of OpenWebText", _gpt2(12, 12, 768, 6e-4).override(data="openwebtext", steps=90_000)),
+    "finetune": (
+        "go on from --init MODEL on your own --data",
+        Config().override(lr=3e-5, min_lr=3e-6, steps=100, warmup_steps=10, batch_tokens=32_768, micro_batch=4, evaluate_every=20),
+    ),
+}
+
+
+def recipe(name: str, **settings: Any) -> Config:
+    """The named recipe with flat settings replaced, judged: `recipe("shakespeare", steps=200)`."""
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe '{name}'; choose one of {', '.join(RECIPES)}.")
+    base = dataclasses.replace(RECIPES[name][1], recipe=name)
+    return base.override(**settings).adapted(set(settings))[0].check()
