@@ -20,20 +20,19 @@ from multiprocessing.connection import Connection
 import torch
 from torch import nn
 
-from anew import GPT, GPTConfig, optim, runtime
-from anew.config import OptimConfig, RunConfig
+from anew import Config, GPTConfig, runtime
 from anew.model import flops_per_token
+from anew.state import State
 from anew.train import train_step
 
 
 def our_step(ids: torch.Tensor) -> Callable[[], None]:
     """The product's own runtime, model and train_step."""
-    rt = runtime.start(RunConfig(device=ids.device.type, precision="bf16", compile="on"))
-    model = GPT(GPTConfig(), rt.dtype).to(rt.device)
-    loss_of, optimizers = torch.compile(model, dynamic=False), optim.build(model, OptimConfig())
-    params, scaler, stop = list(model.parameters()), torch.amp.GradScaler(rt.device.type, enabled=False), threading.Event()
+    config = Config().override(device=ids.device.type, precision="bf16", compile="on")
+    state, stop = State(config, runtime.start(config.run), ""), threading.Event()
+    loss_of = torch.compile(state.model, dynamic=False)
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
-    return lambda: train_step(loss_of, params, optimizers, batch, scaler, [0], 1.0, 1.0, stop) and None
+    return lambda: train_step(loss_of, state, batch, 1.0, stop) and None
 
 
 def their_step(ids: torch.Tensor) -> Callable[[], None]:

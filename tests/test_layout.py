@@ -12,7 +12,19 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 LEVELS = [
     {"config", "attention"},
-    {"model", "tokenizer", "runtime", "recipes", "tf_checkpoint", "data.shards", "data.readers", "data.hub_data"},
+    {
+        "model",
+        "tokenizer",
+        "runtime",
+        "recipes",
+        "parallel",
+        "preempt",
+        "spikes",
+        "tf_checkpoint",
+        "data.shards",
+        "data.readers",
+        "data.hub_data",
+    },
     {
         "optim",
         "checkpoint",
@@ -30,8 +42,9 @@ LEVELS = [
         "vocabulary",
         "data.batches",
     },
-    {"evaluate.score", "evaluate.task", "evaluate.loss", "evaluate.published", "state"},
-    {"evaluate.choices", "evaluate.corpora", "evaluate.tasks", "evaluate.runner", "evaluate.harness", "evaluate.during", "export"},
+    {"evaluate.score", "evaluate.task", "evaluate.loss", "evaluate.published", "state", "sharded"},
+    {"evaluate.choices", "evaluate.corpora", "evaluate.tasks", "evaluate.runner", "evaluate.harness", "evaluate.during", "export", "saver"},
+    {"begin"},
     {"train"},
     {"demo"},
     {"verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"},
@@ -41,9 +54,11 @@ LEVELS = [
 WITHIN_A_LEVEL = {
     *(("weights", other) for other in ("checkpoint", "foreign", "hub")),
     ("evaluate.task", "evaluate.score"),
+    ("state", "sharded"),
     *(("evaluate.tasks", f"evaluate.{other}") for other in ("choices", "corpora")),
     ("evaluate.harness", "evaluate.corpora"),
     *(("evaluate.during", f"evaluate.{other}") for other in ("runner", "tasks")),
+    ("evaluate.during", "saver"),
     *(("data.prepare", other) for other in ("data.sources", "data.documents", "data.splits", "vocabulary")),
     ("data.documents", "data.sources"),
     ("data.splits", "data.documents"),
@@ -54,7 +69,7 @@ VERBS = {"cli", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate"
 OWNERS = {
     "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"},
     "huggingface_hub": {"hub", "data.hub_data"},
-    "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare"},
+    "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare", "begin"},
     "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"}, "transformers": set(), "datasets": set(),
 }  # fmt: skip
 

@@ -42,12 +42,6 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.pick_device("cuda")
 
 
-def test_several_processes_are_refused_until_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process, without torchrun"):
-        runtime.start(RunConfig())
-
-
 def test_peak_is_measured_where_no_datasheet_is_known() -> None:
     rt = runtime.start(RunConfig(device="cpu", precision="fp32", compile="off"))
     flops, source = runtime.peak_flops(rt)

@@ -19,7 +19,7 @@ from anew.evaluate.corpora import wikitext_articles, wikitext_polish, windows
 from anew.evaluate.score import Question
 from anew.evaluate.task import Example, Remote, Task, split_pair
 from anew.evaluate.tasks import TASKS, Validation, with_stride
-from anew.runtime import World
+from anew.parallel import World
 from tests.conftest import shared
 
 TOKENIZER = Tokenizer.named("gpt2")
@@ -287,8 +287,8 @@ def test_one_two_and_three_processes_report_the_same(model: tuple[GPT, Path], sm
                     runner.run(model[0], task, examples, world)
             else:
                 assert runner.run(model[0], task, examples, world).figures == alone.figures
-        assert sum(len(done) for done, _ in shares) == len(list(runner._chunks(examples)))
-        assert sum(scored for _, scored in shares) == 60
+        assert sum(len(done) for done, _, _ in shares) == len(list(runner._chunks(examples)))
+        assert sum(scored for _, scored, _ in shares) == 60
 
 
 def test_a_killed_evaluation_goes_on(model: tuple[GPT, Path], small_chunks: None, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The promises of training: bit for bit after a stop, the same at any micro-batch, and never disturbed by looking."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,7 +15,9 @@ import torch
 
 import anew
 from anew import Config, UserError, checkpoint, metrics, runtime
-from anew.train import Preempted, _seed, train, train_step
+from anew.preempt import Preempted
+from anew.state import State
+from anew.train import _seed, train, train_step
 from tests.conftest import shared
 
 GOLDEN = [5.539498, 5.361929, 5.247861, 5.134156, 5.015452, 4.90322, 4.771688, 4.706358, 4.611162, 4.591778]
@@ -143,22 +146,22 @@ def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> N
 
 
 def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
-    from anew.data.batches import Batches
-    from anew.data.open import open_data
+    from anew.begin import begin
+    from anew.preempt import Stop
     from anew.train import _batches
 
-    batches = Batches(open_data(tiny.data.data, "bytes").splits["train"], 16, 1)
-    rt = runtime.start(tiny.run)
     seen = []
     for micro in range(1, 9):
         if 8 % micro:
             with pytest.raises(UserError, match=f"micro-batches of {micro}"):
                 tiny.override(micro_batch=micro).micro_batches(1)
             continue
-        steps = list(_batches(tiny.override(micro_batch=micro), batches, rt, range(3, 6)))
+        with contextlib.ExitStack() as stack:
+            run = begin(tiny.override(micro_batch=micro), Stop(), stack)
+            steps = list(_batches(run, range(3, 6)))
         seen.append([(step, torch.cat([ids for ids, _ in m]).tolist(), torch.cat([t for _, t in m]).tolist()) for step, m in steps])
     assert all(s == seen[0] for s in seen)
-    assert seen[0][0][1] == [row[:-1] for row in batches.rows(24, 8).tolist()]
+    assert seen[0][0][1] == [row[:-1] for row in run.batches.rows(24, 8).tolist()]
 
 
 def test_evaluating_and_sampling_more_often_changes_nothing(tiny: Config) -> None:
@@ -222,22 +225,20 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.M
         train(tiny)
 
 
-def test_interrupted_accumulation_leaves_no_trace() -> None:
+def test_interrupted_accumulation_leaves_no_trace(tiny: Config) -> None:
     import threading
 
-    model = anew.GPT(anew.GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    state = State(tiny, runtime.start(tiny.run), "")
     stop, ids = threading.Event(), torch.arange(8)[None]
-    before = [p.clone() for p in model.parameters()]
+    before = [p.clone() for p in state.params]
 
     def loss_of(i: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         stop.set()  # arrives while the first of two micro-batches is computed
-        return model(i, t)
+        return state.model(i, t)
 
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    assert train_step(loss_of, list(model.parameters()), [optimizer], [(ids, ids)] * 2, scaler, [1, 2], 1.0, 1.0, stop) is None
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert all(p.grad is None for p in model.parameters())
+    assert train_step(loss_of, state, [(ids, ids)] * 2, 1.0, stop).stop
+    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
+    assert all(p.grad is None for p in state.params)
 
 
 def test_another_run_in_the_folder_is_refused_by_name(tiny: Config) -> None:

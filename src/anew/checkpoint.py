@@ -101,11 +101,16 @@ def clean(run: Path) -> list[str]:
     return [path.name for path in leftovers]
 
 
-def prune(run: Path, keep: int) -> None:
-    """Keep the `keep` newest checkpoints that verify (0: all). A damaged one does not count and is never the reason to drop a good one."""
+def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Keep the `keep` newest checkpoints that verify (0: all), and each whose step is a multiple of `keep_every`.
+
+    A damaged one does not count and is never the reason to drop a good one.
+    """
     good = 0
     for folder in reversed(steps(run)) if keep else []:
         if good >= keep:
+            if keep_every and int(folder.name[5:]) % keep_every == 0:
+                continue
             leftover = folder.with_name(f".{folder.name}.tmp")  # killed half-way this is for `clean`, and not a damaged checkpoint
             os.replace(folder, leftover)
             shutil.rmtree(leftover)

@@ -8,6 +8,7 @@ Exit codes: 0 complete; 2 the input is wrong (one sentence, no traceback); 75 st
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from contextlib import contextmanager
 from loguru import logger
 
 from anew.config import UserError
+from anew.parallel import LostRank
+from anew.preempt import Preempted
 from anew.recipes import RECIPES
-from anew.train import Preempted
 from anew.verbs.evaluate import run_evaluate
 from anew.verbs.export import run_export
 from anew.verbs.prepare import run_prepare
@@ -42,11 +44,16 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 raise UserError(f"there is no verb '{verb}'; choose one of {', '.join(VERBS)}.")
     except UserError as error:
-        print(f"anew: {error}", file=sys.stderr)
+        if _speaks(error):
+            print(f"anew: {error}", file=sys.stderr)
         sys.exit(2)
     except Preempted as error:
-        print(f"anew: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"anew: {error}", file=sys.stderr)
         sys.exit(75)
+    except LostRank as error:
+        print(f"anew: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -55,6 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `anew sample ... | head` is no fault
         sys.stderr.close()
         sys.exit(0)
+
+
+def _speaks(error: UserError) -> bool:
+    """Of several ranks one says what is wrong with all of them, and each what is wrong with it alone."""
+    return os.environ.get("RANK", "0") == "0" or not error.everywhere
 
 
 def _overview() -> str:

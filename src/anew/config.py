@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import re
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,6 +21,8 @@ from typing import Any, Literal, Self
 
 class UserError(ValueError):
     """Something the user can put right: one plain sentence that says what is wrong and what to do (exit code 2)."""
+
+    everywhere = False  # True: all ranks raise it, so one of them may speak
 
 
 TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # ids each can emit; the last one is <|endoftext|>
@@ -112,7 +115,18 @@ class RunConfig:
     init: str = setting("", "start from this MODEL instead of random weights; its shape and tokenizer are taken over")
     out: str = setting("", "run folder; by default runs/RECIPE", may_change=True)
     save_every: int = setting(250, "steps between checkpoints; the last step is always saved", may_change=True)
+    save_minutes: float = setting(10.0, "also save when the last checkpoint is this old; 0: only by steps", may_change=True)
     keep: int = setting(3, "newest verified checkpoints to keep; 0 keeps all", may_change=True)
+    keep_every: int = setting(0, "keep also each checkpoint whose step is a multiple of this; 0: none", may_change=True)
+    parallel: Literal["ddp", "fsdp"] = setting(
+        "ddp", "several ranks: ddp: all have the whole model; fsdp: each has a part of it, for models larger than a card", may_change=True
+    )
+    timeout_seconds: float = setting(600.0, "several ranks: one that the others wait for this long is lost", may_change=True)
+    spikes: Literal["keep", "skip", "rollback"] = setting(
+        "keep", "a loss or gradient norm far outside: apply it, skip the step, or go back and pass over the sequences since"
+    )
+    spike_z: float = setting(6.0, "standard deviations above the usual that make a spike")
+    bad_steps: int = setting(10, "steps in a row that are not finite or spikes, after which the run stops", may_change=True)
     evaluate_every: int = setting(250, "steps between validations; 0: only at the end", may_change=True)
     evaluate_tasks: str = setting("", "tasks to score at each validation, e.g. hellaswag,lambada (see anew evaluate)", may_change=True)
     evaluate_limit: int = setting(0, "only the first N examples of each task while training; 0: all", may_change=True)
@@ -191,8 +205,8 @@ class Config:
         for group in (m, d, o, r):
             for f in dataclasses.fields(group):
                 value = getattr(group, f.name)
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise UserError(f"{f.name} is {value}; it must be a finite number.")
+                if needed := _wrong_kind(type(group), f, value):
+                    raise UserError(f"{f.name} is {value!r}; it must be {needed}.")
         refuse_if = [
             (
                 m.vocab_size != (ids_of(d.tokenizer) or m.vocab_size),
@@ -222,12 +236,16 @@ class Config:
             ),
             (isinstance(r.micro_batch, int) and r.micro_batch < 1, f"micro_batch {r.micro_batch} must be at least 1."),
             (r.batch_tokens < d.seq_len, f"batch_tokens {r.batch_tokens:,} is less than one sequence of {d.seq_len} tokens."),
-            (min(r.save_every, r.log_every) < 1, "save_every and log_every must be at least 1 step."),
+            (min(r.save_every, r.log_every, r.bad_steps) < 1, "save_every, log_every and bad_steps must be at least 1 step."),
+            (r.save_minutes < 0, f"save_minutes {r.save_minutes:g} is negative."),
+            (r.timeout_seconds <= 0 or r.spike_z <= 0, "timeout_seconds and spike_z must be above 0."),
             (
-                min(r.keep, r.evaluate_every, r.evaluate_limit, r.sample_every, r.sample_tokens) < 0,
-                "keep, evaluate_every, evaluate_limit, sample_every and sample_tokens cannot be negative.",
+                min(r.keep, r.keep_every, r.evaluate_every, r.evaluate_limit, r.sample_every, r.sample_tokens) < 0,
+                "keep, keep_every, evaluate_every, evaluate_limit, sample_every and sample_tokens cannot be negative.",
             ),
             (not 0 <= r.seed < 2**63, f"seed {r.seed} must be between 0 and 2^63 - 1."),
+            (r.parallel == "fsdp" and o.optimizer == "muon", "muon needs whole matrices, and fsdp cuts them; use --parallel ddp."),
+            (r.parallel == "fsdp" and r.precision == "fp16", "fsdp has no loss scaling here; use --precision bf16, or --parallel ddp."),
             (self.recipe == "finetune" and not r.init, "the finetune recipe needs a model to start from: add --init MODEL."),
         ]
         for wrong, sentence in refuse_if:
@@ -262,6 +280,21 @@ class Config:
 GROUPS = {"model": GPTConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
 FIELDS = {f.name: f for t in GROUPS.values() for f in dataclasses.fields(t)}
 GROUP_OF = {f.name: g for g, t in GROUPS.items() for f in dataclasses.fields(t)}
+
+
+def _wrong_kind(group: type, f: dataclasses.Field[Any], value: Any) -> str:
+    """What the value of a setting must be, if it is something else."""
+    kind = typing.get_type_hints(group)[f.name]
+    choices = [choice for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
+    if value in choices:
+        return ""
+    number = type(f.default)
+    if choices and not isinstance(f.default, int):
+        return "one of " + ", ".join(choices)
+    if number is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return "" if right else "a finite number"
+    return "" if type(value) is number else {int: "a whole number", str: "text", bool: "true or false"}[number]
 
 
 def own_name(n_vocab: int, digest: str) -> str:

@@ -1,13 +1,18 @@
-"""What a run writes down: metrics.jsonl, samples.jsonl, log.txt, TensorBoard.
+"""What a run writes down: metrics.jsonl, samples.jsonl, run_state.json, log.txt, TensorBoard.
 
 metrics.jsonl is the one source; each line is an object that always has `step`, `tokens` and `seconds` (of training, compile included,
 validation and saving excluded). A resumed run appends, so readers keep the last row of a step (`read`).
 """
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import logging
 import math
+import os
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +20,10 @@ from typing import Any, Self
 
 from anew.config import Config
 from anew.model import count_parameters, flops_per_token
+from anew.preempt import Preempted
 
 log = logging.getLogger("anew")
 Row = dict[str, Any]
-BAD_STEPS_IN_A_ROW = 10  # that many non-finite steps one after the other are no accident
 
 
 def read(run: Path) -> list[Row]:
@@ -35,77 +40,127 @@ def read(run: Path) -> list[Row]:
 
 def last_loss(run: Path) -> float:
     """The newest training loss that a run has written down; NaN if there is none."""
+    if not (run / "metrics.jsonl").is_file():
+        return math.nan
     return next((float(row["train/loss"]) for row in reversed(read(run)) if row.get("train/loss") is not None), math.nan)
 
 
-class Recorder:
-    """The open files of one run."""
+class RunState:
+    """RUN/run_state.json: how a run stands, for whoever watches it; replaced as a whole, by the training and the saving thread."""
 
-    def __init__(self, run: Path, config: Config, step: int) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        self.metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self.samples = (run / "samples.jsonl").open("a", encoding="utf-8")
-        _end_line(run / "metrics.jsonl", self.metrics)
-        _end_line(run / "samples.jsonl", self.samples)
-        self.config = config
+    def __init__(self, run: Path, writes: bool) -> None:
+        self.path, self.writes, self.lock = run / "run_state.json", writes, threading.Lock()
+        self.facts: Row = {}
+        with contextlib.suppress(OSError, ValueError):
+            self.facts = dict(json.loads(self.path.read_text(encoding="utf-8")))
+        self.facts = {"starts": int(self.facts.get("starts", 0)) + 1, "saved_step": self.facts.get("saved_step", 0)}
+
+    def update(self, **facts: Any) -> None:
+        """Replace some of the facts."""
+        if not self.writes:
+            return
+        with self.lock:
+            self.facts |= {**facts, "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            temporary = self.path.with_name(".run_state.json.tmp")
+            temporary.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+
+
+class Recorder:
+    """The open files of one run, which one rank `writes`."""
+
+    def __init__(self, run: Path, config: Config, step: int, writes: bool = True) -> None:
+        self.run, self.config, self.writes, self.first_step = run, config, writes, step
         self.last_val: float | None = None
+        self.last_train = math.nan
         self.bad_in_a_row = 0
-        self.handler = logging.FileHandler(run / "log.txt", encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.board: Any = None
-        self.board_folder, self.first_step = run / "tensorboard", step
+        self.run_state = RunState(run, writes)
 
     def __enter__(self) -> Self:
+        if not self.writes:
+            return self
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.metrics = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
+        self.samples = (self.run / "samples.jsonl").open("a", encoding="utf-8")
+        _end_line(self.run / "metrics.jsonl", self.metrics)
+        _end_line(self.run / "samples.jsonl", self.samples)
+        self.handler = logging.FileHandler(self.run / "log.txt", encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self.handler)
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
-        self.board = _tensorboard(self.board_folder, self.first_step)
+        self.board = _tensorboard(self.run / "tensorboard", self.first_step)
+        self.run_state.update(
+            status="running", step=self.first_step, steps=self.config.run.steps, pid=os.getpid(), host=socket.gethostname()
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.writes:
+            return
         if kind is None and self.board is not None and self.last_val is not None:
             groups = (self.config.model, self.config.data, self.config.optim, self.config.run)
             settings = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
             self.board.add_hparams(settings, {"final/val_loss": self.last_val}, run_name=".")
-        if error is not None and not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, Preempted):
+            log.info(str(error))
+        elif error is not None and not isinstance(error, KeyboardInterrupt):
             log.error(f"stopped: {error}")
+        status = "complete" if error is None else "preempted" if isinstance(error, Preempted) else "failed"
+        with contextlib.suppress(OSError):  # a full disk is what the error may be about
+            self.run_state.update(status=status, **({"error": str(error)} if status == "failed" else {}))
         log.removeHandler(self.handler)
         self.handler.close()
         for file in (self.metrics, self.samples, self.board):
             if file is not None:
-                file.close()
+                try:
+                    file.close()
+                except OSError:  # on a full disk the last line cannot be written either
+                    if error is None:
+                        raise
+
+    @property
+    def last_loss(self) -> float:
+        """The newest training loss that the run has written down; NaN if there is none."""
+        return last_loss(self.run) if self.writes else self.last_train
 
     def row(self, row: Row) -> None:
         """Append one row; numbers go to TensorBoard too."""
+        self.last_val, self.last_train = row.get("val/loss", self.last_val), row.get("train/loss", self.last_train)
+        if not self.writes:
+            return
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         self.metrics.write(json.dumps(finite) + "\n")  # JSON has no NaN
         self.metrics.flush()
-        self.last_val = row.get("val/loss", self.last_val)
         if self.board is not None:
             for key, value in row.items():
                 if "/" in key and isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, row["step"])
 
-    def step(self, row: Row) -> None:
-        """Append the row of a training step, say it now and then, and stop a run that only yields NaN or infinity."""
+    def step(self, row: Row, applied: bool, sequences: str) -> None:
+        """Append the row of a training step, say it now and then, and stop a run whose steps cannot be applied any more."""
         self.row(row)
-        step, loss, norm = row["step"], row["train/loss"], row["train/grad_norm"]
-        self.bad_in_a_row = 0 if math.isfinite(loss + norm) else self.bad_in_a_row + 1
-        if self.bad_in_a_row:
-            log.warning(f"step {step:,}: loss {loss} or gradient norm {norm} is not finite; the step was skipped")
-        if step % self.config.run.log_every == 0 or step in (1, self.config.run.steps):
-            log.info(line_of(row, self.config.run.steps))
-        if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+        step, loss, norm, r = row["step"], row["train/loss"], row["train/grad_norm"], self.config.run
+        self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
+        if not applied:
+            what = "a spike" if math.isfinite(loss + norm) else "not finite"
+            log.warning(f"step {step:,}: loss {loss:.4g}, gradient norm {norm:.4g} is {what}; the step was skipped ({sequences})")
+        if step % r.log_every == 0 or step in (1, r.steps):
+            log.info(line_of(row, r.steps))
+            self.run_state.update(step=step)
+        if self.bad_in_a_row >= r.bad_steps:
             raise RuntimeError(
-                f"{self.bad_in_a_row} steps in a row were not finite; the last good checkpoint is in {self.config.folder}. "
+                f"{self.bad_in_a_row} steps in a row were not finite or spikes; the last good checkpoint is in {self.config.folder}. "
                 "Lower the learning rate or look at the data."
             )
 
     def evaluation(self, row: Row) -> None:
         """Append an evaluation, to the metrics and among the samples, which it dates."""
         self.row(row)
-        self.samples.write(json.dumps(row) + "\n")
-        self.samples.flush()
+        if self.writes:
+            self.samples.write(json.dumps(row) + "\n")
+            self.samples.flush()
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Append one sample text."""

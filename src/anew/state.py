@@ -1,41 +1,73 @@
 """What changes from step to step in a run: weights, optimizers, counters. Exactly what a checkpoint holds, and nothing else.
 
 A step folder is a Hugging Face model folder and two files more: optimizer.safetensors ("exp_avg.transformer.wte.weight": state by
-parameter name, whole tensors, whatever the device or grouping) and trainer.json.
+parameter name, whole tensors, whatever the device, the grouping or the number of ranks) and trainer.json.
 """
 
+import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from anew import checkpoint, optim, weights
+from anew import checkpoint, optim, sharded, weights
 from anew.config import Config, UserError
 from anew.model import GPT
+from anew.parallel import ALONE, World
 from anew.runtime import Runtime
+from anew.spikes import Spikes
 from anew.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one moment, copied to this machine's memory: what a checkpoint is written from."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    trainer: dict[str, Any]
+
+    def write(self, folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+        """Fill the folder of a checkpoint."""
+        weights.write_model(folder, self.tensors, config.model, tokenizer)
+        weights.write_tensors(folder / "optimizer.safetensors", self.moments)
+        (folder / "trainer.json").write_text(json.dumps(self.trainer, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass
 class State:
-    """What changes from step to step: exactly what a checkpoint holds."""
+    """What changes from step to step. All ranks have the same."""
 
     config: Config
     rt: Runtime
     data_revision: str
+    world: World = ALONE
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    saved_step: int = -1
+    spikes: Spikes = field(default_factory=Spikes)
+    excluded: list[tuple[int, int]] = field(default_factory=list)  # sequence numbers, first and behind the last, that are passed over
 
     def __post_init__(self) -> None:
         self.model = GPT(self.config.model, self.rt.dtype, self.config.run.seed).to(self.rt.device)
+        self.is_sharded = self.config.run.parallel == "fsdp" and self.world.size > 1
+        if self.is_sharded:
+            sharded.shard(self.model)
+        self.loaded: dict[str, Tensor] = {}  # what was read and not yet put in place
         self.optimizers = optim.build(self.model, self.config.optim)
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=self.rt.precision == "fp16")
+
+    @property
+    def params(self) -> list[torch.nn.Parameter]:
+        """Every parameter, in one order."""
+        return list(self.model.parameters())
 
     def clock(self) -> dict[str, float]:
         """What every row of metrics.jsonl starts with."""
@@ -45,8 +77,15 @@ class State:
         """Count one step done."""
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
 
+    def first_sequence(self, step: int) -> int:
+        """The number of the first sequence of `step`'s batch."""
+        first = step * self.config.batch_sequences
+        for start, end in sorted(self.excluded):
+            first += end - start if first >= start else 0
+        return first
+
     def begin(self, run: Path) -> list[str]:
-        """Restore the newest good checkpoint of `run`, or start from --init, or from nothing; lines that say which."""
+        """Read the newest good checkpoint of `run`, or --init, or nothing; lines that say which. On rank 0, then `share`."""
         said = [f"removed the leftover of a killed save: {name}" for name in checkpoint.clean(run)]
         folder, skipped = checkpoint.newest(run)
         if folder is not None:
@@ -56,59 +95,102 @@ class State:
             raise UserError(f"run {run} has no checkpoint that is whole: {skipped[0]} Delete the run folder to start anew.")
         if self.config.run.init:
             folder = weights.find(self.config.run.init)
-            weights.load_into(self.model, weights.read_tensors(folder), folder)
+            self.loaded = self._weights(folder)
             said.append(f"weights from {folder}")
         return said
 
     def restore(self, folder: Path) -> None:
-        """Weights, optimizer and counters of a verified checkpoint folder."""
-        weights.load_into(self.model, weights.read_tensors(folder), folder)
+        """Read weights, optimizer and counters of a verified checkpoint folder; `share` puts them in place."""
+        self.loaded = self._weights(folder)
         try:
             stored = load_file(folder / "optimizer.safetensors")
             trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-            self.step, self.tokens, self.seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
             revision = trainer["data_revision"]
+            self._take(trainer)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} is a model, but no checkpoint that training can resume from ({error}).") from error
         if revision != self.data_revision:
             raise UserError(
                 f"the text in {self.config.data.data} is no longer the one that {folder.parent.parent} was trained on; use another --out."
             )
-        self.saved_step = self.step
-        parameters = dict(self.model.named_parameters())
-        owner = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        for full_name, tensor in stored.items():
-            key, name = full_name.split(".", 1)
-            p = parameters[name]
-            value = tensor.to(p.device)
-            if tensor.ndim:  # padding rows of wte have no state: zeros
-                value = torch.zeros(p.shape, dtype=tensor.dtype, device=p.device)
-                value[: tensor.size(0)] = tensor
-            owner[p].state[p][key] = value
-        if trainer["scaler"]:
-            self.scaler.load_state_dict(trainer["scaler"])
+        for name, tensor in stored.items():
+            missing = self.config.model.padded_vocab_size - tensor.size(0) if tensor.ndim and name.endswith(weights.WTE) else 0
+            self.loaded[name] = nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor  # padding rows have no state: zeros
 
-    def save(self, run: Path, tokenizer: Tokenizer) -> None:
-        """Write the checkpoint of this step, unless it is there (or nothing was done yet), and drop old ones."""
-        if self.step in (0, self.saved_step):
-            return
+    def _weights(self, folder: Path) -> dict[str, Tensor]:
+        """Every weight at `folder`, checked, with padding rows."""
+        model = GPT(self.config.model, seed=None)
+        weights.load_into(model, weights.read_tensors(folder), folder)
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    def share(self) -> None:
+        """Put what rank 0 has read in place on every rank: only its machine needs the run folder."""
+        kinds = [(name, value.dtype, value.ndim) for name, value in self.loaded.items()]
+        trainer, kinds = self.world.gather((self._trainer(), kinds))[0]
+        self._take(trainer)
+        for name, dtype, ndim in kinds:
+            sharded.fill(self._slot(name, dtype, ndim), self.loaded.get(name), self.world)
+        self.loaded = {}
+
+    def roll_back(self, run: Path) -> int:
+        """Back to the newest good checkpoint, with the sequences since then passed over for good; the step, or -1 if there is none."""
+        behind = self.first_sequence(self.step)  # the step after the bad one
+        found = self.world.everywhere(lambda: checkpoint.newest(run)[0] if self.world.rank == 0 else None)
+        [folder, *_] = self.world.gather(found)
+        if folder is None:
+            return -1
+        excluded, seconds = self.excluded, self.seconds
+        if self.world.rank == 0:
+            self.restore(folder)
+        self.share()
+        self.excluded, self.seconds = excluded, seconds
+        self.excluded = [*excluded, (self.first_sequence(self.step), behind)]
+        return self.step
+
+    def snapshot(self) -> Snapshot | None:
+        """A copy of all that a checkpoint holds, on rank 0; None on the others, which take part where weights are sharded."""
+        tensors: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        for kind, named in ((tensors, self.model.named_parameters()), (moments, self._moments())):
+            for name, value in named:
+                full = sharded.whole(value)
+                if self.world.rank == 0:
+                    kind[name] = weights.unpadded(name, full, self.config.model, copy=True)
+        return Snapshot(self.step, tensors, moments, self._trainer()) if self.world.rank == 0 else None
+
+    def _moments(self) -> list[tuple[str, Tensor]]:
+        """The optimizers' state by its name in a checkpoint."""
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        moments = {
-            f"{key}.{names[p]}": weights.unpadded(names[p], value, self.config.model)
-            for o in self.optimizers
-            for p, entries in o.state.items()
-            for key, value in entries.items()
-        }
-        trainer = {
+        return [
+            (f"{key}.{names[p]}", value) for o in self.optimizers for p, entries in o.state.items() for key, value in entries.items()
+        ]  # fmt: skip
+
+    def _slot(self, name: str, dtype: torch.dtype, ndim: int) -> Tensor:
+        """The tensor that holds this weight or piece of an optimizer's state, made if it is not there yet."""
+        parameters = dict(self.model.named_parameters())
+        if name in parameters:
+            return parameters[name].detach()
+        key, parameter = name.split(".", 1)
+        p = parameters[parameter]
+        [owner] = [o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"])]
+        if key not in owner.state[p]:
+            owner.state[p][key] = torch.zeros_like(p) if ndim else torch.zeros((), dtype=dtype, device=p.device)
+        return owner.state[p][key]
+
+    def _trainer(self) -> dict[str, Any]:
+        return {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data_revision": self.data_revision,
             "scaler": self.scaler.state_dict(),
+            "spikes": dataclasses.asdict(self.spikes),
+            "excluded": self.excluded,
         }
-        with checkpoint.writing(run, self.step) as folder:
-            weights.save_model(folder, self.model, tokenizer)
-            save_file(moments, folder / "optimizer.safetensors")
-            (folder / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf-8")
-        self.saved_step = self.step
-        checkpoint.prune(run, self.config.run.keep)
+
+    def _take(self, trainer: dict[str, Any]) -> None:
+        self.step, self.tokens, self.seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
+        self.spikes = Spikes(**trainer.get("spikes", {}))
+        self.excluded = [(int(a), int(b)) for a, b in trainer.get("excluded", [])]
+        if trainer["scaler"]:
+            self.scaler.load_state_dict(trainer["scaler"])

@@ -2,6 +2,7 @@
 
     anew train shakespeare --out runs/bard         # start, or go on where runs/bard stopped
     anew.train(anew.recipe("shakespeare"))         # the same from Python
+    torchrun --standalone --nproc-per-node 8 -m anew train gpt2-124m
 
 Out comes the run folder: config.json, metrics.jsonl, samples.jsonl, log.txt, tensorboard/ and checkpoints/step-N, each of which is a
 Hugging Face folder. The step is the only clock: tokens, learning rate and random numbers are functions of (seed, step), so a run that
@@ -9,39 +10,35 @@ was stopped anywhere goes on bit for bit as if it had not been.
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
-import os
-import signal
+import math
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from anew import checkpoint, metrics, optim, runtime, weights
-from anew.config import Config, UserError, bytes_of, ids_of
-from anew.data.batches import Batches, prefetch
-from anew.data.open import Stopped, open_data, remove_used
-from anew.data.shards import DataFolder
-from anew.evaluate.during import Evaluator
+from anew import checkpoint, metrics, optim
+from anew.begin import Begun, begin
+from anew.config import Config, UserError, bytes_of
+from anew.data.batches import prefetch
+from anew.data.open import Stopped, remove_used
+from anew.preempt import NOTHING_YET, Interrupted, Preempted, Stop, listening
+from anew.sharded import whole
 from anew.state import State
-from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
 
 MicroBatch = tuple[Tensor, Tensor]
-
-
-class Preempted(Exception):
-    """The process was asked to stop, and has saved its last whole step (exit code 75)."""
+NO_LIMITS = (math.inf, math.inf)
+ROLL_BACKS = 3  # to one and the same step; then the run is not getting past it
 
 
 @dataclass(frozen=True)
@@ -57,193 +54,187 @@ class Result:
     train_text_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one step, the same on every rank: mean loss, gradient norm before clipping, and whether it was applied."""
+
+    loss: float
+    norm: float
+    applied: bool
+    stop: bool = False  # somebody was asked to stop: nothing has changed
+    save: bool = False
+
+
 def train_step(
     loss_of: Callable[[Tensor, Tensor], Tensor],
-    params: Sequence[nn.Parameter],
-    optimizers: Sequence[Optimizer],
+    state: State,
     micro_batches: Sequence[MicroBatch],
-    scaler: torch.amp.GradScaler,
-    seeds: Sequence[int],
-    clip: float,
     rate: float,
     stop: threading.Event,
-) -> tuple[Tensor, Tensor] | None:
-    """One optimizer step over `micro_batches` of (ids, targets): the mean loss and the gradient norm before clipping.
+    save: bool = False,
+    limits: tuple[float, float] = NO_LIMITS,
+) -> Outcome:
+    """One optimizer step over this rank's `micro_batches` of (ids, targets), at `rate` of the peak learning rate.
 
-    A step whose loss or gradient is not finite leaves weights and optimizer state as they are. None if `stop` was set on the way:
-    then nothing has changed at all.
+    Weights and optimizer state stay as they are if the loss or the gradient is not finite or above its limit, on any rank, or if any
+    rank was asked to stop. `save` is this rank's wish for a checkpoint, of which the others learn.
     """
-    total = torch.zeros((), device=micro_batches[0][0].device)
-    for (ids, targets), seed in zip(micro_batches, seeds, strict=True):
-        if stop.is_set():
-            _drop_gradients(optimizers)
-            return None
-        torch.manual_seed(seed)
-        loss = loss_of(ids, targets) / len(micro_batches)
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    for optimizer in optimizers:
+    world, scaler, params = state.world, state.scaler, state.params
+    sums = torch.zeros(3, device=state.rt.device)  # loss, ranks that shall stop, ranks that want a checkpoint
+    with contextlib.suppress(Interrupted):  # raised while a compiled run takes its first step
+        for i, (ids, targets) in enumerate(micro_batches):
+            if stop.is_set() and not state.is_sharded:  # there, all ranks are needed to the end
+                break
+            torch.manual_seed(_seed(state.config.run.seed, state.step, i, world.rank))
+            loss = loss_of(ids, targets) / len(micro_batches)
+            scaler.scale(loss).backward()
+            sums[0] += loss.detach()
+    sums[1], sums[2] = float(stop.is_set()), float(save)
+    if world.size > 1:
+        gradients = [] if state.is_sharded else [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        world.add_up([*gradients, sums])
+        torch._foreach_div_([*gradients, sums[:1]], world.size)
+    elif stop.is_set():
+        _drop_gradients(state)
+        return Outcome(math.nan, math.nan, False, stop=True)
+    for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(params, clip)
-    optim.set_rate(optimizers, rate)
-    bad = (~(norm + total).isfinite()).float()
-    host_must_look = scaler.is_enabled() or bad.device.type == "mps"  # there optimizers do not all honour found_inf
+    norm = whole(nn.utils.clip_grad_norm_(params, state.config.optim.clip))
+    optim.set_rate(state.optimizers, rate)
+    bad = ~(norm + sums[0]).isfinite() | (sums[0] > limits[0]) | (norm > limits[1]) | (sums[1] > 0)
+    host_must_look = scaler.is_enabled() or state.is_sharded or bad.device.type == "mps"  # there optimizers do not all honour found_inf
     if not (host_must_look and bad.item()):
-        for optimizer in optimizers:
-            optimizer.found_inf = bad  # type: ignore[attr-defined]
+        for optimizer in state.optimizers:
+            if not state.is_sharded:
+                optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             scaler.step(optimizer)
     scaler.update()
-    _drop_gradients(optimizers)
-    return total, norm
+    _drop_gradients(state)
+    loss_, stop_, save_, norm_, bad_ = torch.cat([sums, torch.stack([norm, bad.float()])]).tolist()  # the step's one wait for the device
+    return Outcome(loss_, norm_, not bad_, stop_ > 0, save_ > 0)
 
 
-def _drop_gradients(optimizers: Sequence[Optimizer]) -> None:
-    for optimizer in optimizers:
+def _drop_gradients(state: State) -> None:
+    for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
 
 
 def train(config: Config, progress: Callable[[metrics.Row], None] | None = None) -> Result:
     """Run `config` to its last step, from where its run folder stopped. `progress` is called with each step's row.
 
-    Raises UserError for what the user can put right, Preempted after SIGTERM or Ctrl-C and a save.
+    Raises UserError for what the user can put right, Preempted after SIGTERM, SIGUSR1 or Ctrl-C and a save.
     """
-    config = settle(config)
-    run, rt = config.folder, runtime.start(config.run)
-    wanted = config.data.tokenizer
-    folder = open_data(
-        config.data.data, wanted if wanted.startswith("train:") else Tokenizer.find(wanted, run), bytes_of(config.data.disk_budget)
-    )
-    tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
-    batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed)
-    state = State(config, rt, folder.identity)
-    found = state.begin(run)
-    with folder, _handled_signals() as stop, metrics.Recorder(run, config, state.step) as recorder:
-        batches.more = folder.more(stop)
-        _write_config(run, config)
-        peak, peak_source = runtime.peak_flops(rt)
-        plan = metrics.describe(
-            config, rt.world, folder.n_tokens("train"), folder.n_tokens("val"), batches.epoch_sequences, batches.dropped
-        )
-        if batches.more:
-            found.append("the data is still being prepared: its tokens and epochs above are those so far")
-        for line in [*rt.why, *plan, f"MFU is measured against {peak_source}", *found]:
-            log.info(line)
-        loss_of = torch.compile(state.model, dynamic=False) if rt.compile else state.model
-        micro, accumulation = config.micro_batches(rt.world)
-        params = list(state.model.parameters())
-        evaluator = Evaluator(config, state, recorder, folder.splits, tokenizer, micro)
-        began = time.perf_counter()
-        for step, micro_batches in _batches(config, batches, rt, range(state.step, config.run.steps)):
-            if stop.is_set():
-                break
-            began += evaluator.due(step)
-            seeds = [_seed(config.run.seed, step, i, rt.rank) for i in range(accumulation)]
-            rate = optim.rate(step, config.run.steps, config.optim)
-            outcome = train_step(loss_of, params, state.optimizers, micro_batches, state.scaler, seeds, config.optim.clip, rate, stop)
-            if outcome is None:
-                break
-            loss, norm = (x.item() for x in outcome)
+    try:
+        with contextlib.ExitStack() as stack:
+            return _train(config, progress, stack)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"the disk of {config.folder} is full; the checkpoints that are there are whole: free some and run the same command again."
+        ) from error
+
+
+def _train(config: Config, progress: Callable[[metrics.Row], None] | None, stack: contextlib.ExitStack) -> Result:
+    stop = stack.enter_context(listening())
+    try:
+        with stop.breakable(patience=5.0):
+            run = begin(config, stop, stack)
+    except Interrupted:
+        raise Preempted(NOTHING_YET) from None
+    state, saver = run.state, run.saver
+    try:
+        _loop(run, stop, progress)
+        val_loss, text_loss = run.evaluator.finish()
+        saver.wait()
+    except Interrupted:
+        saver.save(state)
+        saver.wait()
+        steps = f"{state.step:,} of {run.config.run.steps:,}"
+        raise Preempted(f"stopped at step {steps}; the same command goes on from there.") from None
+    return Result(run.config.folder, state.step, state.tokens, state.seconds, run.recorder.last_loss, val_loss, text_loss)
+
+
+def _loop(run: Begun, stop: Stop, progress: Callable[[metrics.Row], None] | None) -> None:
+    """Steps until the last. Interrupted on every rank at the same step, if one of them was asked to stop."""
+    config, state, saver, r = run.config, run.state, run.saver, run.config.run
+    rolled_back: Counter[int] = Counter()
+    began = time.perf_counter()
+    compiling = run.compiled
+    while state.step < r.steps:
+        for step, micro_batches in _batches(run, range(state.step, r.steps)):
+            began += run.evaluator.due(step)
+            rate = optim.rate(step, r.steps, config.optim)
+            limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
+            with stop.breakable() if compiling else contextlib.nullcontext():
+                outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits)
+            compiling = False
+            if outcome.stop:
+                raise Interrupted
             seconds = time.perf_counter() - began
-            state.advance(config.run.batch_tokens, seconds)
-            row = metrics.step_row(state.clock(), loss, norm, rate * config.optim.lr, seconds, config, peak * rt.world)
-            recorder.step(row)
+            state.advance(r.batch_tokens, seconds)
+            if outcome.applied:
+                state.spikes.add(outcome.loss, outcome.norm)
+            row = metrics.step_row(state.clock(), outcome.loss, outcome.norm, rate * config.optim.lr, seconds, config, run.peak_flops)
+            first = state.first_sequence(step)
+            run.recorder.step(row, outcome.applied, f"sequences {first:,} to {first + config.batch_sequences - 1:,}")
             if progress:
                 progress(row)
-            if state.step % config.run.save_every == 0 or state.step == config.run.steps:
-                state.save(run, tokenizer)
-                _remove_used_shards(config, folder, batches)
+            spike = not outcome.applied and math.isfinite(outcome.loss + outcome.norm)
+            if spike and r.spikes == "rollback" and _rolled_back(run, rolled_back):
+                break  # the steps from there on read other sequences
+            if outcome.save or state.step % r.save_every == 0 or state.step == r.steps:
+                saver.save(state)
+                _remove_used_shards(run)
             began = time.perf_counter()
-        if stop.is_set():
-            state.save(run, tokenizer)
-            raise Preempted(f"stopped at step {state.step:,} of {config.run.steps:,}; the same command goes on from there.")
-        val_loss, text_loss = evaluator.finish()
-        return Result(run, state.step, state.tokens, state.seconds, metrics.last_loss(run), val_loss, text_loss)
 
 
-def settle(config: Config) -> Config:
-    """The config as this run will have it: shape from --init, and no setting that contradicts an existing run."""
-    path = config.folder / "config.json"
-    existing = Config.read(path) if path.exists() else None
-    if config.run.init:
-        if existing is not None and existing.run.init == config.run.init:
-            shape, tokenizer = existing.model, existing.data.tokenizer
-        else:
-            path = weights.find(config.run.init)
-            shape = weights.read_config(path)
-            tokenizer = _kept(Tokenizer.of_model(path, shape.vocab_size), config.folder)
-        taken = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")}
-        if config.data.seq_len > shape.n_positions:
-            log.info(f"seq_len lowered from {config.data.seq_len} to the {shape.n_positions} positions of {config.run.init}")
-        config = config.override(**taken, tokenizer=tokenizer, seq_len=min(config.data.seq_len, shape.n_positions))
-    elif ids_of(config.data.tokenizer) is None:
-        own = Tokenizer.of_folder(Path(config.data.tokenizer))
-        config = config.override(tokenizer=_kept(own, config.folder), vocab_size=own.n_vocab)
-    config.check()
-    if existing is not None and (different := existing.differences(config)):
-        raise UserError(
-            f"{config.folder} is another run ({'; '.join(different)}); use the same settings to go on with it, or another --out."
-        )
-    return config
+def _rolled_back(run: Begun, before: Counter[int]) -> bool:
+    """Back to the last checkpoint, to go on behind the sequences that led to a spike. Without one the step was only skipped."""
+    run.saver.wait()
+    step = run.state.roll_back(run.config.folder)
+    if step < 0:
+        return False
+    before[step] += 1
+    if before[step] > ROLL_BACKS:
+        raise RuntimeError(f"the run went back to step {step:,} {ROLL_BACKS} times and spiked again; lower the learning rate.")
+    run.saver.taken_step = step
+    start, end = run.state.excluded[-1]
+    log.warning(f"went back to step {step:,}; sequences {start:,} to {end - 1:,} are passed over for good")
+    return True
 
 
-def _kept(tokenizer: Tokenizer, run: Path) -> str:
-    """Its name; one that is not built in is kept in the run folder, for when the run goes on."""
-    tokenizer.keep(run)
-    return tokenizer.name
-
-
-def _batches(config: Config, batches: Batches, rt: runtime.Runtime, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """This rank's micro-batches of each step, read ahead and moved to the device by a thread."""
-    share = config.batch_sequences // rt.world
-    micro, _ = config.micro_batches(rt.world)
+def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """This rank's micro-batches of each step, read ahead and moved to the device by a thread; none if asked to stop meanwhile."""
+    config, state, batches = run.config, run.state, run.batches
+    device, world = state.rt.device, state.world
+    share = config.batch_sequences // world.size
+    micro, _ = config.micro_batches(world.size)
 
     def load(step: int) -> tuple[int, list[MicroBatch]]:
-        first = 0 if config.data.one_batch else step * config.batch_sequences
-        rows = torch.from_numpy(batches.rows(first + rt.rank * share, share))
-        if rt.device.type == "cuda":
+        first = 0 if config.data.one_batch else state.first_sequence(step)
+        rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
+        if device.type == "cuda":
             rows = rows.pin_memory()
-        rows = rows.to(rt.device, non_blocking=rt.device.type == "cuda")  # on MPS a copy from a temporary may read freed memory
+        rows = rows.to(device, non_blocking=device.type == "cuda")  # on MPS a copy from a temporary may read freed memory
         return step, [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(micro)]
 
-    with contextlib.suppress(Stopped):  # asked to stop while waiting for data that is still being prepared
+    try:
         yield from prefetch(load, steps)
+    except Stopped:  # in data that is still being prepared; the other ranks are told with this step's sum
+        yield state.step, []
 
 
-def _remove_used_shards(config: Config, folder: DataFolder, batches: Batches) -> None:
+def _remove_used_shards(run: Begun) -> None:
     """Within a disk budget: shards that even the oldest checkpoint is past are not needed again."""
+    config, folder = run.config, run.folder
     saved = checkpoint.steps(config.folder)
-    if folder.growth is not None and bytes_of(config.data.disk_budget) and saved:
-        remove_used(batches.shards, int(saved[0].name.removeprefix("step-")) * config.batch_sequences, config.data.seq_len)
+    if folder.growth is not None and folder.growth.leads and bytes_of(config.data.disk_budget) and saved:
+        sequences = run.state.first_sequence(int(saved[0].name.removeprefix("step-")))
+        remove_used(run.batches.shards, sequences, config.data.seq_len)
 
 
 def _seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """The global generator's seed for one forward pass: dropout is a function of these four numbers."""
     key = struct.pack("<4q", seed, step, micro_batch, rank)
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-def _write_config(run: Path, config: Config) -> None:
-    temporary = run / ".config.json.tmp"
-    temporary.write_text(config.to_json(), encoding="utf-8")
-    os.replace(temporary, run / "config.json")
-
-
-@contextmanager
-def _handled_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first Ctrl-C set; a second Ctrl-C leaves at once. Only the main thread can listen."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, _: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

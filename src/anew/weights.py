@@ -12,7 +12,9 @@ speaks well enough for nobody to notice. The padding rows of `wte` are storage a
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import Tensor
 from anew import checkpoint, foreign, hub
 from anew.config import GPTConfig, UserError
 from anew.data.shards import sha256_of
-from anew.model import GPT, Linear
+from anew.model import GPT, Linear, count_parameters
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
@@ -118,8 +120,12 @@ def load_model(model: str | Path, device: torch.device | str = "cpu", dtype: tor
     It computes in `dtype`; matrices are cast once, here. A Path is what `find` gave: it is not looked up and verified again.
     """
     path = find(model) if isinstance(model, str) else model
-    gpt = GPT(read_config(path), compute_dtype=dtype, seed=None)
-    load_into(gpt, read_tensors(path), path)
+    config, tensors = read_config(path), read_tensors(path)
+    described, held = count_parameters(config), sum(tensor.numel() for tensor in tensors.values())
+    if described > 2 * held + 1_000_000:  # before memory is asked for: a config.json may say a billion layers
+        raise UserError(f"{path} describes a model of {described:,} parameters in its config.json, and its weights are {held:,}.")
+    gpt = GPT(config, compute_dtype=dtype, seed=None)
+    load_into(gpt, tensors, path)
     if dtype != torch.float32:
         for module in gpt.modules():
             if isinstance(module, Linear):
@@ -238,20 +244,33 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def unpadded(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+def unpadded(name: str, tensor: Tensor, config: GPTConfig, copy: bool = False) -> Tensor:
     """`tensor` as it is stored: contiguous, on the CPU, and for `wte` (or its optimizer state) without the padding rows."""
     rows = config.vocab_size if name.endswith(WTE) else None
-    return tensor.detach()[:rows].cpu().contiguous() if tensor.ndim else tensor.detach().cpu()
+    return (tensor.detach()[:rows] if tensor.ndim else tensor.detach()).to("cpu", copy=copy).contiguous()
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Write `model` into `folder` as a Hugging Face GPT-2."""
-    tensors = {name: unpadded(name, p, model.config) for name, p in model.named_parameters()}
-    shape = {"n_head": model.config.n_head}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", SHAPE: json.dumps(shape)})
+    write_model(folder, {name: unpadded(name, p, model.config) for name, p in model.named_parameters()}, model.config, tokenizer)
+
+
+def write_model(folder: Path, tensors: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer) -> None:
+    """Write `tensors` (all of a model's, without padding rows) into `folder` as a Hugging Face GPT-2."""
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", SHAPE: json.dumps({"n_head": config.n_head})})
     _sort_metadata(folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(hf_config(model.config), indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(folder, model.config.n_positions)
+    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(folder, config.n_positions)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file; OSError where the library has an error of its own for a full disk."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _sort_metadata(path: Path) -> None:

@@ -43,13 +43,18 @@ class Growth:
     """A preparation that goes on beside this process."""
 
     path: Path
-    process: BaseProcess
+    process: BaseProcess | None  # None where another rank of this machine has it
     complete: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Is the preparation this process's own?"""
+        return self.process is not None
 
     def wait_for_more(self, known: int, stop: threading.Event) -> list[Shard]:
         """All training shards, once there are more than `known` of them or the preparation is complete. Stopped if `stop` is set."""
         while True:
-            alive = self.process.is_alive()  # asked before looking, so that what a last breath wrote is seen
+            alive = self.process is None or self.process.is_alive()  # asked before looking, so that what a last breath wrote is seen
             if (self.path / INDEX).is_file():
                 self.complete = True
                 return DataFolder.open(self.path).splits["train"]
@@ -63,14 +68,15 @@ class Growth:
 
     def close(self) -> None:
         """Stop preparing; what is done stays, and the next run goes on."""
-        self.process.terminate()
-        self.process.join()
+        if self.process is not None:
+            self.process.terminate()
+            self.process.join()
 
     def wait_for_start(self, stop: threading.Event) -> dict[str, list[Shard]]:
         """The shards of both splits, once validation is whole and there is something to train on."""
         self.wait_for_more(0, stop)
         while not self.complete and not finished(self.path)["val"]:
-            if not self.process.is_alive() and not (self.path / INDEX).is_file():
+            if self.process is not None and not self.process.is_alive() and not (self.path / INDEX).is_file():
                 raise UserError(_problem(self.path))
             if (self.path / INDEX).is_file():
                 self.complete = True
@@ -79,8 +85,12 @@ class Growth:
         return DataFolder.open(self.path).splits if self.complete else finished(self.path)
 
 
-def open_data(data: str, tokenizer: str | Tokenizer, disk_budget: int = 0, stop: threading.Event | None = None) -> DataFolder:
+def open_data(
+    data: str, tokenizer: str | Tokenizer, disk_budget: int = 0, stop: threading.Event | None = None, leads: bool = True
+) -> DataFolder:
     """The data folder that `--data` means, prepared now if it has to be, with `tokenizer`: one, or a name (which may be train:N).
+
+    Of several ranks on a machine one `leads`: it prepares, and the others read what it has begun.
 
     Data of the hub is open as soon as validation and a first shard are there; `growth` then brings the rest.
     """
@@ -109,15 +119,20 @@ def open_data(data: str, tokenizer: str | Tokenizer, disk_budget: int = 0, stop:
         tokenizer.keep(cached)
     if not source.is_remote:
         return prepare.prepare(source, settings, cached, wait=True)
-    cached.mkdir(parents=True, exist_ok=True)
-    (cached / PROBLEM).unlink(missing_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=_prepare, args=(data, source.revision, settings, cached, disk_budget, os.getpid()), daemon=True)
-    process.start()
+    process = _preparing(data, source.revision, settings, cached, disk_budget) if leads else None
     growth = Growth(cached, process)
     splits = growth.wait_for_start(stop or threading.Event())
     name = Tokenizer.of_folder(cached).name if wanted.startswith("train:") else wanted
     return DataFolder(cached, name, source.name, source.revision, splits, growth)
+
+
+def _preparing(data: str, revision: str, settings: Settings, cached: Path, disk_budget: int) -> BaseProcess:
+    cached.mkdir(parents=True, exist_ok=True)
+    (cached / PROBLEM).unlink(missing_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=_prepare, args=(data, revision, settings, cached, disk_budget, os.getpid()), daemon=True)
+    process.start()
+    return process
 
 
 def _begun(data: str, tokenizer: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 import time
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from anew.evaluate.tasks import TASKS
 from anew.generate import generate
 from anew.metrics import Recorder
 from anew.runtime import DTYPES, matmul_precision
+from anew.saver import Saver
+from anew.sharded import gathered
 from anew.state import State
 from anew.tokenizer import Tokenizer
 
@@ -27,9 +30,11 @@ class Evaluator:
     config: Config
     state: State
     recorder: Recorder
+    saver: Saver
     splits: dict[str, list[Shard]]
     tokenizer: Tokenizer
     batch: int  # windows scored at a time
+    stop: threading.Event
 
     def __post_init__(self) -> None:
         """Open the tasks at once: a file that cannot be had is better known before training than after an hour of it."""
@@ -48,12 +53,13 @@ class Evaluator:
         validate = r.evaluate_every > 0 and step > 0 and step % r.evaluate_every == 0
         sample = r.sample_every > 0 and step > 0 and step % r.sample_every == 0
         if validate or sample:
-            self.state.save(self.config.folder, self.tokenizer)
-        if validate:
-            self.validate("val", self.state.rt.precision)
-            self.score_tasks(self.state.rt.precision)
-        if sample:
-            self.sample()
+            self.saver.save(self.state)
+            with gathered(self.state.model):
+                if validate:
+                    self.validate("val", self.state.rt.precision)
+                    self.score_tasks(self.state.rt.precision)
+                if sample:
+                    self.sample()
         return time.perf_counter() - began
 
     def validate(self, split: str, precision: str) -> float | None:
@@ -62,7 +68,8 @@ class Evaluator:
         if limit < 2:
             return None
         with matmul_precision(precision):
-            loss = mean_loss(self.state.model, self.splits[split], self.config.data.seq_len, limit, DTYPES[precision], self.batch)
+            shards, seq_len, dtype = self.splits[split], self.config.data.seq_len, DTYPES[precision]
+            loss = mean_loss(self.state.model, shards, seq_len, limit, dtype, self.batch, self.state.world, self.stop)
         name = "val" if split == "val" else "train_text"
         self.recorder.evaluation({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
         log.info(
@@ -75,7 +82,7 @@ class Evaluator:
         """Each task's figures, written down as eval/<task>/<figure>."""
         for task, examples in self.tasks:
             with matmul_precision(precision), computing_in(self.state.model, DTYPES[precision]):
-                report = run(self.state.model, task, examples)
+                report = run(self.state.model, task, examples, self.state.world, stop=self.stop)
             figures = {name: value for name, value in report.figures.items() if isinstance(value, float)}
             row = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
             self.recorder.evaluation({**self.state.clock(), **row, f"eval/{task.name}/precision": precision})
@@ -85,14 +92,17 @@ class Evaluator:
     def sample(self) -> None:
         """One sample text from the current weights."""
         r = self.config.run
+        if self.state.world.rank != 0:
+            return
         prompt = self.tokenizer.encode(r.sample_prompt) or [self.tokenizer.end_of_text]
         rows = generate(self.state.model, [prompt], r.sample_tokens, self.tokenizer.end_of_text, temperature=0.8, seed=r.seed)
         self.recorder.sample(self.state.step, r.sample_prompt, self.tokenizer.decode(rows[0]))
 
     def finish(self) -> tuple[float | None, float | None]:
         """The last word on a run: losses on held-out and (if asked for) on training text, in true fp32, and a sample if wanted."""
-        if self.config.run.sample_every:
-            self.sample()
-        self.score_tasks("fp32")
-        held_out = None if self.config.data.one_batch else self.validate("val", "fp32")
-        return held_out, self.validate("train", "fp32") if self.config.run.evaluate_train else None
+        with gathered(self.state.model):
+            if self.config.run.sample_every:
+                self.sample()
+            self.score_tasks("fp32")
+            held_out = None if self.config.data.one_batch else self.validate("val", "fp32")
+            return held_out, self.validate("train", "fp32") if self.config.run.evaluate_train else None

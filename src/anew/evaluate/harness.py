@@ -21,7 +21,7 @@ from anew.evaluate.corpora import windows
 from anew.evaluate.score import Question, score
 from anew.generate import stream
 from anew.model import GPT
-from anew.runtime import ALONE, World
+from anew.parallel import ALONE, World
 from anew.tokenizer import Tokenizer
 
 MOST_ENDINGS = 16  # in one question: more of them make a row so long that its mask costs more than the shared context saves

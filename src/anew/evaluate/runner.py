@@ -10,6 +10,7 @@ go and one that was killed five times report the same numbers.
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ import torch
 from anew.evaluate.score import score
 from anew.evaluate.task import Example, Result, Task
 from anew.model import GPT
-from anew.runtime import ALONE, World, pick_compile
+from anew.parallel import ALONE, World
+from anew.preempt import Interrupted
+from anew.runtime import pick_compile
 
 RESULTS_VERSION = 1  # to be raised with every change of what the scorer or a task makes of an example
 CHUNK_TOKENS = 16384  # 2 to 4 seconds of 124M on two cores: what a kill costs at most
@@ -41,9 +44,18 @@ class Report:
 
 
 def run(
-    model: GPT, task: Task, examples: Sequence[Example], world: World = ALONE, store: Path | None = None, progress: Progress | None = None
+    model: GPT,
+    task: Task,
+    examples: Sequence[Example],
+    world: World = ALONE,
+    store: Path | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> Report:
-    """Score `examples` and return the task's figures, the same in every process. Chunks in the folder `store` are not scored again."""
+    """Score `examples` and return the task's figures, the same in every process. Chunks in the folder `store` are not scored again.
+
+    Interrupted, in all processes, if `stop` is set in one.
+    """
     chunks = list(_chunks(examples))
     done = _stored(store, chunks)
     left = [i for i in range(len(chunks)) if i % world.size == world.rank and i not in done]
@@ -51,6 +63,8 @@ def run(
     batch_tokens = BATCH_TOKENS[model.transformer.wte.weight.device.type]
     began, scored = time.perf_counter(), 0
     for i in left:
+        if stop is not None and stop.is_set():
+            break
         answers = score(model, [example.question for example in chunks[i]], batch_tokens)
         done[i] = [task.result(example.row, answer) for example, answer in zip(chunks[i], answers, strict=True)]
         _keep(store, world, i, done[i])
@@ -59,11 +73,13 @@ def run(
             progress(min(len(examples), kept + scored * world.size), len(examples))
     seconds = time.perf_counter() - began
     everywhere: dict[int, list[Result]] = {}
-    shares = world.gather((done, scored))
-    for part, _ in shares:
+    shares = world.gather((done, scored, stop is not None and stop.is_set()))
+    if any(stopped for _, _, stopped in shares):
+        raise Interrupted
+    for part, _, _ in shares:
         everywhere |= part
     results = [result for i in range(len(chunks)) for result in everywhere[i]]
-    return Report(task.figures(results), len(results), sum(share for _, share in shares), seconds)
+    return Report(task.figures(results), len(results), sum(share for _, share, _ in shares), seconds)
 
 
 def compile_blocks(model: GPT, examples: Sequence[Example]) -> bool:

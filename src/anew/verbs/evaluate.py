@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import runtime, weights
+from anew import parallel, runtime, weights
 from anew.config import Config, UserError
 from anew.data import sources
 from anew.data.open import open_data
@@ -23,6 +23,7 @@ from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS, Validation, with_stride
 from anew.model import GPT
+from anew.parallel import World
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
@@ -61,7 +62,7 @@ def run_evaluate(argv: list[str]) -> None:
     """Measure a model on HellaSwag, LAMBADA, WikiText and more, beside GPT-2's published figures."""
     a = tyro.cli(EvaluateArgs, args=argv, prog="anew evaluate")
     names = _names(a)
-    with runtime.joined() as world:
+    with parallel.joined() as world:
         device = runtime.pick_device(a.device)
         precision, _ = runtime.pick_precision(a.precision, device)
         torch.set_float32_matmul_precision(runtime.MATMUL[precision])
@@ -134,7 +135,7 @@ def _subject(name: str, device: torch.device, precision: str) -> Subject:
 
 
 def _open_everywhere(
-    name: str, a: EvaluateArgs, subject: Subject, against: Subject | None, world: runtime.World
+    name: str, a: EvaluateArgs, subject: Subject, against: Subject | None, world: World
 ) -> tuple[tuple[Task, list[Example]] | None, str]:
     """The task and its examples in every process, or in none, and why. Rank 0 goes first: what it fetches or prepares, the others find."""
     opened: tuple[Task, list[Example]] | None = None
@@ -186,7 +187,7 @@ def _run_of(path: Path) -> Path | None:
 
 
 def _report(
-    task: Task, examples: list[Example], subject: Subject, precision: str, device: torch.device, world: runtime.World, fresh: bool
+    task: Task, examples: list[Example], subject: Subject, precision: str, device: torch.device, world: World, fresh: bool
 ) -> runner.Report:
     kind = precision + " compiled" * runner.compile_blocks(subject.model, examples)
     store = sources.cache_folder() / "evaluations" / runner.key(task.name, subject.sha256, kind, device.type, examples)
@@ -204,7 +205,7 @@ def _report(
 
 
 @contextmanager
-def _progress(title: str, world: runtime.World) -> Iterator[runner.Progress | None]:
+def _progress(title: str, world: World) -> Iterator[runner.Progress | None]:
     """A bar on a terminal, a line every tenth elsewhere, nothing on other ranks."""
     if world.rank != 0:
         yield None

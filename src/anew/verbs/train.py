@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import typing
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ def run_train(argv: list[str]) -> None:
         logger.info(line)
     with _progress(changed.run.steps) as progress:
         result = train(changed.check(), progress)
+    if os.environ.get("RANK", "0") != "0":
+        return
     _report(changed, result)
     extra = show_demo(result.folder) if changed.recipe == "demo" else {}
     if arguments.json:
@@ -122,7 +125,7 @@ def _report(config: Config, result: Result) -> None:
 @contextmanager
 def _progress(steps: int) -> Iterator[Any]:
     """A bar with loss, speed and time left on a terminal; elsewhere plain lines are enough."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield None
         return
     from rich.console import Console

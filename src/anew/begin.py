@@ -1,0 +1,148 @@
+"""Everything before the first step: who is here, which run this is, its tokens, its state, and the files it writes to.
+
+    begun = begin(config, stop, stack)      # what is opened is closed by `stack`
+
+Whatever is wrong is said here, on one rank for all, before an hour is lost. Nothing here needs saving, so a signal ends it at once.
+"""
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anew import metrics, runtime, weights
+from anew.config import Config, UserError, bytes_of, ids_of
+from anew.data.batches import Batches
+from anew.data.open import open_data
+from anew.data.shards import DataFolder
+from anew.evaluate.during import Evaluator
+from anew.parallel import World, joined, preflight
+from anew.preempt import Stop
+from anew.saver import Saver
+from anew.state import State
+from anew.tokenizer import Tokenizer
+
+log = logging.getLogger("anew")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that is ready for its next step."""
+
+    config: Config
+    state: State
+    folder: DataFolder
+    batches: Batches
+    evaluator: Evaluator
+    recorder: metrics.Recorder
+    saver: Saver
+    loss_of: Any  # the model, compiled or not
+    compiled: bool
+    peak_flops: float  # of all ranks together
+
+
+def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
+    """Start or take up the run that `config` describes."""
+    device = runtime.pick_device(config.run.device)
+    world = stack.enter_context(joined(device.type, config.run.timeout_seconds))
+    if world.rank != 0:
+        log.setLevel(logging.ERROR)  # one voice is enough
+    config = world.everywhere(lambda: settle(config), first=_is_first)
+    rt = world.everywhere(lambda: runtime.start(config.run))
+    micro, _ = config.micro_batches(world.size)  # refuses what cannot be shared out
+    run = config.folder
+    world.everywhere(lambda: _own(run, stack) if world.rank == 0 else None)
+    folder = world.everywhere(lambda: _open(config, world, stop), first=lambda w: w.local_rank == 0)
+    stack.enter_context(folder)
+    batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed, folder.more(stop))
+    state = State(config, rt, folder.identity, world)
+    found = world.everywhere(lambda: state.begin(run) if world.rank == 0 else [])
+    state.share()
+    tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
+    recorder = stack.enter_context(metrics.Recorder(run, config, state.step, writes=world.rank == 0))
+    saver = Saver(run, config, tokenizer, recorder.run_state, state.step or -1)
+    stack.callback(saver.finish)
+    if world.rank == 0:
+        write_config(run, config)
+    peak, peak_source = runtime.peak_flops(rt) if world.rank == 0 else (1.0, "")
+    tokens = {split: folder.n_tokens(split) for split in ("train", "val")}
+    plan = metrics.describe(config, world.size, tokens["train"], tokens["val"], batches.epoch_sequences, batches.dropped)
+    if world.size > 1:
+        facts = {"settings": config.to_json(), "torch": torch.__version__, "data": folder.identity}
+        found.append(preflight(world, rt.device, facts, 4 * sum(p.numel() for p in state.params)))
+    if batches.more:
+        found.append("the data is still being prepared: its tokens and epochs above are those so far")
+    for line in [*rt.why, *plan, f"MFU is measured against {peak_source}", *found]:
+        log.info(line)
+    evaluator = Evaluator(config, state, recorder, saver, folder.splits, tokenizer, micro, stop)
+    loss_of: Any = state.model
+    if rt.compile and state.is_sharded:
+        for block in state.model.transformer.h:
+            block.compile(dynamic=False)
+    elif rt.compile:
+        loss_of = torch.compile(state.model, dynamic=False)
+    return Begun(config, state, folder, batches, evaluator, recorder, saver, loss_of, rt.compile, peak * world.size)
+
+
+def settle(config: Config) -> Config:
+    """The config as this run will have it: shape from --init, and no setting that contradicts an existing run."""
+    path = config.folder / "config.json"
+    existing = Config.read(path) if path.exists() else None
+    if config.run.init:
+        if existing is not None and existing.run.init == config.run.init:
+            shape, tokenizer = existing.model, existing.data.tokenizer
+        else:
+            model = weights.find(config.run.init)
+            shape = weights.read_config(model)
+            tokenizer = _kept(Tokenizer.of_model(model, shape.vocab_size), config.folder)
+        taken = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")}
+        if config.data.seq_len > shape.n_positions:
+            log.info(f"seq_len lowered from {config.data.seq_len} to the {shape.n_positions} positions of {config.run.init}")
+        config = config.override(**taken, tokenizer=tokenizer, seq_len=min(config.data.seq_len, shape.n_positions))
+    elif ids_of(config.data.tokenizer) is None:
+        own = Tokenizer.of_folder(Path(config.data.tokenizer))
+        config = config.override(tokenizer=_kept(own, config.folder), vocab_size=own.n_vocab)
+    config.check()
+    if existing is not None and (different := existing.differences(config)):
+        raise UserError(
+            f"{config.folder} is another run ({'; '.join(different)}); use the same settings to go on with it, or another --out."
+        )
+    return config
+
+
+def _kept(tokenizer: Tokenizer, run: Path) -> str:
+    """Its name; one that is not built in is kept in the run folder, for when the run goes on."""
+    tokenizer.keep(run)
+    return tokenizer.name
+
+
+def _is_first(world: World) -> bool:
+    return world.rank == 0
+
+
+def _own(run: Path, stack: contextlib.ExitStack) -> None:
+    """This process alone writes to the run folder, until it ends in whatever way."""
+    from filelock import FileLock, Timeout
+
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(FileLock(run / ".lock", timeout=0))
+    except Timeout as error:
+        raise UserError(f"another process is training in {run}; wait until it ends, or use another --out.") from error
+
+
+def _open(config: Config, world: World, stop: Stop) -> DataFolder:
+    wanted = config.data.tokenizer
+    tokenizer = wanted if wanted.startswith("train:") else Tokenizer.find(wanted, config.folder)
+    return open_data(config.data.data, tokenizer, bytes_of(config.data.disk_budget), stop, leads=world.local_rank == 0)
+
+
+def write_config(run: Path, config: Config) -> None:
+    """RUN/config.json, whole."""
+    temporary = run / ".config.json.tmp"
+    temporary.write_text(config.to_json(), encoding="utf-8")
+    os.replace(temporary, run / "config.json")

@@ -1,0 +1,235 @@
+"""Many processes as one: who is here, what they share, and what is wrong before an hour is lost.
+
+    torchrun --standalone --nproc-per-node 8 -m anew train gpt2-124m
+
+Each process (a rank) computes its share of every batch; once a step gradients, loss and wishes (to stop, to save) are added up over all
+ranks, in buckets of a fixed size and order. That is an explicit all-reduce instead of DistributedDataParallel's hooks, because DDP lays its
+buckets out anew after a process's first step: from three ranks on a resumed run would add in another order than the run it goes on
+with. What is given up is that the last micro-batch's backward pass hides part of the transfer.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
+
+from anew.config import UserError
+
+T = TypeVar("T")
+
+
+class LostRank(RuntimeError):
+    """Another process of this job has ended or does not answer, so that this one cannot go on."""
+
+
+BUCKET_BYTES = 64 << 20
+PARENT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share one job; `gather` brings one value of each to all, in rank order. Alone, nothing communicates."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    local_rank: int = 0
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks: the same bits on every rank, and every time. Raises LostRank."""
+        if self.size == 1:
+            return
+        with _together(self.rank):
+            self._add_up(tensors)
+
+    def _add_up(self, tensors: Sequence[Tensor]) -> None:
+        under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            under_way.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
+            if len(under_way) > 2:
+                _arrive(*under_way.popleft())
+        while under_way:
+            _arrive(*under_way.popleft())
+
+    def everywhere(self, work: Callable[[], T], first: Callable[["World"], bool] | None = None) -> T:
+        """`work()` on every rank. If it fails on one with a UserError, all raise that. Ranks that are `first` go before the others."""
+        done: list[T] = []
+        problem = ""
+        for turn in (True, False) if first else (True,):
+            if first is None or first(self) == turn:
+                try:
+                    done.append(work())
+                except UserError as error:
+                    problem = str(error)
+            if problems := [p for p in self.gather(problem) if p]:
+                common = UserError(problems[0])
+                common.everywhere = True
+                raise common
+        return done[0]
+
+
+ALONE = World()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def _arrive(bucket: list[Tensor], flat: Tensor, work: Any) -> None:
+    work.wait()
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+@contextlib.contextmanager
+def _together(rank: int) -> Iterator[None]:
+    """What torch raises where ranks meet says that one of them did not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise LostRank(f"rank {rank} lost another rank and ends; the run goes on from its last checkpoint ({why}).") from error
+
+
+def _store(size: int, timeout: datetime.timedelta) -> Store | None:
+    """The elastic agent's store, under a name that only this start of the ranks has; None where torch makes one.
+
+    torch 2.13 gives restarted ranks the store of those before them, with the addresses where the dead ones listened. So rank 0 names each
+    start, and the others answer until they find themselves in its list: an old list does not have them.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    rank, me = int(os.environ["RANK"]), uuid.uuid4().hex
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    if rank == 0:
+        store.set("anew", me)
+        present = [store.get(f"anew/{me}/{other}").decode() for other in range(1, size)]
+        store.set(f"anew/{me}", " ".join(present))
+        return PrefixStore(me, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        start = store.get("anew").decode()
+        store.set(f"anew/{start}/{rank}", me)
+        if store.check([f"anew/{start}"]) and me in store.get(f"anew/{start}").decode().split():
+            return PrefixStore(start, store)
+        time.sleep(0.05)
+    raise RuntimeError("rank 0 did not come")
+
+
+@contextlib.contextmanager
+def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World]:
+    """The world that torchrun started, for as long as the block runs; a single process is a world of one.
+
+    Tensors on a `device` "cuda" travel by NCCL; plain values by gloo, which takes them from anywhere. A rank that the others have waited
+    for `timeout_seconds` is taken for lost.
+    """
+    size = _environment()
+    if size == 1:
+        yield ALONE
+        return
+    _end_with_parent()
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        store = _store(size, timeout)
+        backend, rank = "nccl" if device == "cuda" else "gloo", int(os.environ["RANK"])
+        distributed.init_process_group(backend, timeout=timeout, rank=rank, world_size=size, store=store)
+        control = distributed.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        what = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {os.environ['RANK']} of {size} could not meet the others at {host}:{port} ({what}); is the port free and open between "
+            "the machines, and were all ranks started?"
+        ) from error
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * size
+        with _together(rank):
+            distributed.all_gather_object(values, value, group=control)
+        return values
+
+    try:
+        yield World(rank, size, gather, int(os.environ.get("LOCAL_RANK", rank)))
+    finally:
+        distributed.destroy_process_group()
+
+
+def _environment() -> int:
+    """How many ranks torchrun has started, checked."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not size.isdigit() or not os.environ["RANK"].isdigit() or int(os.environ["RANK"]) >= int(size):
+        lacking = f"{missing[0]} is missing" if missing else f"RANK is {os.environ['RANK']}"
+        raise UserError(f"WORLD_SIZE is {size}, and {lacking}; start the processes with torchrun, or unset WORLD_SIZE.")
+    return int(size)
+
+
+def _end_with_parent() -> None:
+    """Ask this process to stop when the agent that started it is gone, so that nothing is left computing on its own."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
+def preflight(world: World, device: torch.device, facts: dict[str, str], gradient_bytes: int) -> str:
+    """Refuse ranks that do not fit together; a line that says what sharing the gradients costs. `facts` must be the same on all ranks."""
+    mine = {**facts, "device": f"{socket.gethostname()} {device}"}
+    all_ranks = world.gather(mine)
+    for key in facts:
+        if len({found[key] for found in all_ranks}) > 1:
+            listed = ", ".join(f"rank {rank} has {found[key]}" for rank, found in enumerate(all_ranks[:4]))
+            raise UserError(f"the ranks differ in {key}: {listed}; start all of them with the same command and the same software.")
+    if device.type == "cuda":
+        devices = [found["device"] for found in all_ranks]
+        if twice := {d for d in devices if devices.count(d) > 1}:
+            raise UserError(f"several ranks have the same GPU ({min(twice)}); start as many ranks a machine as it has GPUs.")
+    tensor = torch.zeros(min(gradient_bytes, BUCKET_BYTES) // 4, device=device)
+    seconds = min(_seconds(lambda: world.add_up([tensor]), tensor) for _ in range(3))
+    speed = tensor.numel() * 4 / seconds
+    machines = len({found["device"].split()[0] for found in all_ranks})
+    return (
+        f"{world.size} ranks on {machines} machine{'s' * (machines > 1)}; sharing gradients of "
+        f"{gradient_bytes / 1e6:,.0f} MB takes about {gradient_bytes / speed:.2f} s a step ({speed / 1e9:.2f} GB/s)"
+    )
+
+
+def _seconds(work: Callable[[], None], tensor: Tensor) -> float:
+    begin = time.perf_counter()
+    work()
+    tensor[:1].cpu()  # waits for the device
+    return time.perf_counter() - begin
