@@ -22,6 +22,7 @@ from anew.data.shards import DataFolder
 from anew.evaluate.during import Evaluator
 from anew.parallel import World, joined, preflight
 from anew.preempt import Stop
+from anew.probe import find_micro_batch
 from anew.saver import Saver
 from anew.state import State
 from anew.tokenizer import Tokenizer
@@ -62,6 +63,10 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
     state = State(config, rt, folder.identity, world)
     found = world.everywhere(lambda: state.begin(run) if world.rank == 0 else [])
     state.share()
+    if config.run.micro_batch == "auto":
+        micro, why = find_micro_batch(state)
+        found.append(why)
+        config = state.config = config.override(micro_batch=micro)
     tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
     recorder = stack.enter_context(metrics.Recorder(run, config, state.step, writes=world.rank == 0))
     saver = Saver(run, config, tokenizer, recorder.run_state, state.step or -1)

@@ -100,7 +100,7 @@ class RunConfig:
     batch_tokens: int = setting(524_288, "tokens a step, over all ranks and micro-batches")
     micro_batch: int | Literal["auto"] = setting(
         16,
-        "sequences in one forward pass; changes speed and memory, never the batch; auto: as many as divide the batch, at most 16",
+        "sequences in one forward pass; changes speed and memory, never the batch; auto: as many as fit into memory, tried before training",
         may_change=True,
     )
     seed: int = setting(1337, "decides initial weights, order of the data and dropout")

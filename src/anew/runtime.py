@@ -64,6 +64,8 @@ class Runtime:
 def start(run: RunConfig) -> Runtime:
     """Choose device, precision and compiler, refuse what the machine lacks, and set torch's process-wide modes to match."""
     device = pick_device(run.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what torch picks by itself is the first, also for the second rank
     precision, reason = pick_precision(run.precision, device)
     compiles, compile_reason = pick_compile(run.compile, device)
     torch.set_float32_matmul_precision(MATMUL[precision])

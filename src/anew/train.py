@@ -31,6 +31,7 @@ from anew.config import Config, UserError, bytes_of
 from anew.data.batches import prefetch
 from anew.data.open import Stopped, remove_used
 from anew.preempt import NOTHING_YET, Interrupted, Preempted, Stop, listening
+from anew.probe import is_out_of_memory
 from anew.sharded import whole
 from anew.state import State
 
@@ -127,6 +128,13 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
     try:
         with contextlib.ExitStack() as stack:
             return _train(config, progress, stack)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"there is not enough memory for micro-batches of {config.run.micro_batch}; use --micro-batch auto, or a smaller one: "
+            "the tokens a step stay the same."
+        ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

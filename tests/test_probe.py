@@ -1,0 +1,84 @@
+"""Memory: how many sequences fit is found before training, and too little is said in a sentence."""
+
+import contextlib
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anew import Config, probe, runtime
+from anew.data.open import open_data
+from anew.state import State
+from anew.tokenizer import Tokenizer
+from anew.train import train
+from tests.faults.common import losses, tiny
+from tests.ranks import run_ranks
+
+GB = 1 << 30
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A step of 32 sequences, of which each needs about 12 MB: wide rows of logits."""
+    return tiny(tmp_path / "run", vocab_size=50257, tokenizer="gpt2", steps=3, warmup_steps=1, batch_tokens=512, micro_batch="auto")
+
+
+def state_of(config: Config) -> State:
+    with open_data(config.data.data, Tokenizer.named("gpt2")) as folder:
+        return State(config, runtime.start(config.run), folder.identity)
+
+
+def test_less_memory_means_smaller_micro_batches_down_to_one(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_of(config)
+    before = [p.detach().clone() for p in state.params]
+    one, two = (probe._peak(state, n) for n in (1, 2))
+    assert one is not None
+    assert two is not None
+    found = []
+    for room in (64 * GB, one + 20 * (two - one + 5_000_000), one, 1):
+        monkeypatch.setattr(probe, "_room", lambda _, room=room: room)
+        found.append(probe.find_micro_batch(state)[0])
+    assert found == sorted(found, reverse=True)
+    assert (found[0], found[-1]) == (16, 1)
+    assert all(32 % n == 0 for n in found)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
+    assert all(p.grad is None for p in state.params)
+    assert not state.optimizers[0].state
+
+
+def limited(config: Config, more: int) -> str:
+    """Train with at most `more` bytes of address space beyond what the process has."""
+    resource.setrlimit(resource.RLIMIT_AS, (probe._of_process("VmSize") + more, -1))
+    with contextlib.suppress(OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+    train(config)
+    return (config.folder / "config.json").read_text()
+
+
+def test_a_step_that_does_not_fit_says_so_and_auto_makes_it_fit(config: Config) -> None:
+    [(kind, text)] = run_ranks(1, limited, config.override(n_embd=64, seq_len=16, batch_tokens=65536, micro_batch=4096), GB)
+    assert kind == "UserError", text
+    assert "not enough memory for micro-batches of 4096; use --micro-batch auto" in text
+    [(kind, text)] = run_ranks(1, limited, config.override(out=f"{config.folder}-auto"), GB)
+    assert kind == "ok", text
+    assert '"micro_batch": "auto"' not in text
+
+
+def of_rank(config: Config, rooms: list[int]) -> Any:
+    """The rank with least memory decides."""
+    import os
+
+    probe._room = lambda _: rooms[int(os.environ["RANK"])]
+    return train(config).step
+
+
+def test_the_smallest_rank_decides_and_the_batch_stays(config: Config) -> None:
+    found = run_ranks(2, of_rank, config, [64 * GB, 1])
+    assert found == [("ok", 3)] * 2
+    assert "2 ranks x 1 sequences x 16 tokens x 16 accumulated" in (config.folder / "log.txt").read_text()
+    alone = config.override(out=f"{config.folder}-alone", micro_batch=8)
+    assert run_ranks(1, of_rank, alone, [GB]) == [("ok", 3)]
+    for a, b in zip(losses(alone.folder), losses(config.folder), strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
