@@ -142,7 +142,7 @@ def test_what_a_spike_is() -> None:
     loss, norm = usual.limits(6.0)
     assert 2.5 < loss < 2.8  # 6 deviations of 0.1 above 2
     assert norm == pytest.approx(1.12)  # an even run: at least 2% of the mean counts as its deviation
-    for _ in range(200):  # it follows a level that has changed, slowly
+    for _ in range(400):  # it follows a level that has changed, slowly
         usual.add(1.0, 3.0)
     loss, norm = usual.limits(6.0)
     assert loss < 1.5
