@@ -1,4 +1,5 @@
 # make demo: train a small GPT-2 on this machine and see what it learned.   make test: prove that everything holds.
+# make faults: the long programme of injected faults, under 90 minutes; its table goes into docs/reliability.md.
 # Each target sets up .venv by itself; nothing but Python 3.11+, pip and make is needed.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 endif
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types check clean
+.PHONY: setup demo test faults lint types check clean
 
 setup: $(READY)
 
@@ -23,8 +24,16 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m anew train demo
 
-test: setup
+test: .venv/.launcher
 	$(BIN)/python -m pytest
+
+faults: setup
+	$(BIN)/python -m tests.faults.programme --full --write
+
+# AWS's launcher, for one test. It is compiled: where that cannot be done the test is skipped and says so.
+.venv/.launcher: $(READY)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt sagemaker-training 2> .venv/launcher.log
+	@touch $@
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -75,13 +75,13 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
         write_config(run, config)
     peak, peak_source = runtime.peak_flops(rt) if world.rank == 0 else (1.0, "")
     tokens = {split: folder.n_tokens(split) for split in ("train", "val")}
-    plan = metrics.describe(config, world.size, tokens["train"], tokens["val"], batches.epoch_sequences, batches.dropped)
+    data_lines = metrics.describe_data(config, tokens["train"], tokens["val"], batches.epoch_sequences, batches.dropped)
     if world.size > 1:
         facts = {"settings": config.to_json(), "torch": torch.__version__, "data": folder.identity}
         found.append(preflight(world, rt.device, facts, 4 * sum(p.numel() for p in state.params)))
     if batches.more:
         found.append("the data is still being prepared: its tokens and epochs above are those so far")
-    for line in [*rt.why, *plan, f"MFU is measured against {peak_source}", *found]:
+    for line in [*rt.why, *metrics.describe(config, world.size), *data_lines, f"MFU is measured against {peak_source}", *found]:
         log.info(line)
     evaluator = Evaluator(config, state, recorder, saver, folder.splits, tokenizer, micro, stop)
     loss_of: Any = state.model

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(stream_, "reconfigure"):  # a model may write any character, and Windows pipes are not UTF-8 by themselves
             stream_.reconfigure(encoding="utf-8", errors=errors)
     try:
-        with _console():
+        with console():
             if verb in VERBS:
                 VERBS[verb](rest)
             elif verb in ("-h", "--help"):
@@ -77,7 +77,7 @@ def _overview() -> str:
 
 
 @contextmanager
-def _console() -> Iterator[None]:
+def console() -> Iterator[None]:
     """Lines of the package's log go to standard error through loguru; results go to standard output."""
 
     class Forward(logging.Handler):

@@ -187,8 +187,8 @@ def step_row(clock: Row, loss: float, norm: float, lr: float, seconds: float, co
     }
 
 
-def describe(config: Config, ranks: int, train_tokens: int, val_tokens: int, epoch_sequences: int, dropped: int) -> Iterator[str]:
-    """What is about to happen, in lines. `dropped`: targets an epoch at the ends of shards, which fill no sequence."""
+def describe(config: Config, ranks: int) -> Iterator[str]:
+    """What is about to happen, in lines."""
     m, o, r, T = config.model, config.optim, config.run, config.data.seq_len
     micro, accumulation = config.micro_batches(ranks)
     padded = m.padded_vocab_size
@@ -196,14 +196,19 @@ def describe(config: Config, ranks: int, train_tokens: int, val_tokens: int, epo
     yield f"model: vocabulary {m.vocab_size:,} padded to {padded:,} = {padded >> twos} x 2^{twos}, context {m.n_positions:,}"
     yield f"       {m.n_layer} layers, width {m.n_embd:,}, {m.n_head} heads of {m.head_dim}, feed-forward {4 * m.n_embd:,}"
     yield f"       {count_parameters(m):,} parameters"
-    yield f"data:  {config.data.data} as {config.data.tokenizer}"
-    yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
-    yield f"       {epoch_sequences:,} sequences an epoch, {r.steps * config.batch_sequences / epoch_sequences:.2f} epochs in all"
-    yield f"       {dropped:,} tokens at the ends of shards are left out of an epoch"
     yield f"batch: {ranks} rank{'s' * (ranks > 1)} x {micro} sequences x {T:,} tokens x {accumulation} accumulated"
     yield f"       = {r.batch_tokens:,} tokens a step"
     total, warm_up = (_count(steps * r.batch_tokens) for steps in (r.steps, o.warmup_steps))
     yield f"steps: {r.steps:,} = {total} tokens, of which {o.warmup_steps:,} = {warm_up} warm up"
+
+
+def describe_data(config: Config, train_tokens: int, val_tokens: int, epoch_sequences: int, dropped: int) -> Iterator[str]:
+    """What is read, in lines. `dropped`: targets an epoch at the ends of shards, which fill no sequence."""
+    epochs = config.run.steps * config.batch_sequences / epoch_sequences
+    yield f"data:  {config.data.data} as {config.data.tokenizer}"
+    yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
+    yield f"       {epoch_sequences:,} sequences an epoch, {epochs:.2f} epochs in all"
+    yield f"       {dropped:,} tokens at the ends of shards are left out of an epoch"
 
 
 def _count(n: int) -> str:

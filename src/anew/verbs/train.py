@@ -16,11 +16,13 @@ from loguru import logger
 from anew import config as settings
 from anew.config import Config, UserError
 from anew.demo import show_demo
-from anew.metrics import Row
+from anew.metrics import Row, describe
 from anew.recipes import RECIPES
 from anew.train import Result, train
 
-SWITCHES = {"help", "json", "memorise"} | {name for name, f in settings.FIELDS.items() if f.type is bool or isinstance(f.default, bool)}
+SWITCHES = {"help", "json", "memorise", "dry_run"} | {
+    name for name, f in settings.FIELDS.items() if f.type is bool or isinstance(f.default, bool)
+}
 
 
 def run_train(argv: list[str]) -> None:
@@ -51,6 +53,10 @@ def run_train(argv: list[str]) -> None:
         changed, said = changed.adapted(set(chosen))
     for line in said:
         logger.info(line)
+    if arguments.dry_run:
+        for line in describe(changed.check(), int(os.environ.get("WORLD_SIZE", "1"))):
+            print(line)
+        return
     with _progress(changed.run.steps) as progress:
         result = train(changed.check(), progress)
     if os.environ.get("RANK", "0") != "0":
@@ -93,6 +99,7 @@ def _parse_train(argv: list[str], base: Config) -> Any:
         ("recipe", Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"one of {', '.join(RECIPES)}")], base.recipe),
         ("resume", Annotated[str, tyro.conf.arg(help="go on with this run folder (the recipe is then not needed)")], ""),
         ("memorise", Annotated[bool, tyro.conf.arg(help="shakespeare: train until the text is known by heart")], False),
+        ("dry_run", Annotated[bool, tyro.conf.arg(help="check the settings, say what they mean, and end")], False),
         ("json", Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")], False),
     ]
     for group, kind in settings.GROUPS.items():
