@@ -16,7 +16,7 @@ import torch
 from anew import Config, checkpoint, metrics
 from anew.parallel import joined
 from anew.train import train
-from tests.ranks import free_port, rank_environment, run_ranks
+from tests.ranks import free_port, run_ranks
 
 
 def trained(config: Config) -> dict[str, Any]:
@@ -196,28 +196,38 @@ def test_ranks_that_differ_are_named(alone: tuple[Config, list[dict[str, Any]]],
     assert "the ranks differ in settings" in found[0][1]
 
 
-def test_torchrun_trains_and_speaks_with_one_voice(text_file: Path, tmp_path: Path) -> None:
-    """The reference projects' way: 8 x accumulation on several processes, as one command."""
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 8, "seq_len": 8, "steps": 2, "warmup_steps": 1, "precision": "fp32",
+    "compile": "off", "val_tokens": 256, "evaluate_every": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "ranks", "accumulated", "planned"), [
+    ("gpt2-124m", 4, 8, "19,073 = 10B tokens"),  # 4 GPUs x 16 x 1024, accumulation 8; as many steps as build-nanogpt takes
+    ("gpt2-124m-openwebtext", 8, 4, "90,000 = 47.2B tokens"),
+])  # fmt: skip
+def test_the_runs_of_the_reference_projects(
+    recipe: str, ranks: int, accumulated: int, planned: str, text_file: Path, tmp_path: Path
+) -> None:
+    """Their plan in full, and the same command with two ranks, accumulating as often, at a size for a test. One rank speaks for all."""
+    plan = subprocess.run(
+        [sys.executable, "-m", "anew", "train", recipe, "--dry-run"],
+        env={**os.environ, "WORLD_SIZE": str(ranks)}, capture_output=True, text=True, timeout=60, check=True,
+    ).stdout  # fmt: skip
+    assert f"batch: {ranks} ranks x 16 sequences x 1,024 tokens x {accumulated} accumulated" in plan
+    assert f"steps: {planned}" in plan
+    assert "= 524,288 tokens a step" in plan
+    assert "124,475,904 parameters" in plan  # with the rows that pad the vocabulary
+    tokens = str(2 * 16 * 8 * accumulated)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anew", "train", "shakespeare"),
-        *(
-            "--data",
-            str(text_file),
-            "--out",
-            str(tmp_path / "run"),
-            "--steps",
-            "3",
-            "--batch-tokens",
-            "4096",
-            "--micro-batch",
-            "2",
-            "--json",
-        ),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anew", "train", recipe, "--json"),
+        *("--data", str(text_file), "--out", str(tmp_path / "run"), "--batch-tokens", tokens),
+        *(word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("shakespeare: 3 steps") == 1
-    assert json.loads(done.stdout.splitlines()[-1])["step"] == 3
-    assert "batch: 2 ranks x 2 sequences x 128 tokens x 8 accumulated" in done.stderr
+    assert done.stdout.count(f"{recipe}: 2 steps") == 1
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == 2
+    assert f"batch: 2 ranks x 16 sequences x 8 tokens x {accumulated} accumulated" in done.stderr
     assert done.stderr.count("device cpu") == 1
-    assert rank_environment(0, 2, 1)["RANK"] == "0"
+    assert checkpoint.newest(tmp_path / "run")[0] is not None
