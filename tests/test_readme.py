@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,25 @@ def test_the_python_of_the_readme_runs_as_written(user_folder: Path, capsys: pyt
     assert len(capsys.readouterr().out.strip()) > 50
 
 
+def test_the_commands_of_many_processes_mean_what_they_say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun starts is checked here without it; `tests/test_parallel.py` and `tests/test_launch.py` run such commands."""
+    text = README + (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith((".venv/bin/torchrun ", "sbatch "))]
+    assert len(lines) == 5
+    for words in lines:
+        start = words.index("train") if "train" in words else words.index("launch/slurm.sbatch")
+        ranks = words[words.index("--nproc-per-node") + 1] if "--nproc-per-node" in words else "16"
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        main(["train", *words[start + 1 :], "--dry-run"])
+        assert f"batch: {ranks} ranks x " in capsys.readouterr().out
+    for words in (shlex.split(line) for line in text.splitlines() if line.startswith(".venv/bin/python launch/")):
+        known = subprocess.run([sys.executable, ROOT / words[1], "--help"], capture_output=True, text=True, check=True).stdout
+        for flag in words[2 : words.index("--")]:
+            assert not flag.startswith("--") or flag in known
+
+
 def test_files_verbs_and_recipes_named_in_the_readme_exist() -> None:
-    for name in re.findall(r"\b(?:src/anew|tests|docs|benchmarks)/[\w/.]+", README):
+    for name in re.findall(r"\b(?:src/anew|tests|docs|benchmarks|launch)/[\w/.]+", README):
         assert (ROOT / name.rstrip(".")).exists(), name
     for verb in VERBS:
         assert f"`anew {verb}" in README
