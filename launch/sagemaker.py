@@ -35,7 +35,7 @@ NOT_DATA = ("code", "sm_drivers", "model")  # channels that carry the job itself
 
 def arguments(hyperparameters: dict[str, Any], channels: dict[str, str], base: Path) -> list[str]:
     """The command line of `anew train` that a job's settings mean. Raises ValueError with a sentence for what cannot be one."""
-    from anew.verbs.train import SWITCHES
+    from anew.verbs.settings import SWITCHES as settings_switches
 
     settings = {name.replace("-", "_"): value for name, value in hyperparameters.items() if not name.startswith("sagemaker_")}
     recipe = str(settings.get("recipe", "gpt2-124m"))
@@ -46,7 +46,7 @@ def arguments(hyperparameters: dict[str, Any], channels: dict[str, str], base: P
             continue
         if isinstance(value, (list, dict)):
             raise ValueError(f"the hyperparameter {name} is {json.dumps(value)}; it must be one value.")
-        if name in SWITCHES:
+        if name in settings_switches | {"memorise", "json"}:
             line.append(flag if str(value).lower() in ("true", "1", "yes") else f"--no-{flag[2:]}")
         else:
             line += [flag, {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)]

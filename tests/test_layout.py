@@ -58,6 +58,7 @@ LEVELS = [
     {"begin"},
     {"train"},
     {"demo"},
+    {"verbs.settings"},
     {"verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"},
     {"cli"},
     {"__main__"},
@@ -76,7 +77,7 @@ WITHIN_A_LEVEL = {
     *(("data.open", f"data.{other}") for other in ("sources", "prepare", "others", "splits")),
 }
 UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
-VERBS = {"cli", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"}
+VERBS = {"cli", "verbs.settings", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"}
 OWNERS = {
     "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"},
     "huggingface_hub": {"hub", "data.hub_data"},

@@ -4,30 +4,31 @@ import dataclasses
 import json
 import os
 import sys
-import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from loguru import logger
 
-from anew import config as settings
 from anew.config import Config, UserError
 from anew.demo import show_demo
 from anew.metrics import Row, describe
 from anew.recipes import RECIPES
 from anew.train import Result, train
+from anew.verbs.settings import changed, flag, parse, read_recipe, read_run, recipe_and_flags
 
-SWITCHES = {"help", "json", "memorise", "dry_run"} | {
-    name for name, f in settings.FIELDS.items() if f.type is bool or isinstance(f.default, bool)
-}
+OWN = [
+    flag("resume", str, "", "go on with this run folder (the recipe is then not needed)"),
+    flag("memorise", bool, False, "shakespeare: train until the text is known by heart"),
+    flag("dry_run", bool, False, "check the settings, say what they mean, and end"),
+    flag("json", bool, False, "the last line of standard output is one JSON object"),
+]
+ABOUT = "Train a GPT-2. Example: anew train shakespeare --steps 200 --out runs/try"
 
 
 def run_train(argv: list[str]) -> None:
     """Train a recipe, or go on with a run that stopped."""
-    name, given = _recipe_and_flags(argv)
+    name, given = recipe_and_flags(argv, "train", OWN)
     resume = given.get("resume")
     if resume == "":
         raise UserError("--resume needs the run folder to go on with.")
@@ -39,81 +40,27 @@ def run_train(argv: list[str]) -> None:
             raise UserError("--memorise is a variant of the shakespeare recipe only.")
     if resume and name:
         raise UserError(f"--resume {resume} already says which run to go on with; leave out the recipe {name}.")
-    base = Config.read(Path(resume) / "config.json") if resume else _recipe(name or "demo")
-    arguments = _parse_train(argv, base)
-    chosen = {key: value for key, value in vars(arguments).items() if key in given and key in settings.FIELDS}
-    taken = {"n_layer", "n_head", "n_embd", "n_positions", "tokenizer"} & set(chosen)
+    base = read_run(resume) if resume else read_recipe(name or "demo")
+    arguments = parse(argv, "train", base, OWN, ABOUT)
+    config, chosen = changed(base, arguments, given)
+    taken = {"n_layer", "n_head", "n_embd", "n_positions", "tokenizer"} & chosen
     if arguments.init and taken and not resume:
         raise UserError(f"--{min(taken).replace('_', '-')} contradicts --init, whose model has its own; leave it out.")
-    changed = base.override(**chosen)
-    if resume:
-        changed = changed.override(out=resume)
-        said: list[str] = []
-    else:
-        changed, said = changed.adapted(set(chosen))
+    config, said = (config.override(out=resume), []) if resume else config.adapted(chosen)
     for line in said:
         logger.info(line)
     if arguments.dry_run:
-        for line in describe(changed.check(), int(os.environ.get("WORLD_SIZE", "1"))):
+        for line in describe(config.check(), int(os.environ.get("WORLD_SIZE", "1"))):
             print(line)
         return
-    with _progress(changed.run.steps) as progress:
-        result = train(changed.check(), progress)
+    with _progress(config.run.steps) as progress:
+        result = train(config.check(), progress)
     if os.environ.get("RANK", "0") != "0":
         return
-    _report(changed, result)
-    extra = show_demo(result.folder) if changed.recipe == "demo" else {}
+    _report(config, result)
+    extra = show_demo(result.folder) if config.recipe == "demo" else {}
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "folder": str(result.folder), **extra}))
-
-
-def _recipe(name: str) -> Config:
-    if name not in RECIPES:
-        raise UserError(f"there is no recipe '{name}'; choose one of {', '.join(RECIPES)}.")
-    return dataclasses.replace(RECIPES[name][1], recipe=name)
-
-
-def _recipe_and_flags(argv: list[str]) -> tuple[str, dict[str, str]]:
-    """The one bare word, wherever it stands, and the flags that were given: known before defaults can be."""
-    recipe, given, tokens = "", {}, iter(argv)
-    for token in tokens:
-        if not token.startswith("-"):
-            if recipe:
-                raise UserError(f"'{token}' is one word too many; `anew train` takes one recipe, and it has {recipe}.")
-            recipe = token
-            continue
-        name, _, value = token.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        if name in SWITCHES or name == "h":
-            given[name] = "yes"
-        elif name.removeprefix("no_") in SWITCHES:
-            given[name.removeprefix("no_")] = ""
-        else:
-            given[name] = value if "=" in token else next(tokens, "")
-    return recipe, given
-
-
-def _parse_train(argv: list[str], base: Config) -> Any:
-    """argv through tyro, into one flat dataclass made from the settings, with the recipe's values as defaults."""
-    fields: list[Any] = [
-        ("recipe", Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"one of {', '.join(RECIPES)}")], base.recipe),
-        ("resume", Annotated[str, tyro.conf.arg(help="go on with this run folder (the recipe is then not needed)")], ""),
-        ("memorise", Annotated[bool, tyro.conf.arg(help="shakespeare: train until the text is known by heart")], False),
-        ("dry_run", Annotated[bool, tyro.conf.arg(help="check the settings, say what they mean, and end")], False),
-        ("json", Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")], False),
-    ]
-    for group, kind in settings.GROUPS.items():
-        hints = typing.get_type_hints(kind)
-        for f in dataclasses.fields(kind):
-            if f.metadata.get("flag", True):
-                fields.append(
-                    (f.name, Annotated[hints[f.name], tyro.conf.arg(help=f.metadata["help"])], getattr(getattr(base, group), f.name))
-                )
-    flat = dataclasses.make_dataclass("Train", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields])
-    about = f"Train a GPT-2. Example: anew train shakespeare --steps 200 --out runs/try\n\nRecipes: {', '.join(RECIPES)}."
-    about += " `anew --help` says what each is; the defaults below are those of "
-    about += "the run." if base.run.out else f"{base.recipe}."
-    return tyro.cli(flat, args=argv, prog="anew train", description=about)
 
 
 def _report(config: Config, result: Result) -> None:
