@@ -12,6 +12,7 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 LEVELS = [
     {"config", "attention"},
+    {"devices"},
     {
         "model",
         "tokenizer",
@@ -58,8 +59,10 @@ LEVELS = [
     {"begin"},
     {"train"},
     {"demo"},
+    {"bench", "pictures"},
+    {"plan", "versus"},
     {"verbs.settings"},
-    {"verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"},
+    {"verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export", "verbs.plan", "verbs.bench"},
     {"cli"},
     {"__main__"},
 ]
@@ -77,12 +80,13 @@ WITHIN_A_LEVEL = {
     *(("data.open", f"data.{other}") for other in ("sources", "prepare", "others", "splits")),
 }
 UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
-VERBS = {"cli", "verbs.settings", "verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export"}
+VERBS = {"cli", *(f"verbs.{name}" for name in ("settings", "train", "sample", "prepare", "evaluate", "export", "plan", "bench"))}
 OWNERS = {
     "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"},
     "huggingface_hub": {"hub", "data.hub_data"},
     "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare", "begin"},
-    "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"}, "transformers": set(), "datasets": set(),
+    "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"},
+    "transformers": {"versus"}, "matplotlib": {"pictures"}, "datasets": set(),
 }  # fmt: skip
 
 

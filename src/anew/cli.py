@@ -19,13 +19,23 @@ from anew.config import UserError
 from anew.parallel import LostRank
 from anew.preempt import Preempted
 from anew.recipes import RECIPES
+from anew.verbs.bench import run_bench
 from anew.verbs.evaluate import run_evaluate
 from anew.verbs.export import run_export
+from anew.verbs.plan import run_plan
 from anew.verbs.prepare import run_prepare
 from anew.verbs.sample import run_sample
 from anew.verbs.train import run_train
 
-VERBS = {"train": run_train, "sample": run_sample, "evaluate": run_evaluate, "export": run_export, "prepare": run_prepare}
+VERBS = {
+    "train": run_train,
+    "sample": run_sample,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "prepare": run_prepare,
+    "plan": run_plan,
+    "bench": run_bench,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

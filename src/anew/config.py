@@ -30,6 +30,11 @@ MOST_IDS = 65_536  # shards hold tokens as uint16
 VOCAB_MULTIPLE = 128  # rows of `wte` are stored to a multiple of this: 50257 -> 50304 = 393 x 2^7
 
 
+def rounded_up(vocab_size: int) -> int:
+    """The next multiple of 128."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 def setting(default: Any, help: str, may_change: bool = False, **metadata: Any) -> Any:
     """A field with its help line. `may_change`: a resumed run may set it anew without becoming another run."""
     return field(default=default, metadata={"help": help, "may_change": may_change, **metadata})
@@ -48,6 +53,8 @@ class GPTConfig:
     dropout: float = setting(0.0, "share of activations dropped in training; GPT-2 reproductions use none")
     wpe_std: float = setting(0.01, "initial std of the position embedding; OpenAI's is 0.01, many reproductions use 0.02")
     attention: Literal["flash", "plain"] = setting("flash", "flash: the fused kernel; plain: the formula, for reading and comparison")
+    head: Literal["chunked", "plain"] = setting("chunked", "loss: in chunks of rows, never all logits at once; plain: all, for comparison")
+    pad_vocabulary: bool = setting(True, "store `wte` with rows to a multiple of 128; padding takes no part in anything")
 
     @property
     def head_dim(self) -> int:
@@ -55,8 +62,8 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows that `wte` is stored with: vocab_size rounded up to a multiple of 128."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        """Rows of `wte` in memory: vocab_size rounded up to a multiple of 128."""
+        return rounded_up(self.vocab_size) if self.pad_vocabulary else self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class OptimConfig:
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient")
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient")
     eps: float = setting(1e-8, "AdamW's epsilon")
+    fused: bool = setting(True, "AdamW as one kernel over all parameters; off: torch's default, for comparison")
     clip: float = setting(1.0, "largest global gradient norm; larger ones are scaled down to it")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anew.attention import attend
-from anew.config import GPTConfig
+from anew.config import GPTConfig, rounded_up
 
 # Rows of logits alive at once, whatever the batch. Eager code holds several fp32 copies of them (206 MB each at 1024); compiled code
 # holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step.
@@ -210,7 +210,8 @@ class GPT(nn.Module):
                 p.zero_()
             else:
                 std = residual_std if "c_proj" in name else self.config.wpe_std if "wpe" in name else 0.02
-                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+                rows = rounded_up(p.size(0)) if "wte" in name else p.size(0)  # the same numbers whether padded or not
+                p.copy_(torch.empty(rows, *p.shape[1:]).normal_(0.0, std, generator=generator)[: p.size(0)])
 
     def hidden(self, ids: Tensor, cache: Cache | None = None, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, C) after the final layer norm, in `compute_dtype`. A cache is filled on the way.
@@ -241,6 +242,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(hidden)
         wte = self.transformer.wte.weight
+        if self.config.head == "plain":
+            logits = F.linear(hidden, wte.to(hidden.dtype))[..., : self.config.vocab_size]  # (B, T, 50257)
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         training = torch.is_grad_enabled()  # inside the function it never is
         return HeadLoss.apply(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size, training)
 

@@ -39,7 +39,8 @@ def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         {"params": [(n, p) for n, p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [(n, p) for n, p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)]
+    adamw = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=config.fused or None)
+    optimizers: list[Optimizer] = [adamw]
     if block:
         optimizers.append(Muon([(n, named[n]) for n in sorted(block)], lr=config.muon_lr, weight_decay=config.weight_decay))
     for group in (g for o in optimizers for g in o.param_groups):

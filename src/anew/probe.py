@@ -5,6 +5,7 @@ and leaves a tenth of the memory free is taken, on a GPU after it was tried. Ran
 step stay what they are, and so do the ids in them.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -51,12 +52,9 @@ def find_micro_batch(state: State) -> tuple[int, str]:
 
 def _peak(state: State, sequences: int) -> int | None:
     """Most bytes in use during one forward and backward pass; None if there were not enough."""
-    device, cuda = state.rt.device, state.rt.device.type == "cuda"
+    device = state.rt.device
     ids = torch.zeros(sequences, state.config.data.seq_len, dtype=torch.int64, device=device)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    watch_peak(device)
     try:
         state.model(ids, ids).backward()
     except RuntimeError as error:
@@ -66,7 +64,26 @@ def _peak(state: State, sequences: int) -> int | None:
     finally:
         for p in state.params:
             p.grad = None
-    return torch.cuda.max_memory_allocated(device) if cuda else _of_process("VmHWM")
+    return peak_bytes(device)
+
+
+def watch_peak(device: torch.device) -> None:
+    """Forget the most bytes that were in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes in use since `watch_peak`: of torch on a GPU, else of the process; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _of_process("VmHWM")
+    except OSError:
+        return 0
 
 
 def _room(device: torch.device) -> int | None:

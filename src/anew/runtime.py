@@ -25,25 +25,12 @@ from pathlib import Path
 
 import torch
 
+from anew import devices
 from anew.config import RunConfig, UserError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MATMUL = {"fp32": "highest", "tf32": "high", "bf16": "highest", "fp16": "highest"}  # what torch does with fp32 matrices
-
-# Dense peak TFLOP/s of the tensor cores in bf16 (fp16 where there is no bf16), from NVIDIA's datasheets; found by name, first match.
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "A10G": 70,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-    "T4": 65,
-    "V100": 125,
-}
 
 
 @dataclass(frozen=True)
@@ -171,11 +158,9 @@ def _missing_for_compile(device: torch.device) -> str:
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:
     """Floating-point operations a second that MFU is measured against, and where the figure comes from."""
-    if runtime.device.type == "cuda" and runtime.precision in ("bf16", "fp16"):
-        name = torch.cuda.get_device_name(runtime.device)
-        for key, tflops in PEAK_TFLOPS.items():
-            if key in name:
-                return tflops * 1e12, f"{tflops} TFLOP/s, datasheet of {key}"
+    gpu = devices.known(torch.cuda.get_device_name(runtime.device)) if runtime.device.type == "cuda" else None
+    if gpu is not None and (tflops := gpu.peak(runtime.precision)):
+        return tflops * 1e12, f"{tflops} TFLOP/s, {gpu.source}"
     a, b = (torch.randn(shape, dtype=runtime.dtype, device=runtime.device) for shape in ((2048, 768), (768, 3072)))
     if _seconds(a[:64], b) > 0.2:  # fp16 on a CPU without it: 10 s for all rows
         a = a[:64]

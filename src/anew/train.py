@@ -103,10 +103,11 @@ def train_step(
     norm = whole(nn.utils.clip_grad_norm_(params, state.config.optim.clip))
     optim.set_rate(state.optimizers, rate)
     bad = ~(norm + sums[0]).isfinite() | (sums[0] > limits[0]) | (norm > limits[1]) | (sums[1] > 0)
-    host_must_look = scaler.is_enabled() or state.is_sharded or bad.device.type == "mps"  # there optimizers do not all honour found_inf
+    # Not all optimizers honour found_inf: those on MPS, of cut parameters, and the unfused.
+    host_must_look = scaler.is_enabled() or state.is_sharded or bad.device.type == "mps" or not state.config.optim.fused
     if not (host_must_look and bad.item()):
         for optimizer in state.optimizers:
-            if not state.is_sharded:
+            if not host_must_look:
                 optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             scaler.step(optimizer)
     scaler.update()

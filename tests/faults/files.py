@@ -111,7 +111,7 @@ def full_disk(n: int, rng: random.Random, place: Path) -> Tally:
     for i in range(n):
         disk = place / "disk"
         disk.mkdir(exist_ok=True)
-        size = int(takes * (0.25 + 1.1 * i / max(1, n - 1)))
+        size = int(takes * (0.25 + 2.25 * i / max(1, n - 1)))
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
         if mounted.returncode:
             tally.skipped = "mounting a tmpfs takes rights that this process has not"
@@ -136,7 +136,9 @@ def full_disk(n: int, rng: random.Random, place: Path) -> Tally:
             subprocess.run(["umount", str(disk)], check=True)
             shutil.rmtree(place / f"rescued-{i}", ignore_errors=True)
         tally.runs += 1
-    tally.facts = {"disks that were too small": sum(v == "yes" for v in tally.facts.values())}
+    small = sum(v == "yes" for v in tally.facts.values())
+    tally.facts = {"disks that were too small": small}
+    tally.check(0 < small < n, f"{small} of {n} disks were too small: the sweep missed the edge")
     return tally
 
 
@@ -155,9 +157,7 @@ def _damage(path: Path, rng: random.Random) -> str:
         content += b"\0" * rng.randint(1, 100)
     else:
         end = min(len(content), at + rng.randint(1, 512))
-        if not any(content[at:end]):
-            content[at] ^= 255
-        content[at:end] = bytes(end - at) if any(content[at:end]) and content[at] != 255 else content[at:end]
+        content[at:end] = (b"\0" if any(content[at:end]) else b"\xff") * (end - at)
     path.write_bytes(bytes(content))
     return f"{kind} of {path.name} at {at}"
 

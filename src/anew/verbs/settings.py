@@ -15,7 +15,7 @@ SWITCHES = {"help"} | {name for name, f in settings.FIELDS.items() if f.type is 
 Flag = tuple[str, Any, Any]  # name, annotated type, default: as dataclasses.make_dataclass takes them
 
 
-def flag(name: str, kind: Any, default: Any, help: str, **conf: Any) -> Flag:
+def flag(name: str, kind: Any, default: Any, help: str, /, **conf: Any) -> Flag:
     """A flag of the verb itself, beside the settings."""
     return name, Annotated[kind, tyro.conf.arg(help=help, **conf)], default
 

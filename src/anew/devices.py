@@ -1,0 +1,82 @@
+"""What a GPU can do, by its datasheet: for estimates (`anew plan`) and as the peak that MFU is measured against.
+
+    gpu = find("h100")           # GPU(name="H100 SXM", memory_gb=80, ...)
+
+Peaks are dense (no sparsity) tensor-core rates with fp32 accumulation. `mfu` is what a good plain trainer reaches of the peak with
+GPT-2, in causal FLOPs, and where that figure is from; "assumed" is a guess and says so.
+"""
+
+from dataclasses import dataclass
+
+from anew.config import UserError
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One kind of device. Rates in TFLOP/s, memory in GB (10^9 bytes), bandwidths in GB/s."""
+
+    name: str
+    matches: tuple[str, ...]  # parts of the name that torch reports, or that a user types; all must be there
+    memory_gb: float
+    memory_gb_s: float
+    fp32: float
+    tf32: float | None
+    bf16: float | None
+    fp16: float | None
+    link_gb_s: float  # one way between neighbours in one machine: NVLink or PCIe
+    mfu: float
+    source: str
+    mfu_source: str = "assumed"
+
+    def peak(self, precision: str) -> float | None:
+        """TFLOP/s in a precision; None where the device lacks it."""
+        return {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16, "fp16": self.fp16}[precision]
+
+    @property
+    def precision(self) -> str:
+        """What training picks by itself."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+_LLMC_A100 = "llm.c, 218k tokens/s a GPU on 8 x A100"
+_LLMC_H100 = "llm.c, 468k tokens/s a GPU on 8 x H100"
+_H200 = "a plain compile + SDPA trainer, 489.7k tokens/s on one H200"
+_APPLE = "Apple newsroom, GPU teraflops at announcement"
+
+# Looked through in this order, first match: longer names before those they contain.
+GPUS = (
+    GPU("A100-40", ("a100", "40"), 40, 1555, 19.5, 156, 312, 312, 300, 0.55, "NVIDIA A100 datasheet", _LLMC_A100),
+    GPU("A100-80", ("a100",), 80, 2039, 19.5, 156, 312, 312, 300, 0.55, "NVIDIA A100 datasheet", _LLMC_A100),
+    GPU("H100 PCIe", ("h100", "pcie"), 80, 2000, 51, 378, 756, 756, 64, 0.38, "NVIDIA H100 datasheet", _LLMC_H100),
+    GPU("H100", ("h100",), 80, 3350, 67, 495, 989, 989, 450, 0.38, "NVIDIA H100 datasheet", _LLMC_H100),
+    GPU("H200", ("h200",), 141, 4800, 67, 495, 989, 989, 450, 0.39, "NVIDIA H200 datasheet", _H200),
+    GPU("B200", ("b200",), 180, 8000, 75, 1125, 2250, 2250, 900, 0.35, "NVIDIA DGX B200 datasheet"),
+    GPU("L40S", ("l40s",), 48, 864, 91.6, 183, 362, 362, 32, 0.40, "NVIDIA L40S datasheet"),
+    GPU("A10G", ("a10g",), 24, 600, 31.2, 35, 70, 70, 32, 0.45, "AWS G5 and NVIDIA A10 datasheets"),
+    GPU("RTX 4090", ("4090",), 24, 1008, 82.6, 82.6, 165, 165, 32, 0.45, "NVIDIA Ada whitepaper"),
+    GPU("RTX 3090", ("3090",), 24, 936, 35.6, 35.6, 71, 71, 32, 0.45, "NVIDIA GA102 whitepaper"),
+    GPU("T4", ("t4",), 16, 320, 8.1, None, None, 65, 16, 0.30, "NVIDIA T4 datasheet"),
+    GPU("V100", ("v100",), 32, 900, 15.7, None, None, 125, 150, 0.35, "NVIDIA V100 datasheet"),
+    GPU("M1 Max", ("m1", "max"), 64, 400, 10.4, None, None, None, 0, 0.30, _APPLE),
+    GPU("M1 Pro", ("m1", "pro"), 32, 200, 5.2, None, None, None, 0, 0.30, _APPLE),
+    GPU("M1", ("m1",), 16, 68, 2.6, None, None, None, 0, 0.30, _APPLE),
+    GPU("M2 Ultra", ("m2", "ultra"), 192, 800, 27.2, None, None, None, 0, 0.30, _APPLE),
+    GPU("M2 Max", ("m2", "max"), 96, 400, 13.6, None, None, None, 0, 0.30, _APPLE),
+    GPU("M2", ("m2",), 24, 100, 3.6, None, None, None, 0, 0.30, _APPLE),
+)
+
+
+def known(name: str) -> GPU | None:
+    """The device of this name, as torch or a user writes it."""
+    low = name.lower()
+    return next((gpu for gpu in GPUS if all(part in low for part in gpu.matches)), None)
+
+
+def find(name: str) -> GPU:
+    """The same, or a UserError that lists them."""
+    gpu = known(name)
+    if gpu is None:
+        raise UserError(
+            f"there is no figure for a '{name}'; choose one of {', '.join(g.name for g in GPUS)}, or --measure on the device itself."
+        )
+    return gpu

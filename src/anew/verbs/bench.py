@@ -1,0 +1,171 @@
+"""`anew bench WHAT`: how fast it is here, rung by rung, and beside other packages."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anew import bench, pictures, runtime, versus
+from anew.bench import Measured, Rung
+from anew.config import Config, UserError
+from anew.model import flops_per_token
+from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags
+
+OWN = [
+    flag("rounds", int, 5, "timed steps a rung, or turns a side"),
+    flag("rows", int, 1, "generate: sequences at once"),
+    flag("prompt_tokens", int, 32, "generate: tokens of the prompt"),
+    flag("new_tokens", int, 224, "generate: tokens to write"),
+    flag("picture", str, "", "ladder, attention: write a PNG here"),
+    flag("json", bool, False, "the last line of standard output is one JSON object"),
+]
+ABOUT = "How fast is it here? Example: anew bench ladder gpt2-124m --micro-batch 4 --seq-len 256"
+PUBLISHED = {"fp32": 1000, "TF32 matrices": 380, "bf16": 334, "loss in chunks": 100}  # ms at 16 x 1024, a reference project's README
+
+
+def run_bench(argv: list[str]) -> None:
+    """Time the training step on this machine: ladder, attention, train, generate."""
+    what, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
+    if what not in WHAT and not {"-h", "--help"} & set(argv):
+        raise UserError(f"`anew bench` times {', '.join(WHAT)}; say which" + (f", not {what}." if what else "."))
+    name, given = recipe_and_flags(rest, f"bench {what}", OWN)
+    base = read_recipe(name or "gpt2-124m")
+    a = parse(rest, "bench", base, OWN, ABOUT)
+    config, chosen = changed(base, a, given)
+    device = runtime.pick_device(config.run.device).type
+    sizes = (16, 1024) if device == "cuda" else (4, 256)
+    micro = config.run.micro_batch if "micro_batch" in chosen and isinstance(config.run.micro_batch, int) else sizes[0]
+    seq_len = config.data.seq_len if "seq_len" in chosen else min(sizes[1], config.model.n_positions)
+    config = bench.at(config.override(device=device), micro, seq_len)
+    if a.rounds < 1:
+        raise UserError(f"--rounds {a.rounds} must be at least 1.")
+    facts = WHAT[what](config.check(), device, a)
+    if a.json:
+        print(json.dumps({"device": device, "torch": torch.__version__, "micro_batch": micro, "seq_len": seq_len, **facts}))
+
+
+def ladder(config: Config, device: str, a: Any) -> dict[str, Any]:
+    """One setting more at each rung."""
+    print(f"{config.recipe}, {config.run.micro_batch} x {config.data.seq_len} tokens a step, on {device}\n")
+    print("rung                    ms  tokens/s TFLOP/s     MB  x before  x first  1st step")
+    peak, source = runtime.peak_flops(runtime.start(config.override(precision="auto").run))
+    done: list[tuple[Rung, Measured]] = []
+    skipped: dict[str, str] = {}
+    for rung, found in bench.ladder(config, a.rounds, device):
+        if isinstance(found, str):
+            skipped[rung.name] = found
+            print(f"{rung.name:<18} skipped: {found}")
+            continue
+        done.append((rung, found))
+        first, before = done[0][1], done[max(0, len(done) - 2)][1]
+        print(
+            f"{rung.name:<18} {1e3 * found.seconds:>7,.0f} {found.tokens_per_second:>9,.0f} {found.tflops:>7.3g} "
+            f"{found.memory_bytes / 1e6:>6,.0f} {before.seconds / found.seconds:>9.2f} {first.seconds / found.seconds:>8.2f} "
+            f"{found.first_seconds:>7.1f} s",
+            flush=True,
+        )
+    if not done:
+        raise UserError("no rung could be timed.")
+    rows = [_row(rung, found, done[0][1], peak) for rung, found in done]
+    print("\nlast loss and its difference from the first rung, on the same text:")
+    for row in rows:
+        print(f"  {row['rung']:<18} {row['loss']:.4f}  {row['loss_difference']:+.4f}")
+    top = done[-1][1]
+    print(f"\nbottom to top: {done[0][1].seconds / top.seconds:.1f} times as fast")
+    print(f"MFU {100 * top.tflops * 1e12 / peak:.0f}% of {source}")
+    if device == "cuda" and (config.run.micro_batch, config.data.seq_len) == (16, 1024):
+        for rung, found in done:
+            if rung.name in PUBLISHED:
+                print(f"  {rung.name:<18} {1e3 * found.seconds:>6,.0f} ms; a reference project on one A100: {PUBLISHED[rung.name]:,} ms")
+    print()
+    for line in bars([(row["rung"], row["ms"]) for row in rows]):
+        print(line)
+    if a.picture:
+        pictures.bars([(row["rung"], row["ms"]) for row in rows], "ms a step", f"{config.recipe} on {device}", Path(a.picture))
+    return {"rungs": rows, "skipped": skipped, "speedup": done[0][1].seconds / top.seconds, "peak": source}
+
+
+def _row(rung: Rung, found: Measured, first: Measured, peak: float) -> dict[str, Any]:
+    return {
+        "rung": rung.name, "ms": 1e3 * found.seconds, "ms_spread": [1e3 * s for s in found.spread],
+        "first_step_seconds": found.first_seconds,
+        "tokens_per_second": found.tokens_per_second, "tflops": found.tflops, "mfu": found.tflops * 1e12 / peak,
+        "memory_bytes": found.memory_bytes, "loss": found.losses[-1], "loss_difference": found.losses[-1] - first.losses[-1],
+    }  # fmt: skip
+
+
+def bars(rows: list[tuple[str, float]], width: int = 50) -> list[str]:
+    """A bar for each value, for the terminal."""
+    most = max(value for _, value in rows)
+    return [f"{name:<18} {'#' * max(1, round(width * value / most))} {value:,.0f}" for name, value in rows]
+
+
+def attention(config: Config, device: str, a: Any) -> dict[str, Any]:
+    """Plain softmax attention against the fused kernel, and what the whole step gains."""
+    rows = []
+    print(f"attention forward and backward, {config.model.n_head} heads of {config.model.head_dim}, 4 sequences, on {device}\n")
+    print("tokens   plain ms   fused ms   ratio   plain MB   fused MB")
+    for T in (256, 512, 1024, 2048, 4096):
+        found = {kind: bench.attention_apart(config, kind, T, a.rounds, device) for kind in ("plain", "flash")}
+        texts = [f"{1e3 * f.seconds:>10,.1f}" if not isinstance(f, str) else f"{'--':>10}" for f in found.values()]
+        plain, fused = found["plain"], found["flash"]
+        if isinstance(plain, str) or isinstance(fused, str):
+            print(f"{T:>6} {texts[0]} {texts[1]}   {plain if isinstance(plain, str) else fused}")
+            continue
+        rows.append({"tokens": T, "plain_ms": 1e3 * plain.seconds, "fused_ms": 1e3 * fused.seconds, "ratio": plain.seconds / fused.seconds})
+        print(
+            f"{T:>6} {texts[0]} {texts[1]} {plain.seconds / fused.seconds:>7.1f} {plain.memory_bytes / 1e6:>10,.0f} "
+            f"{fused.memory_bytes / 1e6:>10,.0f}",
+            flush=True,
+        )
+    step = {kind: bench.apart(config.override(attention=kind), a.rounds) for kind in ("plain", "flash")}
+    gain = 0.0
+    if not isinstance(step["plain"], str) and not isinstance(step["flash"], str):
+        gain = 1 - step["flash"].seconds / step["plain"].seconds
+        print(f"\nthe whole step at {config.run.micro_batch} x {config.data.seq_len}: {100 * gain:.1f}% less time with the fused kernel")
+        print("(reference projects: 7.6% less for the step; up to 6 times for attention alone)")
+    return {"attention": rows, "step_gain": gain}
+
+
+def train(config: Config, device: str, a: Any) -> dict[str, Any]:
+    """A training step beside transformers', and beside fp32 as scripts have it out of the box."""
+    sides: dict[str, Any] = {"anew": versus.our_step}
+    if versus.is_installed("transformers"):
+        sides["transformers"] = versus.their_step
+    sides["fp32, eager"] = versus.plain_step
+    config = config.override(precision="bf16" if device != "mps" else "fp32")
+    times = versus.alternate(sides, (config, device), a.rounds)
+    facts: dict[str, Any] = {"seconds": times}
+    print(f"{config.recipe}, {config.run.micro_batch} x {config.data.seq_len} tokens a step, on {device}, {a.rounds} turns\n")
+    for name, t in times.items():
+        rate = config.run.batch_tokens / statistics.median(t)
+        tflops = rate * flops_per_token(config.model, config.data.seq_len) / 1e12
+        print(f"{name:<13} {statistics.median(t):.3f} s a step  {rate:,.0f} tokens/s  {tflops:.3g} TFLOP/s")
+    _ratios(times, facts)
+    return facts
+
+
+def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
+    """Greedy decoding beside transformers' `generate`, both bf16."""
+    sides: dict[str, Any] = {"anew": versus.our_writing}
+    if versus.is_installed("transformers"):
+        sides["transformers"] = versus.their_writing
+    times = versus.alternate(sides, (config, device, a.rows, a.prompt_tokens, a.new_tokens), a.rounds)
+    facts: dict[str, Any] = {"seconds": times}
+    print(f"{config.recipe}, {a.rows} x ({a.prompt_tokens} + {a.new_tokens}) tokens, bf16, on {device}, {a.rounds} turns\n")
+    for name, t in times.items():
+        print(f"{name:<13} {a.rows * a.new_tokens / statistics.median(t):,.1f} tokens/s")
+    _ratios(times, facts)
+    return facts
+
+
+def _ratios(times: dict[str, list[float]], facts: dict[str, Any]) -> None:
+    for name in [n for n in times if n != "anew"]:
+        middle, low, high = versus.ratio(times["anew"], times[name])
+        facts[f"ratio_to_{name.split(',')[0]}"] = middle
+        print(f"{name} takes {middle:.2f} times as long ({low:.2f} to {high:.2f})")
+
+
+WHAT = {"ladder": ladder, "attention": attention, "train": train, "generate": generate}
