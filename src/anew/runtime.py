@@ -48,6 +48,13 @@ class Runtime:
         return DTYPES[self.precision]
 
 
+def cache_folder() -> Path:
+    """Where downloads, prepared data and compiled kernels go: $ANEW_CACHE, else $XDG_CACHE_HOME/anew, else ~/.cache/anew."""
+    if "ANEW_CACHE" in os.environ:
+        return Path(os.environ["ANEW_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "anew"
+
+
 def start(run: RunConfig) -> Runtime:
     """Choose device, precision and compiler, refuse what the machine lacks, and set torch's process-wide modes to match."""
     device = pick_device(run.device)

@@ -71,13 +71,18 @@ def plain_step(config: Any, device: str) -> Step:
     return our_step(config.override(**bench.BOTTOM), device)
 
 
-def our_writing(config: Any, device: str, rows: int, prompt: int, tokens: int) -> Step:
+def our_writing(config: Any, device: str, rows: int, prompt: int, tokens: int, int8: bool = False) -> Step:
     """The product's own cached decoding, greedy."""
     from anew import GPT, generate
 
     model = GPT(config.model, torch.bfloat16, seed=0).to(device).eval()
     prompts = torch.randint(50257, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
-    return lambda: generate(model, prompts, tokens, temperature=0.0)
+    return lambda: generate(model, prompts, tokens, temperature=0.0, int8=int8)
+
+
+def our_writing_int8(config: Any, device: str, rows: int, prompt: int, tokens: int) -> Step:
+    """The same with weights in 8 bits."""
+    return our_writing(config, device, rows, prompt, tokens, int8=True)
 
 
 def their_writing(config: Any, device: str, rows: int, prompt: int, tokens: int) -> Step:

@@ -26,6 +26,7 @@ from anew.data.others import open_others
 from anew.data.prepare import INDEX, PROGRESS
 from anew.data.shards import DataFolder, Shard
 from anew.data.splits import Settings
+from anew.runtime import cache_folder
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
@@ -110,7 +111,7 @@ def open_data(
             return DataFolder.open(before)
         revision = prepare.begun_at(before)
     source = sources.find(data, revision)
-    cached = sources.cache_folder() / "data" / f"{source.name}-{_in_a_path(wanted)}-{source.revision[:12]}"
+    cached = cache_folder() / "data" / f"{source.name}-{_in_a_path(wanted)}-{source.revision[:12]}"
     if (cached / INDEX).is_file():
         return DataFolder.open(cached)
     log.info(f"preparing {data} with the {wanted} tokenizer into {cached}")
@@ -137,7 +138,7 @@ def _preparing(data: str, revision: str, settings: Settings, cached: Path, disk_
 
 def _begun(data: str, tokenizer: str) -> Path | None:
     """The latest preparation of a dataset: a run goes on with it whatever the hub has meanwhile, and asks nobody once it is done."""
-    folders = (sources.cache_folder() / "data").glob(f"{sources.cache_name(data)}-{_in_a_path(tokenizer)}-*")
+    folders = (cache_folder() / "data").glob(f"{sources.cache_name(data)}-{_in_a_path(tokenizer)}-*")
     return max((f for f in folders if prepare.begun_at(f)), key=lambda f: f.stat().st_mtime, default=None)
 
 

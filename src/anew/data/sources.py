@@ -30,18 +30,12 @@ from anew.config import UserError
 from anew.data import hub_data, readers
 from anew.data.hub_data import HubFile
 from anew.data.shards import sha256_of
+from anew.runtime import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "lib2to3", "ensurepip"}
 HUB_SPEC = re.compile(r"([\w.-]+/[\w.-]+):([^:]+):([^:]+)(?::([^:]+))?")
-
-
-def cache_folder() -> Path:
-    """Where downloads and prepared data go: $ANEW_CACHE, else $XDG_CACHE_HOME/anew, else ~/.cache/anew."""
-    if "ANEW_CACHE" in os.environ:
-        return Path(os.environ["ANEW_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "anew"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from anew.config import UserError
 from anew.data import sources
 from anew.data.shards import sha256_of
 from anew.evaluate.score import Question, Scored
+from anew.runtime import cache_folder
 from anew.tokenizer import Tokenizer
 
 Result = dict[str, Any]  # what is kept of one example: numbers and lists of numbers, as JSON can hold them
@@ -37,7 +38,7 @@ class Remote:
 
     @property
     def path(self) -> Path:
-        return sources.cache_folder() / "downloads" / self.url.rsplit("/", 1)[1]
+        return cache_folder() / "downloads" / self.url.rsplit("/", 1)[1]
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ def train(config: Config, device: str, a: Any) -> dict[str, Any]:
 def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
     """Greedy decoding beside transformers' `generate`, both bf16."""
     sides: dict[str, Any] = {"anew": versus.our_writing}
+    if a.rows == 1 and device == "cpu" and config.model.n_embd % 32 == 0:
+        sides["anew, int8"] = versus.our_writing_int8
     if versus.is_installed("transformers"):
         sides["transformers"] = versus.their_writing
     times = versus.alternate(sides, (config, device, a.rows, a.prompt_tokens, a.new_tokens), a.rounds)
@@ -162,10 +164,14 @@ def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
 
 
 def _ratios(times: dict[str, list[float]], facts: dict[str, Any]) -> None:
-    for name in [n for n in times if n != "anew"]:
+    for name in [n for n in times if not n.startswith("anew")]:
         middle, low, high = versus.ratio(times["anew"], times[name])
         facts[f"ratio_to_{name.split(',')[0]}"] = middle
         print(f"{name} takes {middle:.2f} times as long ({low:.2f} to {high:.2f})")
+        if "anew, int8" in times:
+            middle, low, high = versus.ratio(times["anew, int8"], times[name])
+            facts[f"int8_ratio_to_{name}"] = middle
+            print(f"    {middle:.2f} times as long as with int8 weights ({low:.2f} to {high:.2f})")
 
 
 WHAT = {"ladder": ladder, "attention": attention, "train": train, "generate": generate}

@@ -15,7 +15,6 @@ import tyro
 
 from anew import parallel, runtime, weights
 from anew.config import Config, UserError
-from anew.data import sources
 from anew.data.open import open_data
 from anew.evaluate import runner
 from anew.evaluate.corpora import Corpus
@@ -24,6 +23,7 @@ from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS, Validation, with_stride
 from anew.model import GPT
 from anew.parallel import World
+from anew.runtime import cache_folder
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
@@ -190,7 +190,7 @@ def _report(
     task: Task, examples: list[Example], subject: Subject, precision: str, device: torch.device, world: World, fresh: bool
 ) -> runner.Report:
     kind = precision + " compiled" * runner.compile_blocks(subject.model, examples)
-    store = sources.cache_folder() / "evaluations" / runner.key(task.name, subject.sha256, kind, device.type, examples)
+    store = cache_folder() / "evaluations" / runner.key(task.name, subject.sha256, kind, device.type, examples)
     if fresh and world.rank == 0:
         for path in store.glob("*.jsonl"):
             path.unlink()

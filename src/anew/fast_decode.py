@@ -1,0 +1,199 @@
+"""Decoding at the speed of memory: weights are packed once instead of cast at every layer and token.
+
+    decoder = pack(model, rows=1)                   # None in fp32, where packing would change nothing
+    logits = decoder.step(ids, cache)               # (B,) ids behind what the cache holds -> (B, 50257)
+
+Weights are kept in fp32 and cast where they are used: in training that costs little, in decoding it is most of the work. Several rows go
+through torch with a copy of the matrices in the activations' dtype. One row on a CPU goes through kernels/decode.cpp, compiled at
+first use (two seconds) and kept in the cache folder: torch pays some microseconds for each of 200 operations, and a token of GPT-2
+needs no more than its 248 MB of bf16 read once.
+
+With `int8` that one row's matrices are stored in 8 bits with a scale for every 32 values, as in llama.cpp's q8_0. That halves what is
+read and changes the model a little, so it has to be asked for.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anew.model import GPT, MLP, Attention, Block, Cache, Linear
+from anew.runtime import cache_folder
+
+log = logging.getLogger("anew")
+
+SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+GROUP = 32  # values that share a scale, as in decode.cpp
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("ln_1_weight", ctypes.c_void_p), ("ln_1_bias", ctypes.c_void_p), ("attention", _Matrix), ("projection", _Matrix),
+        ("ln_2_weight", ctypes.c_void_p), ("ln_2_bias", ctypes.c_void_p), ("wide", _Matrix), ("narrow", _Matrix),
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "heads", "width", "capacity", "vocabulary")),
+        ("epsilon", ctypes.c_float), ("layer", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("wte", "wpe", "ln_f_weight", "ln_f_bias")), ("head", _Matrix),
+    ]  # fmt: skip
+
+
+class Reordered(nn.Module):
+    """x W + b with W (out, in) in the order in which oneDNN multiplies: torch would bring it into that order for every token."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)  # 16: rows to expect
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return product
+
+
+class Packed(GPT):
+    """A model with a copy of its matrices in the dtype that it computes in; the tables that ids are looked up in are shared."""
+
+    def __init__(self, model: GPT) -> None:
+        with torch.device("meta"):
+            super().__init__(model.config, model.compute_dtype, seed=None)
+        for name, p in model.named_parameters():
+            module, _, kind = name.rpartition(".")
+            table = module.endswith(("wte", "wpe"))
+            value = p.detach() if table else p.detach().to(model.compute_dtype)
+            setattr(self.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+        self.matrix: Tensor | Reordered = model.transformer.wte.weight.detach()[: model.config.vocab_size].to(model.compute_dtype)
+        if self.matrix.device.type == "cpu" and model.compute_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+            self.matrix = Reordered(self.matrix, None)
+            for parent in [module for module in self.modules() if isinstance(module, Attention | MLP)]:
+                for name, child in [*parent.named_children()]:
+                    linear = cast(Linear, child)
+                    setattr(parent, name, Reordered(linear.weight.detach().t(), linear.bias.detach()))
+        self.eval()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> logits (..., 50257)."""
+        return self.matrix(hidden) if isinstance(self.matrix, Reordered) else F.linear(hidden, self.matrix)
+
+    def step(self, ids: list[int], cache: Cache) -> Tensor:
+        """Logits (B, 50257) after one more id a row; the cache is one token longer."""
+        return self.head(self.hidden(torch.tensor(ids, device=cache.lengths.device)[:, None], cache)[:, -1])
+
+
+class Kernel:
+    """Weights as the kernel reads them, for one row."""
+
+    def __init__(self, model: GPT, library: ctypes.CDLL, int8: bool) -> None:
+        self.library, self.int8, self.kept = library, int8, list[Tensor]()  # tensors whose memory the structures point to
+        t, c = model.transformer, model.config
+        layers = (_Layer * c.n_layer)()
+        for layer, block in zip(layers, cast(Iterable[Block], t.h), strict=True):
+            a, m = block.attn, block.mlp
+            layer.ln_1_weight, layer.ln_1_bias = self._keep(block.ln_1.weight), self._keep(block.ln_1.bias)
+            layer.ln_2_weight, layer.ln_2_bias = self._keep(block.ln_2.weight), self._keep(block.ln_2.bias)
+            layer.attention, layer.projection = (self._matrix(linear.weight.t(), linear.bias) for linear in (a.c_attn, a.c_proj))
+            layer.wide, layer.narrow = (self._matrix(linear.weight.t(), linear.bias) for linear in (m.c_fc, m.c_proj))
+        self.layers, self.vocab_size, self.width = layers, c.vocab_size, c.n_embd
+        tables = (self._keep(p) for p in (t.wte.weight, t.wpe.weight, t.ln_f.weight, t.ln_f.bias))
+        head = self._matrix(t.wte.weight[: c.vocab_size], None)
+        self.model = _Model(c.n_layer, c.n_head, c.n_embd, 0, c.vocab_size, c.layer_norm_epsilon, layers, *tables, head)
+
+    def step(self, ids: list[int], cache: Cache) -> Tensor:
+        """Logits (1, 50257) after one more id; the cache is one token longer."""
+        logits, scratch = torch.empty(1, self.vocab_size), torch.empty(9 * self.width)
+        self.model.capacity = cache.keys.size(3)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (cache.keys, cache.values, scratch, logits))
+        where = ctypes.c_int64(ids[0]), ctypes.c_int64(cache.used)
+        self.library.anew_decode(ctypes.byref(self.model), *where, *pointers, ctypes.c_int(torch.get_num_threads()))
+        cache.lengths = cache.lengths + 1
+        cache.used += 1
+        return logits
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor.detach().float().contiguous())
+        return self.kept[-1].data_ptr()
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
+        """A (out, in) matrix in bf16 or int8."""
+        weight, scales = weight.detach().float(), None
+        if self.int8:
+            values, scale = quantised(weight)
+            self.kept += [values, scale]
+            scales = scale.data_ptr()
+        else:
+            values = weight.to(torch.bfloat16).contiguous()
+            self.kept.append(values)
+        return _Matrix(values.data_ptr(), scales, None if bias is None else self._keep(bias))
+
+
+_PACKED: WeakKeyDictionary[GPT, tuple[Any, Packed | Kernel]] = WeakKeyDictionary()  # as long as the model is there and unchanged
+
+
+def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Kernel | None:
+    """What decodes `rows` sequences at once from this model; None where the weights are computed with as they are."""
+    on_cpu = model.transformer.wte.weight.device.type == "cpu" and model.compute_dtype == torch.bfloat16
+    library = _library() if on_cpu and rows == 1 else None
+    if int8 and (library is None or model.config.n_embd % GROUP):
+        log.warning(
+            "int8 weights are for one text at a time on a CPU in bf16, with a C++ compiler and a width that 32 divides; going on without"
+        )
+        int8 = False
+    if model.compute_dtype == torch.float32:
+        return None
+    state = library is not None, int8, tuple((p.data_ptr(), p._version) for p in model.parameters())  # training changes the versions
+    held = _PACKED.get(model)
+    if held is None or held[0] != state:
+        held = _PACKED[model] = (state, Packed(model) if library is None else Kernel(model, library, int8))
+    return held[1]
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) fp32 -> int8 (out, in) and scales (out, in / 32): the largest of 32 values becomes 127."""
+    groups = weight.reshape(weight.size(0), -1, GROUP)
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    values = (groups / scales.clamp(min=1e-30)).round().to(torch.int8)
+    return values.reshape(weight.shape).contiguous(), scales.squeeze(-1).contiguous()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernel; None, with a line that says so, where it cannot be had."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.system() != "Linux":
+        return None
+    kind = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[-1].split("\n", 1)[0]  # -march=native is of one kind of CPU
+    name = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, kind)).encode()).hexdigest()[:16]
+    path = cache_folder() / "kernels" / f"decode-{name}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], check=True, capture_output=True, text=True)
+            os.replace(temporary, path)
+        library: Any = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", "") or str(error)
+        log.info(f"decoding with torch, since the kernel could not be compiled: {why.strip().splitlines()[-1][:200]}")
+        return None
+    library.anew_decode.restype = None
+    return library
