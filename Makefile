@@ -24,9 +24,8 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m anew train demo
 
-# Two at a time with one thread each: many tests wait for processes, and threads that spin for work slow each other tenfold.
 test: .venv/.launcher
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest
 
 faults: setup
 	$(BIN)/python -m tests.faults.programme --full --write

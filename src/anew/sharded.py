@@ -10,12 +10,10 @@ is the same in both modes, so a run may change from one to the other.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from anew.model import GPT
 from anew.parallel import World
@@ -23,6 +21,8 @@ from anew.parallel import World
 
 def shard(model: GPT) -> None:
     """Cut each block on its own (it is put together only while it computes), then what is around the blocks."""
+    from torch.distributed.fsdp import fully_shard  # takes 0.7 s, so not for everybody
+
     for block in model.transformer.h:
         fully_shard(block)
     fully_shard(model)
@@ -30,13 +30,13 @@ def shard(model: GPT) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Has `shard` been here?"""
-    return isinstance(model, FSDPModule)
+    return hasattr(model, "reshard")
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Whole weights on every rank, without any exchange inside the block; costs a whole model's memory."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts: list[Any] = [module for module in model.modules() if is_sharded(module)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -50,7 +50,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be cut; every rank has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
@@ -60,8 +60,11 @@ def fill(target: Tensor, value: Tensor | None, world: World) -> None:
         target.copy_(cast(Tensor, value))
         return
     full = torch.empty(target.shape, dtype=target.dtype, device=target.device) if value is None else value.to(target.device, target.dtype)
-    if isinstance(target, DTensor):
-        target.to_local().copy_(distribute_tensor(full, target.device_mesh, target.placements).to_local())
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        part: Any = target
+        part.to_local().copy_(distribute_tensor(full, part.device_mesh, part.placements).to_local())
     else:
         full = full.contiguous()
         distributed.broadcast(full, 0)
