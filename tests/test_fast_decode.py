@@ -109,6 +109,7 @@ def test_a_model_that_was_trained_on_is_packed_anew() -> None:
 
 def test_what_is_packed_where(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pack(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32)), 1) is None, "fp32 stays as it is"
+    assert pack(model_of().train(), 1) is None, "no second copy of a model in training"
     assert isinstance(pack(model_of(n_embd=36, n_head=2), 1, int8=True), Kernel)
     assert "int8 weights are for one text" in caplog.text
     monkeypatch.setattr("anew.fast_decode._library", lambda: None)

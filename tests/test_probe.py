@@ -48,6 +48,25 @@ def test_less_memory_means_smaller_micro_batches_down_to_one(config: Config, mon
     assert not state.optimizers[0].state
 
 
+def test_when_only_one_fits_it_is_one_and_when_none_does_all_ranks_say_so(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, real = state_of(config), probe._peak
+    monkeypatch.setattr(probe, "_peak", lambda state, n: real(state, n) if n == 1 else None)
+    assert probe.find_micro_batch(state)[0] == 1
+    monkeypatch.undo()
+    found = run_ranks(2, of_starved_rank, config)
+    assert [kind for kind, _ in found] == ["UserError"] * 2
+    assert all("not even one sequence fits" in text for _, text in found)
+
+
+def of_starved_rank(config: Config) -> Any:
+    """The second rank has no memory at all; the first must not wait for it."""
+    import os
+
+    real = probe._peak
+    probe._peak = lambda state, n: None if os.environ["RANK"] == "1" else real(state, n)
+    return train(config).step
+
+
 def limited(config: Config, more: int) -> str:
     """Train with at most `more` bytes of address space beyond what the process has."""
     resource.setrlimit(resource.RLIMIT_AS, (probe._of_process("VmSize") + more, -1))

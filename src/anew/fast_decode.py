@@ -150,7 +150,12 @@ _PACKED: WeakKeyDictionary[GPT, tuple[Any, Packed | Kernel]] = WeakKeyDictionary
 
 
 def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Kernel | None:
-    """What decodes `rows` sequences at once from this model; None where the weights are computed with as they are."""
+    """What decodes `rows` sequences at once from this model; None where the weights are computed with as they are.
+
+    A model in training is one of these: its weights change before the next text, and its device has no room for a second copy.
+    """
+    if model.training:
+        return None
     on_cpu = model.transformer.wte.weight.device.type == "cpu" and model.compute_dtype == torch.bfloat16
     library = _library() if on_cpu and rows == 1 else None
     if int8 and (library is None or model.config.n_embd % GROUP):
@@ -160,7 +165,7 @@ def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Kernel | None:
         int8 = False
     if model.compute_dtype == torch.float32:
         return None
-    state = library is not None, int8, tuple((p.data_ptr(), p._version) for p in model.parameters())  # training changes the versions
+    state = library is not None, int8, tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
     held = _PACKED.get(model)
     if held is None or held[0] != state:
         held = _PACKED[model] = (state, Packed(model) if library is None else Kernel(model, library, int8))

@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= SHARE * self.gpu.memory_gb * 1e9
+        return _fits(self.memory, self.gpu)
 
 
 def memory_of(config: Config, micro_batch: int, ranks: int, precision: str, compiled: bool = True) -> Memory:

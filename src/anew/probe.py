@@ -38,16 +38,21 @@ def find_micro_batch(state: State) -> tuple[int, str]:
     if room is None or len(choices) == 1:
         return choices[-1], f"micro-batch {choices[-1]}" + " (memory cannot be measured here)" * (room is None)
     one, two = _peak(state, 1), _peak(state, 2)
-    if one is None or two is None:
-        raise UserError("not even two sequences fit into memory; lower --seq-len, choose a smaller model or --parallel fsdp.")
     parts = [p.to_local() if state.is_sharded else p for p in state.params]  # type: ignore[attr-defined]
     moments = sum(p.numel() for p in parts) * MOMENT_BYTES[state.config.optim.optimizer] if not state.optimizers[0].state else 0
-    needs = {n: one + (two - one) * (n - 1) + moments for n in choices}
-    fitting = [n for n in choices if needs[n] <= SHARE * room] or choices[:1]
-    found = min(world.gather(fitting[-1]))
+    needs = {1: (one or 0) + moments}
+    if one is not None and two is not None:
+        needs = {n: one + (two - one) * (n - 1) + moments for n in choices}
+    fitting = [n for n in needs if needs[n] <= SHARE * room] or [1]
+    found = min(world.gather(0 if one is None else fitting[-1]))
+    if found == 0:
+        none = UserError("not even one sequence fits into memory; lower --seq-len, choose a smaller model or --parallel fsdp.")
+        none.everywhere = True
+        raise none
     while device.type == "cuda" and not all(world.gather(_peak(state, found) is not None)) and found > 1:
         found = max(n for n in choices if n < found)
-    return found, f"micro-batch {found}: needs about {needs[found] / 1e9:.1f} of {room / 1e9:.1f} GB"
+    needed = f": needs about {needs[found] / 1e9:.1f} of {room / 1e9:.1f} GB" if found in needs else ""
+    return found, f"micro-batch {found}{needed}"
 
 
 def _peak(state: State, sequences: int) -> int | None:
