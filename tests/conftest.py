@@ -9,6 +9,9 @@ import torch
 
 from anew.config import Config
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported: its kernels then run on a CPU
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 

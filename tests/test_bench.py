@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import anew
-from anew import bench, runtime, versus
+from anew import bench, rivals, runtime, versus
 from anew.cli import main
+from anew.config import UserError
 from anew.state import State
 from anew.train import train_step
 from tests.faults.common import tiny
@@ -26,7 +27,7 @@ def test_the_ladder_prints_draws_and_counts(capsys: pytest.CaptureFixture[str], 
     facts = json.loads(out.splitlines()[-1])
     names = [row["rung"] for row in facts["rungs"]]
     assert names == [r.name for r in bench.RUNGS if "cpu" in r.devices]
-    assert facts["skipped"] == {"TF32 matrices": "only NVIDIA GPUs have TF32"}
+    assert facts["skipped"] == {"TF32 matrices": "only NVIDIA GPUs have TF32", "cuDNN's attention": "cuDNN is NVIDIA's"}
     for row in facts["rungs"]:
         assert row["ms"] > 0
         assert row["tokens_per_second"] == pytest.approx(64 / row["ms"] * 1e3)
@@ -82,6 +83,31 @@ def test_side_by_side_with_transformers(what: str, more: list[str], capsys: pyte
     assert [len(t) for t in facts["seconds"].values()] == [2] * len(facts["seconds"])
     assert "transformers takes" in out
     assert [line for line in out.splitlines()[:-1] if len(line) > 80] == []
+
+
+def test_evaluate_and_prepare_beside_the_usual_way(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    questions = [{"ind": i, "ctx": f"A cook stands in kitchen {i}. She", "endings": ["stirs", "flies off", "is a car", "sings"], "label": 0}
+                 for i in range(12)]  # fmt: skip
+    file = tmp_path / "hellaswag_val.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps(q | {"ctx_a": "A", "ctx_b": "b", "activity_label": "Cooking", "source_id": "1", "split": "val"}) + "\n"
+            for q in questions
+        )
+    )
+    for what, other in (
+        (["evaluate", "--file", str(file), "--examples", "3"], "one at a time"), (["prepare", "--documents", "20"], "script"),
+    ):  # fmt: skip
+        main(["bench", *what, "--rounds", "1", "--device", "cpu", "--json"])
+        out = capsys.readouterr().out
+        facts = json.loads(out.splitlines()[-1])
+        assert set(facts["seconds"]) == {"anew", other}
+        assert facts[f"ratio_to_{other.replace(' ', '_')}"] > 0
+
+
+def test_a_side_that_dies_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="the process of other ended"):
+        versus.alternate({"other": rivals.text_of}, (), 1)
 
 
 def test_ratios_are_of_neighbouring_turns() -> None:

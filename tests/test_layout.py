@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 LEVELS = [
-    {"config", "attention"},
-    {"devices"},
+    {"config", "attention", "kernels.cross_entropy"},
+    {"devices", "head"},
     {
         "model",
         "tokenizer",
@@ -54,14 +54,14 @@ LEVELS = [
         "evaluate.during",
         "export",
         "saver",
-        "probe",
+        "profiling",
     },
     {"probe"},
     {"begin"},
     {"train"},
     {"demo"},
-    {"bench", "pictures"},
-    {"plan", "versus"},
+    {"bench", "pictures", "versus"},
+    {"plan", "rivals"},
     {"verbs.settings"},
     {"verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export", "verbs.plan", "verbs.bench"},
     {"cli"},
@@ -88,7 +88,7 @@ OWNERS = {
     "huggingface_hub": {"hub", "data.hub_data"},
     "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare", "begin"},
     "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"},
-    "transformers": {"versus"}, "matplotlib": {"pictures"}, "datasets": set(),
+    "triton": {"kernels.cross_entropy"}, "llama_cpp": {"rivals"}, "transformers": {"rivals"}, "matplotlib": {"pictures"}, "datasets": set(),
 }  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """The network against transformers, against its own plain formula, and against the definition of causality."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from anew import model as anew_model
+from anew import head
 from anew.attention import TILE, TiledBackward, plain_attention
 from anew.config import GPTConfig
 from anew.model import GPT, Cache, count_parameters, flops_per_token, gelu
@@ -99,7 +100,7 @@ def test_compiled_training_takes_the_same_step_as_eager() -> None:
 
 @pytest.mark.parametrize("rows", [7, 2 * 64 + 30])
 def test_chunked_loss_and_gradients_are_those_of_float64(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anew.model.LOSS_CHUNK", 64)
+    monkeypatch.setattr("anew.head.CHUNK", 64)
     config = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=rows, vocab_size=300)
     model = GPT(config, seed=1)
     ids, targets = ids_for(config, 1, rows), ids_for(config, 1, rows, 1)
@@ -139,8 +140,8 @@ def test_fp16_gradients_are_neither_lost_nor_infinite() -> None:
 
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = anew_model._chunk_loss
-    monkeypatch.setattr(anew_model, "_chunk_loss", lambda *a: (asked.append(a[-1]), original(*a))[1])
+    original = head.chunk_loss
+    monkeypatch.setattr(head, "chunk_loss", lambda *a: (asked.append(a[-1]), original(*a))[1])
     model, ids = GPT(SMALL), ids_for(SMALL, 1, 8)
     with torch.no_grad():
         model(ids, ids)
@@ -198,3 +199,33 @@ def test_dropout_drops_in_training_only() -> None:
     assert not torch.equal(model(ids), model(ids))
     model.eval()
     assert torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_blocks_give_the_same_gradients(compiled: bool) -> None:
+    """With dropout too: the second time draws the same numbers."""
+    if compiled and not pick_compile("auto", torch.device("cpu"))[0]:
+        pytest.skip("there is no compiler here")
+    ids = ids_for(SMALL, 2, 16)
+    gradients = []
+    for recompute in (False, True):
+        config = dataclasses.replace(SMALL, dropout=0.0 if compiled else 0.2, recompute=recompute)
+        model = GPT(config, seed=8)
+        run = torch.compile(model, dynamic=False) if compiled else model
+        torch.manual_seed(5)
+        run(ids, ids.roll(-1, 1)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if compiled else 0, atol=1e-7 if compiled else 0)
+
+
+def test_recomputed_blocks_keep_less() -> None:
+    kept = []
+    for recompute in (False, True):
+        config = dataclasses.replace(SMALL, recompute=recompute)
+        saved: dict[int, torch.Tensor] = {}
+        kept.append(saved)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.setdefault(id(t), t), lambda t: t):
+            GPT(config)(ids_for(SMALL, 2, 16), ids_for(SMALL, 2, 16))
+    before, after = (sum(t.numel() for t in saved.values()) for saved in kept)
+    assert after < 0.5 * before

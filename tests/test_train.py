@@ -1,6 +1,7 @@
 """The promises of training: bit for bit after a stop, the same at any micro-batch, and never disturbed by looking."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from anew.preempt import Preempted
 from anew.state import State
 from anew.train import _seed, train, train_step
 from tests.conftest import shared
+from tests.faults.common import tiny
 
 GOLDEN = [5.539498, 5.361929, 5.247861, 5.134156, 5.015452, 4.90322, 4.771688, 4.706358, 4.611162, 4.591778]
 
@@ -353,3 +355,22 @@ def test_bpe_on_real_shakespeare(tiny: Config) -> None:
     result = train(config)
     assert result.val_loss is not None
     assert 9 < result.val_loss < 10.9  # a little under ln 50257 = 10.82
+
+
+def test_a_profile_is_a_trace_of_the_steps_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny(tmp_path / "run", steps=8, profile=3)
+    train(config)
+    events = json.loads((config.folder / "trace.json").read_text())["traceEvents"]
+    steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
+    assert any(e.get("name") == "aten::mm" for e in events)
+    assert "profile of 3 steps" in caplog.text
+    train(tiny(tmp_path / "short", steps=2, warmup_steps=1, profile=3))
+    assert "no profile was written" in caplog.text
+
+
+def test_the_collector_of_cycles_is_quiet_while_steps_are_taken(tmp_path: Path) -> None:
+    seen = []
+    train(tiny(tmp_path / "run", steps=2, warmup_steps=1), lambda row: seen.append(gc.isenabled()))
+    assert seen == [False, False]
+    assert gc.isenabled()

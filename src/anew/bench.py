@@ -75,7 +75,8 @@ RUNGS = (
     Rung("flash attention", {"attention": "flash"}),
     Rung("padded vocabulary", {"pad_vocabulary": True}),
     Rung("fused AdamW", {"fused": True}),
-    Rung("loss in chunks", {"head": "chunked"}),
+    Rung("loss in chunks", {"head": "chunked"}),  # on CUDA by a kernel of one's own
+    Rung("cuDNN's attention", {"attention": "cudnn"}, devices=("cuda",), lacking="cuDNN is NVIDIA's"),
 )
 
 
@@ -148,7 +149,7 @@ def text_batch(config: Config, device: torch.device) -> list[tuple[torch.Tensor,
     tokenizer, T = Tokenizer.named("gpt2" if config.model.vocab_size > 50_000 else "bytes"), config.data.seq_len
     needed = config.batch_sequences * T + 1
     ids: list[int] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    for path in stdlib():
         ids += tokenizer.encode(path.read_text(encoding="utf-8", errors="replace"))
         if len(ids) >= needed:
             break
@@ -158,6 +159,11 @@ def text_batch(config: Config, device: torch.device) -> list[tuple[torch.Tensor,
     micro, _ = config.micro_batches(1)
     inputs, targets = flat[:-1].view(-1, T), flat[1:].view(-1, T)
     return list(zip(inputs.split(micro), targets.split(micro), strict=True))
+
+
+def stdlib() -> list[Path]:
+    """Real text that is on every machine."""
+    return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
 
 def at(config: Config, micro_batch: int, seq_len: int) -> Config:

@@ -30,9 +30,9 @@ MOST_IDS = 65_536  # shards hold tokens as uint16
 VOCAB_MULTIPLE = 128  # rows of `wte` are stored to a multiple of this: 50257 -> 50304 = 393 x 2^7
 
 
-def rounded_up(vocab_size: int) -> int:
-    """The next multiple of 128."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+def rounded_up(n: int, multiple: int = VOCAB_MULTIPLE) -> int:
+    """The next multiple of 128, or of another number."""
+    return -(-n // multiple) * multiple
 
 
 def setting(default: Any, help: str, may_change: bool = False, **metadata: Any) -> Any:
@@ -52,8 +52,13 @@ class GPTConfig:
     layer_norm_epsilon: float = setting(1e-5, "added to the variance in layer norm", flag=False)
     dropout: float = setting(0.0, "share of activations dropped in training; GPT-2 reproductions use none")
     wpe_std: float = setting(0.01, "initial std of the position embedding; OpenAI's is 0.01, many reproductions use 0.02")
-    attention: Literal["flash", "plain"] = setting("flash", "flash: the fused kernel; plain: the formula, for reading and comparison")
+    attention: Literal["flash", "cudnn", "plain"] = setting(
+        "flash", "flash: torch's fused kernel; cudnn: NVIDIA's, on its GPUs; plain: the formula, for reading and comparison"
+    )
     head: Literal["chunked", "plain"] = setting("chunked", "loss: in chunks of rows, never all logits at once; plain: all, for comparison")
+    recompute: bool = setting(
+        False, "keep each block's input only and compute the rest again going backward: less memory, a third more work", may_change=True
+    )
     pad_vocabulary: bool = setting(True, "store `wte` with rows to a multiple of 128; padding takes no part in anything")
 
     @property
@@ -142,6 +147,7 @@ class RunConfig:
     sample_every: int = setting(0, "steps between samples; 0: never", may_change=True)
     sample_prompt: str = setting("\n", "text that the samples continue", may_change=True)
     sample_tokens: int = setting(128, "tokens a sample", may_change=True)
+    profile: int = setting(0, "record this many steps, from the third on, into trace.json for ui.perfetto.dev", may_change=True)
     log_every: int = setting(10, "steps between lines on the console; metrics.jsonl has every step", may_change=True)
 
 
@@ -248,8 +254,8 @@ class Config:
             (r.save_minutes < 0, f"save_minutes {r.save_minutes:g} is negative."),
             (r.timeout_seconds <= 0 or r.spike_z <= 0, "timeout_seconds and spike_z must be above 0."),
             (
-                min(r.keep, r.keep_every, r.evaluate_every, r.evaluate_limit, r.sample_every, r.sample_tokens) < 0,
-                "keep, keep_every, evaluate_every, evaluate_limit, sample_every and sample_tokens cannot be negative.",
+                min(r.keep, r.keep_every, r.evaluate_every, r.evaluate_limit, r.sample_every, r.sample_tokens, r.profile) < 0,
+                "keep, keep_every, evaluate_every, evaluate_limit, sample_every, sample_tokens and profile cannot be negative.",
             ),
             (not 0 <= r.seed < 2**63, f"seed {r.seed} must be between 0 and 2^63 - 1."),
             (r.parallel == "fsdp" and o.optimizer == "muon", "muon needs whole matrices, and fsdp cuts them; use --parallel ddp."),

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anew.model import GPT, MLP, Attention, Block, Cache, Linear
+from anew.config import rounded_up
+from anew.model import GPT, Block, Cache
 from anew.runtime import cache_folder
 
 log = logging.getLogger("anew")
@@ -58,19 +59,6 @@ class _Model(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Reordered(nn.Module):
-    """x W + b with W (out, in) in the order in which oneDNN multiplies: torch would bring it into that order for every token."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)  # 16: rows to expect
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return product
-
-
 class Packed(GPT):
     """A model with a copy of its matrices in the dtype that it computes in; the tables that ids are looked up in are shared."""
 
@@ -82,22 +70,118 @@ class Packed(GPT):
             table = module.endswith(("wte", "wpe"))
             value = p.detach() if table else p.detach().to(model.compute_dtype)
             setattr(self.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
-        self.matrix: Tensor | Reordered = model.transformer.wte.weight.detach()[: model.config.vocab_size].to(model.compute_dtype)
-        if self.matrix.device.type == "cpu" and model.compute_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-            self.matrix = Reordered(self.matrix, None)
-            for parent in [module for module in self.modules() if isinstance(module, Attention | MLP)]:
-                for name, child in [*parent.named_children()]:
-                    linear = cast(Linear, child)
-                    setattr(parent, name, Reordered(linear.weight.detach().t(), linear.bias.detach()))
+        self.matrix = model.transformer.wte.weight.detach()[: model.config.vocab_size].to(model.compute_dtype)
         self.eval()
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., C) -> logits (..., 50257)."""
-        return self.matrix(hidden) if isinstance(self.matrix, Reordered) else F.linear(hidden, self.matrix)
+        return F.linear(hidden, self.matrix)
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257) after one more id a row; the cache is one token longer."""
         return self.head(self.hidden(torch.tensor(ids, device=cache.lengths.device)[:, None], cache)[:, -1])
+
+
+class Graphed(Packed):
+    """A packed model on an NVIDIA GPU, where a step of 200 small kernels is recorded once and played back for each token.
+
+    What is recorded has fixed shapes: attention over the next multiple of 128 slots of the cache, of which each row sees its own.
+    """
+
+    SLOTS = 128
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model)
+        self.keys: Tensor | None = None  # of the cache that the recordings are of
+        self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}  # by slots: ids, lengths, logits
+
+    def step(self, ids: list[int], cache: Cache) -> Tensor:
+        """Logits (B, 50257), until the next step, after one more id a row; the cache is one token longer."""
+        if self.keys is not cache.keys:
+            self.keys, self.recordings = cache.keys, {}
+        slots = min(cache.keys.size(3), rounded_up(cache.used + 1, self.SLOTS))
+        if slots not in self.recordings:
+            self.recordings[slots] = self._record(slots, cache)
+        graph, static_ids, lengths, logits = self.recordings[slots]
+        static_ids.copy_(torch.tensor(ids)[:, None])
+        lengths.copy_(cache.lengths)
+        graph.replay()
+        cache.lengths = cache.lengths + 1
+        cache.used += 1
+        return logits
+
+    def fixed(self, ids: Tensor, lengths: Tensor, slots: int, cache: Cache) -> Tensor:
+        """One step over `slots` slots of the cache's tensors: ids (B, 1), lengths (B,) -> logits (B, 50257). Moves no counter."""
+        view = Cache(cache.keys, cache.values, lengths, used=slots - 1, ragged=True)
+        return self.head(self.hidden(ids, view)[:, -1])
+
+    def _record(self, slots: int, cache: Cache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        lengths = cache.lengths.clone()
+        ids = torch.zeros(len(lengths), 1, dtype=torch.long, device=lengths.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once for real: libraries allocate what may not be allocated while recording
+            self.fixed(ids, lengths, slots, cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.fixed(ids, lengths, slots, cache)
+        return graph, ids, lengths, logits
+
+
+class Rows:
+    """Several rows on a CPU in bf16: matrix products by oneDNN, weights in its own order, and the kernel for what lies between them."""
+
+    def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
+        self.library, self.config = library, model.config
+        t = model.transformer
+        self.tables = t.wte.weight.detach(), t.wpe.weight.detach()
+        self.norms, self.products = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor | None]]()
+        for block in cast(Iterable[Block], t.h):
+            self.norms += [(norm.weight.detach().float(), norm.bias.detach().float()) for norm in (block.ln_1, block.ln_2)]
+            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                self.products.append((_reordered(linear.weight.detach().t()), linear.bias.detach().bfloat16()))
+        self.norms.append((t.ln_f.weight.detach().float(), t.ln_f.bias.detach().float()))
+        self.products.append((_reordered(t.wte.weight.detach()[: self.config.vocab_size]), None))
+
+    def step(self, ids: list[int], cache: Cache) -> Tensor:
+        """Logits (B, 50257) after one more id a row; the cache is one token longer."""
+        wte, wpe = self.tables
+        x = wte[ids] + wpe[cache.lengths]  # (B, C), fp32 throughout
+        norms, products = iter(self.norms), iter(self.products)
+        normed = self._norm(x, None, *next(norms))
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            qkv = _product(normed, *next(products))
+            mixed = torch.empty_like(normed)
+            pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (qkv, keys, values, cache.lengths, mixed))
+            sizes = (ctypes.c_int64(n) for n in (len(x), self.config.n_head, self.config.head_dim, keys.size(2)))
+            self.library.anew_attend(*pointers, *sizes, ctypes.c_int(torch.get_num_threads()))
+            normed = self._norm(x, _product(mixed, *next(products)), *next(norms))
+            wide = _product(normed, *next(products), "gelu", [], "tanh")
+            normed = self._norm(x, _product(wide, *next(products)), *next(norms))
+        cache.lengths = cache.lengths + 1
+        cache.used += 1
+        return _product(normed, *next(products))
+
+    def _norm(self, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        """x += added, and its layer norm in bf16."""
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        x_, added_, weight_, bias_, out_ = (ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (x, added, weight, bias, out))
+        epsilon, rows, width = ctypes.c_float(self.config.layer_norm_epsilon), ctypes.c_int64(x.size(0)), ctypes.c_int64(x.size(1))
+        self.library.anew_norm(x_, added_, weight_, bias_, epsilon, out_, rows, width, ctypes.c_int(torch.get_num_threads()))
+        return out
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    """(out, in) in the order in which oneDNN multiplies: torch would bring it into that order for every token."""
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous(), 16)  # 16: rows to expect
+    return reordered
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", scalars: Iterable[Any] = (), kind: str = "") -> Tensor:
+    """x W^T + bias, and a function of it."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, list(scalars), kind)
+    return product
 
 
 class Kernel:
@@ -138,6 +222,7 @@ class Kernel:
         weight, scales = weight.detach().float(), None
         if self.int8:
             values, scale = quantised(weight)
+            values = (values.short() + 128).to(torch.uint8)
             self.kept += [values, scale]
             scales = scale.data_ptr()
         else:
@@ -146,10 +231,10 @@ class Kernel:
         return _Matrix(values.data_ptr(), scales, None if bias is None else self._keep(bias))
 
 
-_PACKED: WeakKeyDictionary[GPT, tuple[Any, Packed | Kernel]] = WeakKeyDictionary()  # as long as the model is there and unchanged
+_PACKED: WeakKeyDictionary[GPT, tuple[Any, Packed | Rows | Kernel]] = WeakKeyDictionary()  # as long as the model is there and unchanged
 
 
-def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Kernel | None:
+def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Rows | Kernel | None:
     """What decodes `rows` sequences at once from this model; None where the weights are computed with as they are.
 
     A model in training is one of these: its weights change before the next text, and its device has no room for a second copy.
@@ -157,19 +242,29 @@ def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Kernel | None:
     if model.training:
         return None
     on_cpu = model.transformer.wte.weight.device.type == "cpu" and model.compute_dtype == torch.bfloat16
-    library = _library() if on_cpu and rows == 1 else None
-    if int8 and (library is None or model.config.n_embd % GROUP):
+    library = _library() if on_cpu else None
+    if int8 and (library is None or rows > 1 or model.config.n_embd % GROUP):
         log.warning(
             "int8 weights are for one text at a time on a CPU in bf16, with a C++ compiler and a width that 32 divides; going on without"
         )
         int8 = False
     if model.compute_dtype == torch.float32:
         return None
-    state = library is not None, int8, tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    if library is None or (rows > 1 and not torch.backends.mkldnn.is_available()):
+        kind: type = Graphed if model.transformer.wte.weight.device.type == "cuda" else Packed
+    else:
+        kind = Rows if rows > 1 else Kernel
+    state = kind, int8, tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
     held = _PACKED.get(model)
     if held is None or held[0] != state:
-        held = _PACKED[model] = (state, Packed(model) if library is None else Kernel(model, library, int8))
+        held = _PACKED[model] = (state, _decoder(kind, model, library, int8))
     return held[1]
+
+
+def _decoder(kind: type, model: GPT, library: ctypes.CDLL | None, int8: bool) -> Packed | Rows | Kernel:
+    if issubclass(kind, Packed) or library is None:
+        return kind(model)
+    return Rows(model, library) if kind is Rows else Kernel(model, library, int8)
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,5 +295,5 @@ def _library() -> ctypes.CDLL | None:
         why = getattr(error, "stderr", "") or str(error)
         log.info(f"decoding with torch, since the kernel could not be compiled: {why.strip().splitlines()[-1][:200]}")
         return None
-    library.anew_decode.restype = None
+    library.anew_decode.restype = library.anew_attend.restype = library.anew_norm.restype = None
     return library

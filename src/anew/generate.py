@@ -70,7 +70,7 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        for _ in range(n_tokens):
+        for written in range(n_tokens):
             if max(map(len, rows)) > positions:
                 if not cropped:
                     log.warning(
@@ -78,7 +78,7 @@ def stream(
                     )
                 rows, cache, cropped = [row[-max(1, positions // 2) :] for row in rows], None, True
             if cache is None:
-                cache, last = _prefill(model, rows)
+                cache, last = _prefill(model, rows, min(positions, max(map(len, rows)) + n_tokens - written))
                 logits = model.head(last)
             elif decoder is not None:
                 logits = decoder.step([row[-1] for row in rows], cache)
@@ -93,12 +93,12 @@ def stream(
         model.train(was_training)
 
 
-def _prefill(model: GPT, rows: list[list[int]]) -> tuple[Cache, Tensor]:
+def _prefill(model: GPT, rows: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:
     """Read all rows at once, padded on the right; the cache then forgets the padding. Returns the last hidden state of each row."""
     device = model.transformer.wte.weight.device
     lengths = [len(row) for row in rows]
     ids = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows], device=device)
-    cache = Cache.empty(model, len(rows), model.config.n_positions)
+    cache = Cache.empty(model, len(rows), capacity)
     hidden = model.hidden(ids, cache)
     cache.truncate(lengths)
     return cache, hidden[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]

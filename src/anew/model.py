@@ -12,20 +12,17 @@ casts its own weights to what it receives. There is no autocast, so what runs in
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from anew.attention import attend
 from anew.config import GPTConfig, rounded_up
-
-# Rows of logits alive at once, whatever the batch. Eager code holds several fp32 copies of them (206 MB each at 1024); compiled code
-# holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step.
-LOSS_CHUNK, LOSS_CHUNK_COMPILED = 1024, 4096
+from anew.head import HeadLoss
 
 
 class Linear(nn.Module):
@@ -225,8 +222,9 @@ class GPT(nn.Module):
             position = torch.arange(T, device=ids.device)
         x = (t.wte(ids) + t.wpe(position)).to(self.compute_dtype)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        recompute = self.config.recompute and torch.is_grad_enabled()
         for block in t.h:
-            x = block(x, cache, mask)
+            x = checkpoint(block, x, cache, mask, use_reentrant=False) if recompute else block(x, cache, mask)
         if cache is not None:
             cache.lengths = cache.lengths + T
             cache.used += T
@@ -247,58 +245,6 @@ class GPT(nn.Module):
             return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         training = torch.is_grad_enabled()  # inside the function it never is
         return HeadLoss.apply(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size, training)
-
-
-class HeadLoss(torch.autograd.Function):
-    """Projection onto the vocabulary and cross-entropy, a chunk of rows at a time, forward and backward together.
-
-    The logits of a 50k vocabulary are the biggest tensor of the step. Here a chunk of them lives in the activations' dtype, its
-    softmax is reduced in fp32, and its gradient is taken at once, since the loss is the end of the graph: nothing of size
-    (B x T, 50257) is ever stored. hidden (N, C), wte (rows, C), targets (N,) -> mean loss, fp32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int, training: bool) -> Tensor:
-        weight = wte.to(hidden.dtype)
-        count = (targets != -100).sum().clamp(min=1)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if training else None
-        d_wte: Tensor | None = None
-        for rows in _chunks(hidden.size(0)):
-            loss, d_logits = _chunk_loss(hidden[rows] @ weight.t(), targets[rows], vocab_size, training)
-            total = total + loss
-            if d_hidden is not None and d_logits is not None:
-                d_hidden[rows] = d_logits @ weight
-                part = (d_logits.t() @ hidden[rows]).to(wte.dtype)
-                d_wte = part if d_wte is None else d_wte + part
-        ctx.save_for_backward(d_hidden, d_wte, count)
-        return total / count
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_wte, count = ctx.saved_tensors
-        scale = grad[0] / count  # in fp32: fp16 holds neither 1 / count times a small probability nor a loss scale of 65536
-        return (d_hidden.float() * scale).to(d_hidden.dtype), d_wte * scale, None, None, None
-
-
-def _chunks(n: int) -> Iterator[slice]:
-    rows = LOSS_CHUNK_COMPILED if torch.compiler.is_compiling() else LOSS_CHUNK
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
-
-
-def _chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one chunk and, in training, the gradient of that sum by its logits (padding columns zero)."""
-    real = torch.arange(logits.size(1), device=logits.device) < vocab_size
-    scored = targets != -100
-    index = targets.clamp(min=0)[:, None]
-    x = torch.where(real, logits, -math.inf).float()
-    log_sum = x.logsumexp(dim=1, keepdim=True)
-    loss = ((log_sum - x.gather(1, index)).squeeze(1) * scored).sum()
-    if not training:
-        return loss, None
-    one_hot = torch.arange(logits.size(1), device=logits.device) == index
-    d_logits = ((x - log_sum).exp() - one_hot.float()) * scored[:, None]
-    return loss, d_logits.to(logits.dtype)
 
 
 def count_parameters(config: GPTConfig) -> int:

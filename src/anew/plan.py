@@ -21,10 +21,10 @@ from pathlib import Path
 from anew import metrics
 from anew.config import Config, UserError
 from anew.devices import GPU
+from anew.head import CHUNK_KERNEL
 from anew.model import count_parameters, flops_per_token
 
 LIBRARY_BYTES = 0.8e9  # CUDA's context and kernels
-CHUNK_ROWS = 4096  # of logits alive at once in compiled code
 SHARE = 0.95  # of the memory: the allocator needs some room
 CHECKPOINT_BYTES = 12  # a parameter: weights and two moments in fp32
 
@@ -79,12 +79,13 @@ def memory_of(config: Config, micro_batch: int, ranks: int, precision: str, comp
     m, N, size = config.model, count_parameters(config.model), 4 if precision in ("fp32", "tf32") else 2
     cut = ranks if config.run.parallel == "fsdp" else 1
     tokens = micro_batch * config.data.seq_len
-    values = 13 if compiled else 17
+    values = 13.0 if compiled else 17.0
+    if m.recompute:  # each block's input, and all of one block
+        values = 1 + values / m.n_layer
     copies = (N * size if size == 2 else 0) + (3 * 64e6 if ranks > 1 else 0)
     if cut > 1:  # one block whole at a time, and the next on its way, beside the embeddings
         copies += 2 * 4 * (12 * m.n_embd**2) + 4 * m.padded_vocab_size * m.n_embd
-    rows = min(tokens, CHUNK_ROWS)
-    logits = rows * m.padded_vocab_size * 2 * size + 2 * 4 * m.padded_vocab_size * m.n_embd
+    logits = min(tokens, CHUNK_KERNEL) * m.padded_vocab_size * size + 2 * 4 * m.padded_vocab_size * m.n_embd
     return Memory(16 * N / cut, copies, tokens * m.n_layer * m.n_embd * values * size, logits)
 
 

@@ -32,6 +32,7 @@ from anew.data.batches import prefetch
 from anew.data.open import Stopped, remove_used
 from anew.preempt import NOTHING_YET, Interrupted, Preempted, Stop, listening
 from anew.probe import is_out_of_memory
+from anew.profiling import profiled, quiet_garbage
 from anew.sharded import whole
 from anew.state import State
 
@@ -152,8 +153,17 @@ def _train(config: Config, progress: Callable[[metrics.Row], None] | None, stack
     except Interrupted:
         raise Preempted(NOTHING_YET) from None
     state, saver = run.state, run.saver
+    step_done = stack.enter_context(profiled(config.folder / "trace.json", config.run.profile if state.world.rank == 0 else 0))
+    collect = stack.enter_context(quiet_garbage())
+
+    def after_step(row: metrics.Row) -> None:
+        step_done()
+        collect(state.step)
+        if progress:
+            progress(row)
+
     try:
-        _loop(run, stop, progress)
+        _loop(run, stop, after_step)
         val_loss, text_loss = run.evaluator.finish()
         saver.wait()
     except Interrupted:
@@ -164,7 +174,7 @@ def _train(config: Config, progress: Callable[[metrics.Row], None] | None, stack
     return Result(run.config.folder, state.step, state.tokens, state.seconds, run.recorder.last_loss, val_loss, text_loss)
 
 
-def _loop(run: Begun, stop: Stop, progress: Callable[[metrics.Row], None] | None) -> None:
+def _loop(run: Begun, stop: Stop, after_step: Callable[[metrics.Row], None]) -> None:
     """Steps until the last. Interrupted on every rank at the same step, if one of them was asked to stop."""
     config, state, saver, r = run.config, run.state, run.saver, run.config.run
     rolled_back: Counter[int] = Counter()
@@ -187,8 +197,7 @@ def _loop(run: Begun, stop: Stop, progress: Callable[[metrics.Row], None] | None
             row = metrics.step_row(state.clock(), outcome.loss, outcome.norm, rate * config.optim.lr, seconds, config, run.peak_flops)
             first = state.first_sequence(step)
             run.recorder.step(row, outcome.applied, f"sequences {first:,} to {first + config.batch_sequences - 1:,}")
-            if progress:
-                progress(row)
+            after_step(row)
             spike = not outcome.applied and math.isfinite(outcome.loss + outcome.norm)
             if spike and r.spikes == "rollback" and _rolled_back(run, rolled_back):
                 break  # the steps from there on read other sequences

@@ -2,22 +2,28 @@
 
 import json
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anew import bench, pictures, runtime, versus
+from anew import bench, pictures, rivals, runtime, versus
 from anew.bench import Measured, Rung
 from anew.config import Config, UserError
+from anew.evaluate.tasks import TASKS
 from anew.model import flops_per_token
 from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags
 
 OWN = [
     flag("rounds", int, 5, "timed steps a rung, or turns a side"),
+    flag("alone", bool, False, "train: no other side"),
     flag("rows", int, 1, "generate: sequences at once"),
     flag("prompt_tokens", int, 32, "generate: tokens of the prompt"),
     flag("new_tokens", int, 224, "generate: tokens to write"),
+    flag("file", str, "", "evaluate: HellaSwag's JSON lines instead of the cache's; prepare: text, instead of Python's source"),
+    flag("examples", int, 100, "evaluate: examples a turn"),
+    flag("documents", int, 60_000, "prepare: at most this many documents"),
     flag("picture", str, "", "ladder, attention: write a PNG here"),
     flag("json", bool, False, "the last line of standard output is one JSON object"),
 ]
@@ -26,7 +32,7 @@ PUBLISHED = {"fp32": 1000, "TF32 matrices": 380, "bf16": 334, "loss in chunks": 
 
 
 def run_bench(argv: list[str]) -> None:
-    """Time the training step on this machine: ladder, attention, train, generate."""
+    """Time this machine: ladder, attention, train, generate, evaluate, prepare."""
     what, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     if what not in WHAT and not {"-h", "--help"} & set(argv):
         raise UserError(f"`anew bench` times {', '.join(WHAT)}; say which" + (f", not {what}." if what else "."))
@@ -104,22 +110,22 @@ def bars(rows: list[tuple[str, float]], width: int = 50) -> list[str]:
 
 def attention(config: Config, device: str, a: Any) -> dict[str, Any]:
     """Plain softmax attention against the fused kernel, and what the whole step gains."""
+    kinds = ("plain", "flash", "cudnn") if device == "cuda" else ("plain", "flash")
     rows = []
     print(f"attention forward and backward, {config.model.n_head} heads of {config.model.head_dim}, 4 sequences, on {device}\n")
-    print("tokens   plain ms   fused ms   ratio   plain MB   fused MB")
+    print("tokens  " + "".join(f"{kind + ' ms':>10}{'MB':>8}" for kind in kinds) + "   plain / flash")
     for T in (256, 512, 1024, 2048, 4096):
-        found = {kind: bench.attention_apart(config, kind, T, a.rounds, device) for kind in ("plain", "flash")}
-        texts = [f"{1e3 * f.seconds:>10,.1f}" if not isinstance(f, str) else f"{'--':>10}" for f in found.values()]
-        plain, fused = found["plain"], found["flash"]
-        if isinstance(plain, str) or isinstance(fused, str):
-            print(f"{T:>6} {texts[0]} {texts[1]}   {plain if isinstance(plain, str) else fused}")
-            continue
-        rows.append({"tokens": T, "plain_ms": 1e3 * plain.seconds, "fused_ms": 1e3 * fused.seconds, "ratio": plain.seconds / fused.seconds})
-        print(
-            f"{T:>6} {texts[0]} {texts[1]} {plain.seconds / fused.seconds:>7.1f} {plain.memory_bytes / 1e6:>10,.0f} "
-            f"{fused.memory_bytes / 1e6:>10,.0f}",
-            flush=True,
+        found = {kind: bench.attention_apart(config, kind, T, a.rounds, device) for kind in kinds}
+        done = {kind: f for kind, f in found.items() if not isinstance(f, str)}
+        cells = "".join(
+            f"{1e3 * done[k].seconds:>10,.1f}{done[k].memory_bytes / 1e6:>8,.0f}" if k in done else f"{'--':>18}" for k in kinds
         )
+        row: dict[str, Any] = {"tokens": T, **{f"{kind}_ms": 1e3 * f.seconds for kind, f in done.items()}}
+        if {"plain", "flash"} <= set(done):
+            row["ratio"] = done["plain"].seconds / done["flash"].seconds
+        rows.append(row)
+        why = next((f for f in found.values() if isinstance(f, str)), "")
+        print(f"{T:>6}  {cells}" + (f"{row['ratio']:>16.1f}" if "ratio" in row else f"  {why}"), flush=True)
     step = {kind: bench.apart(config.override(attention=kind), a.rounds) for kind in ("plain", "flash")}
     gain = 0.0
     if not isinstance(step["plain"], str) and not isinstance(step["flash"], str):
@@ -131,10 +137,13 @@ def attention(config: Config, device: str, a: Any) -> dict[str, Any]:
 
 def train(config: Config, device: str, a: Any) -> dict[str, Any]:
     """A training step beside transformers', and beside fp32 as scripts have it out of the box."""
-    sides: dict[str, Any] = {"anew": versus.our_step}
-    if versus.is_installed("transformers"):
-        sides["transformers"] = versus.their_step
-    sides["fp32, eager"] = versus.plain_step
+    sides: dict[str, Any] = {"anew": rivals.our_step}
+    if rivals.is_installed("transformers") and not a.alone:
+        sides["transformers"] = rivals.their_step
+    if rivals.is_installed("litgpt") and not a.alone:
+        sides["litgpt"] = rivals.litgpt_step
+    if not a.alone:
+        sides["fp32, eager"] = rivals.plain_step
     config = config.override(precision="bf16" if device != "mps" else "fp32")
     times = versus.alternate(sides, (config, device), a.rounds)
     facts: dict[str, Any] = {"seconds": times}
@@ -149,16 +158,18 @@ def train(config: Config, device: str, a: Any) -> dict[str, Any]:
 
 def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
     """Greedy decoding beside transformers' `generate`, both bf16."""
-    sides: dict[str, Any] = {"anew": versus.our_writing}
+    sides: dict[str, Any] = {"anew": rivals.our_writing}
     if a.rows == 1 and device == "cpu" and config.model.n_embd % 32 == 0:
-        sides["anew, int8"] = versus.our_writing_int8
-    if versus.is_installed("transformers"):
-        sides["transformers"] = versus.their_writing
+        sides["anew, int8"] = rivals.our_writing_int8
+    if rivals.is_installed("transformers"):
+        sides["transformers"] = rivals.their_writing
+    if a.rows == 1 and device == "cpu" and rivals.is_installed("llama_cpp"):
+        sides |= {"llama.cpp": rivals.llama_writing, "llama.cpp q8_0": rivals.llama_writing_q8}
     times = versus.alternate(sides, (config, device, a.rows, a.prompt_tokens, a.new_tokens), a.rounds)
     facts: dict[str, Any] = {"seconds": times}
     print(f"{config.recipe}, {a.rows} x ({a.prompt_tokens} + {a.new_tokens}) tokens, bf16, on {device}, {a.rounds} turns\n")
     for name, t in times.items():
-        print(f"{name:<13} {a.rows * a.new_tokens / statistics.median(t):,.1f} tokens/s")
+        print(f"{name:<14} {a.rows * a.new_tokens / statistics.median(t):,.1f} tokens/s")
     _ratios(times, facts)
     return facts
 
@@ -166,12 +177,41 @@ def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
 def _ratios(times: dict[str, list[float]], facts: dict[str, Any]) -> None:
     for name in [n for n in times if not n.startswith("anew")]:
         middle, low, high = versus.ratio(times["anew"], times[name])
-        facts[f"ratio_to_{name.split(',')[0]}"] = middle
+        facts[f"ratio_to_{name.split(',')[0].replace(' ', '_')}"] = middle
         print(f"{name} takes {middle:.2f} times as long ({low:.2f} to {high:.2f})")
         if "anew, int8" in times:
             middle, low, high = versus.ratio(times["anew, int8"], times[name])
-            facts[f"int8_ratio_to_{name}"] = middle
+            facts[f"int8_ratio_to_{name.replace(' ', '_')}"] = middle
             print(f"    {middle:.2f} times as long as with int8 weights ({low:.2f} to {high:.2f})")
 
 
-WHAT = {"ladder": ladder, "attention": attention, "train": train, "generate": generate}
+def evaluate(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG001
+    """Scoring HellaSwag beside the usual loop."""
+    if not rivals.is_installed("transformers"):
+        raise UserError("the other side is transformers' model; install transformers.")
+    file = Path(a.file) if a.file else TASKS["hellaswag"].fetch()
+    sides: dict[str, Any] = {"anew": rivals.our_scoring, "one at a time": rivals.their_scoring}
+    times = versus.alternate(sides, (file, device, a.examples), a.rounds)
+    facts: dict[str, Any] = {"seconds": times}
+    print(f"HellaSwag, 124M, {a.examples} examples a turn, on {device}, {a.rounds} turns\n")
+    for name, t in times.items():
+        print(f"{name:<14} {a.examples / statistics.median(t):,.1f} examples a second")
+    _ratios(times, facts)
+    return facts
+
+
+def prepare(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG001
+    """Text to shards beside the obvious script."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, size = rivals.text_of(a.file, folder, a.documents)
+        times = versus.alternate({"anew": rivals.our_preparing, "script": rivals.script_preparing}, (path, folder), a.rounds)
+    facts: dict[str, Any] = {"seconds": times, "bytes": size}
+    print(f"{size / 1e6:.0f} MB of text to tokens of GPT-2, {a.rounds} turns\n")
+    for name, t in times.items():
+        print(f"{name:<14} {size / 1e6 / statistics.median(t):,.1f} MB a second")
+    _ratios(times, facts)
+    return facts
+
+
+WHAT = {"ladder": ladder, "attention": attention, "train": train, "generate": generate, "evaluate": evaluate, "prepare": prepare}

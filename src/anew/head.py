@@ -1,0 +1,84 @@
+"""Projection onto the vocabulary and cross-entropy as one function, forward and backward together.
+
+    loss = HeadLoss.apply(hidden, wte, targets, vocab_size, training)
+
+The logits of a 50k vocabulary are the biggest tensor of a training step: 3.3 GB in fp32 at 16 x 1024 tokens, and as much again for each
+copy that autograd keeps. Here a chunk of them lives at a time, and since the loss is the end of the graph, its gradient is taken at once.
+"""
+
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows of logits alive at once, whatever the batch. Eager code holds several fp32 copies of them (206 MB each at 1024); compiled code
+# holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step. The GPU's kernel needs no copy, and each chunk costs it a
+# round of `wte`'s gradient through memory (1.6 GB at 16,384).
+CHUNK, CHUNK_COMPILED, CHUNK_KERNEL = 1024, 4096, 16_384
+
+KERNEL: Any = None
+if torch.cuda.is_available() and find_spec("triton"):
+    from anew.kernels.cross_entropy import cross_entropy_ as KERNEL
+
+
+class HeadLoss(torch.autograd.Function):
+    """hidden (N, C), wte (rows, C), targets (N,) -> mean loss in nats, fp32, over the targets that are not -100.
+
+    Logits and their gradient are in the dtype of `hidden`; softmax and sums are fp32. Rows of `wte` from vocab_size on take no part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int, training: bool) -> Tensor:
+        weight = wte.to(hidden.dtype)
+        count = (targets != -100).sum().clamp(min=1)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if training else None
+        d_wte: Tensor | None = None
+        kernel = kernel_for(hidden.device)
+        for rows in _chunks(hidden.size(0), kernel is not None):
+            logits = hidden[rows] @ weight.t()
+            if kernel is None:
+                loss, d_logits = chunk_loss(logits, targets[rows], vocab_size, training)
+            else:
+                loss, d_logits = kernel(logits, targets[rows], vocab_size, training).sum(), logits
+            total = total + loss
+            if d_hidden is not None and d_logits is not None:
+                d_hidden[rows] = d_logits @ weight
+                part = (d_logits.t() @ hidden[rows]).to(wte.dtype)
+                d_wte = part if d_wte is None else d_wte + part
+        ctx.save_for_backward(d_hidden, d_wte, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_wte, count = ctx.saved_tensors
+        scale = grad[0] / count  # in fp32: fp16 holds neither 1 / count times a small probability nor a loss scale of 65536
+        return (d_hidden.float() * scale).to(d_hidden.dtype), d_wte * scale, None, None, None
+
+
+def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of one chunk and, in training, the gradient of that sum by its logits (padding columns zero)."""
+    real = torch.arange(logits.size(1), device=logits.device) < vocab_size
+    scored = targets != -100
+    index = targets.clamp(min=0)[:, None]
+    x = torch.where(real, logits, -math.inf).float()
+    log_sum = x.logsumexp(dim=1, keepdim=True)
+    loss = ((log_sum - x.gather(1, index)).squeeze(1) * scored).sum()
+    if not training:
+        return loss, None
+    one_hot = torch.arange(logits.size(1), device=logits.device) == index
+    d_logits = ((x - log_sum).exp() - one_hot.float()) * scored[:, None]
+    return loss, d_logits.to(logits.dtype)
+
+
+def kernel_for(device: torch.device) -> Any:
+    """The GPU's kernel for the loss of a chunk; None elsewhere, and without Triton, as in torch for Windows."""
+    return KERNEL if device.type == "cuda" else None
+
+
+def _chunks(n: int, by_kernel: bool) -> Iterator[slice]:
+    rows = CHUNK_KERNEL if by_kernel else CHUNK_COMPILED if torch.compiler.is_compiling() else CHUNK
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
