@@ -29,10 +29,12 @@ def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
 
     def write(recorded: Any) -> None:
         nonlocal written
+        taken = recorded.step_num - WARM_UP
+        if not taken:  # the run ended just here
+            return
         written = True
         recorded.export_chrome_trace(str(path))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        taken = max(1, recorded.step_num - WARM_UP)
         log.info(f"profile of {taken} steps in {path}; what took longest:")
         for event in sorted(recorded.key_averages(), key=lambda e: -_self_time(e, key))[:8]:
             log.info(f"  {_self_time(event, key) / taken / 1e3:>9,.1f} ms a step  {event.count / taken:>6,.0f} times  {event.key[:60]}")
