@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
+VERB_NAMES = ("train", "sample", "prepare", "evaluate", "export", "plan", "bench", "report", "serve")
 LEVELS = [
     {"config", "attention", "kernels.cross_entropy"},
     {"devices", "head"},
@@ -59,11 +60,16 @@ LEVELS = [
     {"probe"},
     {"begin"},
     {"train"},
-    {"demo"},
+    {"report.charts", "report.reference"},
+    {"report.run"},
+    {"report.page", "report.baseline", "demo", "serve.engine"},
+    {"serve.wanted"},
+    {"serve.completions"},
+    {"serve.app"},
     {"bench", "pictures", "versus"},
     {"plan", "rivals"},
     {"verbs.settings"},
-    {"verbs.train", "verbs.sample", "verbs.prepare", "verbs.evaluate", "verbs.export", "verbs.plan", "verbs.bench"},
+    {f"verbs.{name}" for name in VERB_NAMES},
     {"cli"},
     {"__main__"},
 ]
@@ -82,13 +88,14 @@ WITHIN_A_LEVEL = {
     *(("data.open", f"data.{other}") for other in ("sources", "prepare", "others", "splits")),
 }
 UPWARD = {("model", "weights")}  # GPT.from_pretrained, a public name, inside its function
-VERBS = {"cli", *(f"verbs.{name}" for name in ("settings", "train", "sample", "prepare", "evaluate", "export", "plan", "bench"))}
+VERBS = {"cli", "verbs.settings", *(f"verbs.{name}" for name in VERB_NAMES)}
 OWNERS = {
     "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"},
     "huggingface_hub": {"hub", "data.hub_data"},
     "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare", "begin"},
     "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"},
     "triton": {"kernels.cross_entropy"}, "llama_cpp": {"rivals"}, "transformers": {"rivals"}, "matplotlib": {"pictures"}, "datasets": set(),
+    "fastapi": {"serve.app"}, "starlette": {"serve.app"}, "uvicorn": {"verbs.serve"}, "openai": set(),
 }  # fmt: skip
 
 

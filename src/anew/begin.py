@@ -83,6 +83,7 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
         found.append("the data is still being prepared: its tokens and epochs above are those so far")
     for line in [*rt.why, *metrics.describe(config, world.size), *data_lines, f"MFU is measured against {peak_source}", *found]:
         log.info(line)
+    recorder.run_state.update(environment=runtime.environment(rt) | {"ranks": world.size})
     evaluator = Evaluator(config, state, recorder, saver, folder.splits, tokenizer, micro, stop)
     loss_of: Any = state.model
     if rt.compile and state.is_sharded:

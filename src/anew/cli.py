@@ -24,7 +24,9 @@ from anew.verbs.evaluate import run_evaluate
 from anew.verbs.export import run_export
 from anew.verbs.plan import run_plan
 from anew.verbs.prepare import run_prepare
+from anew.verbs.report import run_report
 from anew.verbs.sample import run_sample
+from anew.verbs.serve import run_serve
 from anew.verbs.train import run_train
 
 VERBS = {
@@ -35,6 +37,8 @@ VERBS = {
     "prepare": run_prepare,
     "plan": run_plan,
     "bench": run_bench,
+    "report": run_report,
+    "serve": run_serve,
 }
 
 

@@ -40,8 +40,13 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
+def stream(model: GPT, prompts: Sequence[Sequence[int]], n_tokens: int, *rules: float, **named: float | bool) -> Iterator[list[int]]:
+    """Yield one new id for each prompt, `n_tokens` times. `rules` are those of `steps`."""
+    return (ids for ids, _ in steps(model, prompts, n_tokens, *rules, **named))  # type: ignore[arg-type]
+
+
 @torch.inference_mode()
-def stream(
+def steps(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     n_tokens: int,
@@ -51,8 +56,10 @@ def stream(
     seed: int = 0,
     use_cache: bool = True,
     int8: bool = False,
-) -> Iterator[list[int]]:
-    """Yield one new id for each prompt, `n_tokens` times. Rows may have different lengths. `int8` is `fast_decode`'s, for CPUs.
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield one new id for each prompt and the logits (B, 50257) it was drawn by, `n_tokens` times. Rows may have different lengths.
+
+    `int8` is `fast_decode`'s, for CPUs.
 
     A row longer than the model's positions is cropped to their last half and read again, which is said once; nothing ever slides.
     The model's mode, weights and torch's global random numbers are left as they were.
@@ -87,7 +94,7 @@ def stream(
             ids = sample(logits, temperature, top_k, top_p, generator).tolist()
             for row, i in zip(rows, ids, strict=True):
                 row.append(i)
-            yield ids
+            yield ids, logits
             cache = cache if use_cache else None
     finally:
         model.train(was_training)
@@ -111,7 +118,7 @@ def generate(
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     rows: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(rows)))
-    for ids in stream(model, prompts, n_tokens, **rules):  # type: ignore[arg-type]
+    for ids in stream(model, prompts, n_tokens, **rules):
         for i in sorted(open_rows):
             if ids[i] == stop:
                 open_rows.discard(i)

@@ -14,6 +14,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -46,6 +47,19 @@ class Runtime:
     def dtype(self) -> torch.dtype:
         """What activations are computed in; weights are always kept in fp32."""
         return DTYPES[self.precision]
+
+
+def environment(rt: Runtime) -> dict[str, str]:
+    """What a figure of this process depends on, for whoever reads it later."""
+    return {
+        "device": rt.why[0].removeprefix("device "),
+        "precision": rt.precision,
+        "compiled": "yes" if rt.compile else "no",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
 
 
 def cache_folder() -> Path:

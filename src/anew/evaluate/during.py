@@ -85,7 +85,8 @@ class Evaluator:
                 report = run(self.state.model, task, examples, self.state.world, stop=self.stop)
             figures = {name: value for name, value in report.figures.items() if isinstance(value, float)}
             row = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
-            self.recorder.evaluation({**self.state.clock(), **row, f"eval/{task.name}/precision": precision})
+            how = {f"eval/{task.name}/examples": report.examples, f"eval/{task.name}/precision": precision}
+            self.recorder.evaluation({**self.state.clock(), **row, **how})
             said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             log.info(f"step {self.state.step:,}: {task.name} {said}, {report.examples:,} examples, {precision}")
 

@@ -14,6 +14,7 @@ from anew.config import Config, UserError
 from anew.demo import show_demo
 from anew.metrics import Row, describe
 from anew.recipes import RECIPES
+from anew.report import page
 from anew.train import Result, train
 from anew.verbs.settings import changed, flag, parse, read_recipe, read_run, recipe_and_flags
 
@@ -53,11 +54,20 @@ def run_train(argv: list[str]) -> None:
         for line in describe(config.check(), int(os.environ.get("WORLD_SIZE", "1"))):
             print(line)
         return
-    with _progress(config.run.steps) as progress:
+    with _progress(config.run.steps) as shown:
+
+        def progress(row: Row) -> None:
+            every = config.run.evaluate_every
+            if every and row["step"] % every == 1 and row["step"] > 1 and os.environ.get("RANK", "0") == "0":
+                _page(config)  # with the validation before this step
+            if shown:
+                shown(row)
+
         result = train(config.check(), progress)
     if os.environ.get("RANK", "0") != "0":
         return
     _report(config, result)
+    _page(config)
     extra = show_demo(result.folder) if config.recipe == "demo" else {}
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "folder": str(result.folder), **extra}))
@@ -73,7 +83,15 @@ def _report(config: Config, result: Result) -> None:
     if result.train_text_loss is not None:
         print(f"training-text loss: {result.train_text_loss:.4f} nats a token on the text it was trained on")
         print("The two differ because the model has learnt its training text by heart, which does not help it with text it has never seen.")
-    print(f"run folder: {result.folder}    try: anew sample {result.folder}")
+    print(f"run folder: {result.folder}    page: {result.folder / 'report.html'}    try: anew sample {result.folder}")
+
+
+def _page(config: Config) -> None:
+    """RUN/report.html, as it stands. A run is not lost because its page cannot be written."""
+    try:
+        page.write([config.folder], config.folder / "report.html")
+    except (OSError, UserError) as error:
+        logger.info(f"no report.html was written: {error}")
 
 
 @contextmanager

@@ -1,0 +1,38 @@
+"""Another model on a run's own validation windows: the only loss that a verdict can be given against.
+
+score(Run.read(folder), "gpt2")     # writes RUN/baseline.json, which the page reads
+"""
+
+import json
+import logging
+
+from anew import runtime, weights
+from anew.config import RunConfig, UserError, bytes_of
+from anew.data.open import open_data
+from anew.evaluate.loss import mean_loss
+from anew.report.run import Run
+from anew.tokenizer import Tokenizer
+
+log = logging.getLogger("anew")
+
+
+def score(run: Run, model: str) -> float:
+    """Mean loss in nats a token, fp32, over the windows of the run's last validation; written to RUN/baseline.json."""
+    c = run.config
+    folder = weights.find(model)
+    if weights.read_config(folder).vocab_size != c.model.vocab_size:
+        raise UserError(f"{model} has other tokens than {run.folder}; only losses of the same tokens compare.")
+    rt = runtime.start(RunConfig(precision="fp32", device=c.run.device, compile="off"))
+    gpt = weights.load_model(model, rt.device, rt.dtype)
+    if gpt.config.n_positions < c.data.seq_len:
+        raise UserError(f"{model} reads {gpt.config.n_positions} tokens at once, and the windows of {run.folder} have {c.data.seq_len}.")
+    with open_data(c.data.data, Tokenizer.find(c.data.tokenizer, run.folder), bytes_of(c.data.disk_budget)) as data:
+        shards = data.splits["val"]
+        limit = min(c.data.val_tokens, sum(s.n_tokens for s in shards))
+        if limit < 2:
+            raise UserError(f"{run.folder} has no validation text to score {model} on.")
+        loss = mean_loss(gpt, shards, c.data.seq_len, limit, rt.dtype, c.micro_batches(1)[0])
+    facts = {"model": model, "loss": loss, "tokens": limit - 1, "seq_len": c.data.seq_len}
+    (run.folder / "baseline.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    log.info(f"{model}: {loss:.4f} nats a token on the {limit - 1:,} validation tokens of {run.folder}")
+    return loss

@@ -1,0 +1,134 @@
+"use strict";
+// A text is a list of tokens, each with what else it might have been. To branch is to keep the tokens before one, put another in its
+// place and let the model go on from their ids.
+const $ = id => document.getElementById(id);
+const visible = text => text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
+const percent = logP => { const p = 100 * Math.exp(logP); return p >= 0.1 ? p.toFixed(1) + "%" : "<0.1%"; };
+let running = [];
+
+function make(kind, attributes = {}, ...children) {
+  const element = Object.assign(document.createElement(kind), attributes);
+  element.append(...children);
+  return element;
+}
+
+async function start() {
+  const models = await (await fetch("api/models")).json();
+  for (const { name } of models) { $("model").append(new Option(name)); $("beside").append(new Option(name)); }
+  $("beside").prepend(new Option("none", ""));
+  $("beside").value = models.length > 1 ? models[models.length - 1].name : "";
+  $("beside-label").hidden = models.length < 2;
+  $("n_tokens").max = Math.min(...models.map(m => m.positions));
+  if (+$("n_tokens").value > $("n_tokens").max / 2) $("n_tokens").value = Math.floor($("n_tokens").max / 2);
+}
+
+class Text {
+  constructor(model, promptText) {
+    this.model = model;
+    this.promptText = promptText;
+    this.promptIds = null;
+    this.tokens = [];
+    this.note = make("span");
+    this.body = make("div", { className: "text" }, make("span", { className: "prompt", textContent: promptText }));
+    this.article = make("article", {}, make("h2", {}, make("span", { textContent: model }), this.note), this.body);
+    $("texts").append(this.article);
+  }
+
+  // Goes on from what is there: the prompt, and the tokens that were kept.
+  async write() {
+    const rules = Object.fromEntries(["n_tokens", "temperature", "top_k", "top_p", "seed"].map(name => [name, Number($(name).value)]));
+    rules.n_tokens = Math.max(1, rules.n_tokens - this.tokens.length);
+    const prompt = this.promptIds ? [...this.promptIds, ...this.tokens.map(t => t.id)] : this.promptText;
+    this.leaving = new AbortController();
+    const began = performance.now();
+    let count = 0;
+    try {
+      const answer = await fetch("api/write", { method: "POST", signal: this.leaving.signal, headers: { "content-type": "application/json" },
+        body: JSON.stringify({ model: this.model, prompt, ...rules }) });
+      if (!answer.ok) throw new Error((await answer.json()).error.message);
+      if (!this.promptIds) this.promptIds = JSON.parse(answer.headers.get("x-prompt-ids"));
+      for await (const token of events(answer)) {
+        if (token.error) throw new Error(token.error.message);
+        this.add(token);
+        this.note.textContent = `${++count} tokens, ${(1000 * count / (performance.now() - began)).toFixed(0)} a second`;
+      }
+    } catch (error) {
+      if (error.name !== "AbortError") this.note.replaceChildren(make("span", { className: "error", textContent: error.message }));
+      else this.note.textContent = "stopped";
+    }
+  }
+
+  add(token) {
+    const index = this.tokens.length;
+    const span = make("span", { className: token.end ? "token end" : "token", tabIndex: 0, textContent: token.end ? "end of text" : token.text });
+    span.title = `${percent(token.log_p)}`;
+    span.style.setProperty("--doubt", Math.min(1, -token.log_p / 6).toFixed(3));
+    span.addEventListener("click", () => offer(this, index, span));
+    span.addEventListener("keydown", event => { if (event.key === "Enter") offer(this, index, span); });
+    this.tokens.push({ ...token, span });
+    this.body.append(span);
+  }
+
+  async branch(index, choice) {
+    this.leaving?.abort();
+    const old = this.tokens[index];
+    for (const token of this.tokens.splice(index)) token.span.remove();
+    this.add({ id: choice.id, text: choice.label, log_p: choice.log_p, alternatives: old.alternatives, end: false });
+    this.tokens[index].span.classList.add("chosen");
+    await run([this]);
+  }
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (held + value).split("\n\n");
+    held = parts.pop();
+    for (const part of parts) yield JSON.parse(part.slice("data: ".length));
+  }
+}
+
+function offer(text, index, span) {
+  const token = text.tokens[index], box = $("choices");
+  const best = Math.max(...token.alternatives.map(a => a.log_p));
+  const rows = token.alternatives.map(choice => {
+    const row = make("button", { type: "button", className: choice.id === token.id ? "taken" : "" },
+      make("code", { textContent: visible(choice.label) }), make("span", { textContent: percent(choice.log_p) }));
+    row.style.setProperty("--share", `${(100 * Math.exp(choice.log_p - best)).toFixed(1)}%`);
+    row.addEventListener("click", () => { close(); text.branch(index, choice); });
+    return row;
+  });
+  const said = token.end ? "The text ended here" : `Taken: ${visible(token.text)}, ${percent(token.log_p)}`;
+  box.replaceChildren(make("p", { textContent: `${said}. The ten likeliest; choose one to go on from it:` }), ...rows);
+  box.hidden = false;
+  const at = span.getBoundingClientRect();
+  box.style.left = `${Math.max(12, Math.min(at.left, innerWidth - box.offsetWidth - 12)) + scrollX}px`;
+  box.style.top = `${at.bottom + scrollY + 6}px`;
+  rows[0]?.focus({ preventScroll: true });
+}
+
+function close() { $("choices").hidden = true; }
+
+async function run(texts) {
+  running = texts;
+  $("write").disabled = true; $("stop").disabled = false;
+  await Promise.all(texts.map(text => text.write()));
+  if (running === texts) { $("write").disabled = false; $("stop").disabled = true; }
+}
+
+$("ask").addEventListener("submit", event => {
+  event.preventDefault();
+  close();
+  for (const text of running) text.leaving?.abort();
+  $("texts").replaceChildren();
+  const names = [$("model").value, ...($("beside").value ? [$("beside").value] : [])];
+  run(names.map(name => new Text(name, $("prompt").value)));
+});
+$("stop").addEventListener("click", () => { for (const text of running) text.leaving?.abort(); });
+$("prompt").addEventListener("keydown", event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit(); });
+document.addEventListener("keydown", event => { if (event.key === "Escape") close(); });
+document.addEventListener("click", event => { if (!event.target.closest("#choices, .token")) close(); });
+start();
