@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 Points = list[tuple[float, float]]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 58, 14, 14, 36
+WIDE, NARROW, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 480, 340, 62, 14, 14, 36
 MOST_POINTS = 240  # a line: more cannot be told apart at this width
 
 
@@ -63,7 +63,10 @@ def smoothed(points: Points, share: float = 0.02) -> Points:
 
 
 def short(value: float) -> str:
-    """1.2B, 300M, 15k, 0.003."""
+    """1.2B, 300M, 15k, 0.003, 6e-4."""
+    if 0 < abs(value) < 1e-3:
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
@@ -89,22 +92,29 @@ def line_chart(
     whiskers: Sequence[Whisker] = (),
     settled: bool = False,
     percent: bool = False,
+    wide: bool = False,
 ) -> str:
     """One chart with its legend. `settled`: the scale need not show the first tenth of the run, where a loss falls from chance."""
+    width = WIDE if wide else NARROW
     drawn = [Line(line.name, [(x, y) for x, y in thinned(line.points) if math.isfinite(y)], line.kind) for line in lines]
+    drawn.sort(key=lambda line: line.kind.startswith(("faint", "own")) + line.kind.startswith("own"))  # the run itself on top
     moving = [line for line in drawn if line.points and line.kind != "level"]
     if not moving:
         return ""
     x_high = max([max(x for x, _ in line.points) for line in moving] + [w.x for w in whiskers])
     x_low = 0.0 if x_high > 0 else x_high - 1
-    shown = [y for line in moving for y in _range_of(line, settled)] + [y for line in drawn if line.kind == "level" for _, y in line.points]
+    own_end = max((line.points[-1][0] for line in moving if not line.kind.startswith("context")), default=x_high)
+    after = 0.1 * own_end if settled and any(len(line.points) > 9 for line in moving) else -math.inf
+    shown = [y for line in moving for x, y in line.points if x >= after] + [
+        y for line in drawn if line.kind == "level" for _, y in line.points
+    ]
     shown += [y for w in whiskers for y in (w.value - w.plus_minus, w.value + w.plus_minus)]
     y_low, y_high = min(shown), max(shown)
     pad = 0.06 * (y_high - y_low) or 0.05 * abs(y_high) or 1.0
     y_low, y_high = (max(0.0, y_low - pad) if y_low >= 0 else y_low - pad), y_high + pad
 
     def sx(x: float) -> float:
-        return LEFT + (x - x_low) / (x_high - x_low or 1) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - x_low) / (x_high - x_low or 1) * (width - LEFT - RIGHT)
 
     def sy(y: float) -> float:
         return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
@@ -117,36 +127,30 @@ def line_chart(
         for line in moving
     ]
     axes = [
-        *(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{sy(y):.1f}" y2="{sy(y):.1f}"/>'
+        *(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{sy(y):.1f}" y2="{sy(y):.1f}"/>'
           f'<text x="{LEFT - 8}" y="{sy(y) + 4:.1f}" text-anchor="end">{written(y)}</text>' for y in ticks(y_low, y_high)),
         *(f'<text x="{sx(x):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{short(x)}</text>' for x in ticks(x_low, x_high, 6)),
     ]  # fmt: skip
-    marks = [_level(line, sy(line.points[0][1])) for line in drawn if line.kind == "level"]
+    marks = [_level(line, sy(line.points[0][1]), width) for line in drawn if line.kind == "level"]
     marks += [_curve(line.kind, [(sx(x), sy(y)) for x, y in line.points]) for line in moving]
     marks += [_whisker(sx(w.x) - 3, sy(w.value), sy(w.value - w.plus_minus), sy(w.value + w.plus_minus)) for w in whiskers]
-    legend = [f'<li class="{line.kind}">{escape(line.name)}</li>' for line in drawn if not line.kind.startswith("faint")]
+    legend = [f'<li class="{line.kind}">{escape(line.name)}</li>' for line in moving if not line.kind.startswith("faint")]
     legend += [f'<li class="whisker">{escape(w.name)}</li>' for w in whiskers]
     clip = f"clip-{hashlib.sha256(axes[0].encode() + title.encode()).hexdigest()[:8]}"
-    box = f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'
+    box = f'<rect x="{LEFT}" y="{TOP}" width="{width - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'
     return (
         f'<figure class="chart"><figcaption>{escape(title)} <span>{escape(unit)}</span></figcaption><div class="plot">'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" data-lines="{escape(json.dumps(data))}">'
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}" data-lines="{escape(json.dumps(data))}">'
         f'<clipPath id="{clip}">{box}</clipPath>{"".join(axes)}<g clip-path="url(#{clip})">{"".join(marks)}</g>'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg><div class="tip"></div></div>'
         f'<ul class="legend">{"".join(legend)}<li class="x-unit">{escape(x_unit)} &rarr;</li></ul></figure>'
     )
 
 
-def _range_of(line: Line, settled: bool) -> list[float]:
-    """The values that the scale must show."""
-    values = [y for _, y in line.points]
-    return values[len(values) // 10 :] if settled and len(values) >= 10 else values
-
-
-def _level(line: Line, y: float) -> str:
+def _level(line: Line, y: float, width: int) -> str:
     return (
-        f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="level" x="{WIDTH - RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end">{escape(line.name)}</text>'
+        f'<line class="level" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="level" x="{width - RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end">{escape(line.name)}</text>'
     )
 
 

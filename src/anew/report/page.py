@@ -200,7 +200,7 @@ def _loss_chart(runs: Sequence[Run]) -> str:
         curves = [c for c in reference.CURVES if c.data == data]
         lines += [Line(c.name, [p for p in c.losses if 0 < p[0] <= reach], f"context-{n}") for n, c in enumerate(curves, start=1)]
         lines.append(Line(f"OpenAI's GPT-2 124M, {reference.BASELINES[data][0]}", [(0.0, reference.BASELINES[data][0])], "level"))
-    return line_chart("Loss", lines, "nats a token", whiskers=whiskers, settled=True)
+    return line_chart("Loss", lines, "nats a token", whiskers=whiskers, settled=True, wide=True)
 
 
 def _task_charts(runs: Sequence[Run]) -> str:
@@ -211,7 +211,7 @@ def _task_charts(runs: Sequence[Run]) -> str:
         lines = [Line(run.name if len(runs) > 1 else "this run", run.points(key), f"own-{i}") for i, run in enumerate(runs, 1)]
         whiskers = []
         if task == "hellaswag" and figure == "acc_norm":
-            lines += [Line(f"{name}, {value:.3f}", [(0.0, value)], "level") for name, (value, _) in reference.HELLASWAG.items()]
+            lines += [Line(f"{name}, {100 * value:g}%", [(0.0, value)], "level") for name, (value, _) in reference.HELLASWAG.items()]
             if size_of(runs[0].config.model) == "124M":
                 curves = [c for c in reference.CURVES if c.hellaswag]
                 lines += [Line(c.name, [p for p in c.hellaswag if p[0] > 0], f"context-{n}") for n, c in enumerate(curves, start=1)]

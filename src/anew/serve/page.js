@@ -4,6 +4,7 @@
 const $ = id => document.getElementById(id);
 const visible = text => text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
 const percent = logP => { const p = 100 * Math.exp(logP); return p >= 0.1 ? p.toFixed(1) + "%" : "<0.1%"; };
+const brief = name => name.split("/").slice(-2).join("/");
 let running = [];
 
 function make(kind, attributes = {}, ...children) {
@@ -14,7 +15,7 @@ function make(kind, attributes = {}, ...children) {
 
 async function start() {
   const models = await (await fetch("api/models")).json();
-  for (const { name } of models) { $("model").append(new Option(name)); $("beside").append(new Option(name)); }
+  for (const { name } of models) { $("model").append(new Option(brief(name), name)); $("beside").append(new Option(brief(name), name)); }
   $("beside").prepend(new Option("none", ""));
   $("beside").value = models.length > 1 ? models[models.length - 1].name : "";
   $("beside-label").hidden = models.length < 2;
@@ -30,7 +31,7 @@ class Text {
     this.tokens = [];
     this.note = make("span");
     this.body = make("div", { className: "text" }, make("span", { className: "prompt", textContent: promptText }));
-    this.article = make("article", {}, make("h2", {}, make("span", { textContent: model }), this.note), this.body);
+    this.article = make("article", {}, make("h2", {}, make("span", { textContent: brief(model), title: model }), this.note), this.body);
     $("texts").append(this.article);
   }
 
