@@ -10,7 +10,7 @@ BIN := .venv/bin
 endif
 READY := .venv/.ready
 
-.PHONY: setup demo test faults lint types check clean
+.PHONY: setup demo test faults lint types check docs notebooks clean
 
 setup: $(READY)
 
@@ -43,6 +43,14 @@ types: setup
 	$(BIN)/python -m mypy
 
 check: lint types test
+
+# The lessons, run again and shipped with their outputs.
+notebooks: setup
+	$(BIN)/python notebooks/execute.py
+
+docs: setup
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

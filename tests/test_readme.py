@@ -82,3 +82,30 @@ def test_files_verbs_and_recipes_named_in_the_readme_exist() -> None:
         assert f"`{recipe}`" in README
     for target in re.findall(r"`?make (\w+)`?", README):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
+
+
+def test_every_link_of_the_readme_and_the_docs_leads_somewhere() -> None:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "launch" / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs" / "example").glob("*.md"),
+    ]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            place = ROOT if target.startswith("notebooks/") else page.parent  # the generator puts the notebooks beside the pages
+            assert (place / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_of_the_docs_are_commands() -> None:
+    """Each `anew` line of a page: its verb is there and takes these flags."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md") if page.stem not in ("log", "reliability"))
+    lines = re.findall(r"^(?:torchrun .* -m )?anew (.*)$", pages, re.MULTILINE)
+    assert len(lines) >= 9
+    helps: dict[str, str] = {}
+    for line in lines:
+        verb, *rest = shlex.split(line, comments=True)
+        assert verb in VERBS, line
+        if verb not in helps:
+            helps[verb] = subprocess.run([sys.executable, "-m", "anew", verb, "--help"], capture_output=True, text=True, check=True).stdout
+        for flag in (word for word in rest if word.startswith("--")):
+            assert flag in helps[verb], line

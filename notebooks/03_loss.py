@@ -1,0 +1,114 @@
+# %% [markdown]
+# # 3. The loss, and what 10.8 means
+#
+# A GPT-2 that has learnt nothing starts at a loss of about 10.8 to 11, and one of OpenAI's ends near 3.1 to 3.3. What are these numbers?
+
+# %%
+import math
+
+import matplotlib.pyplot as plt
+import torch
+from torch.nn import functional as F
+
+import anew
+from anew import GPT, GPTConfig, bench
+from anew.head import HeadLoss
+
+# %% [markdown]
+# ## Surprise
+#
+# The model gives each of 50,257 tokens a probability. The loss is $-\ln p$ of the token that came, the mean over all tokens: its surprise, in nats.
+# Whoever spreads the probability evenly is surprised by $\ln 50257$ every time. An untrained GPT-2 comes near that. Since the table that reads tokens
+# also names them, it expects most of all the token that it has just read; source code, which repeats itself, is a little easier for it than chance.
+
+# %%
+print(f"ln 50257 = {math.log(50257):.3f} nats = {math.log2(50257):.2f} bits")
+tokenizer = anew.Tokenizer.named("gpt2")
+ids = torch.tensor([tokenizer.encode(bench.stdlib()[3].read_text(encoding="utf-8"))[:257]])
+model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256), seed=1)
+with torch.no_grad():
+    logits = model(ids[:, :-1])  # (1, 256, 50257)
+    start = model(ids[:, :-1], ids[:, 1:]).item()
+    same = model(ids[:, :-1], ids[:, :-1]).item()
+print(f"a GPT-2 before training: {start:.3f}; if each token were followed by itself: {same:.3f}")
+assert abs(start - math.log(50257)) < 0.6
+assert same < start
+
+# %% [markdown]
+# ## By hand
+#
+# $-\ln \mathrm{softmax}(x)_t = \ln\sum_i e^{x_i} - x_t$. And its gradient is as simple as it gets: the probabilities, less 1 at the target.
+
+# %%
+x = logits[0].double().requires_grad_()
+t = ids[0, 1:]
+by_hand = (x.logsumexp(-1) - x.gather(1, t[:, None]).squeeze(1)).mean()
+torch.testing.assert_close(by_hand, F.cross_entropy(x, t))
+by_hand.backward()
+expected = (x.detach().softmax(-1) - F.one_hot(t, 50257)) / len(t)
+torch.testing.assert_close(x.grad, expected)
+
+# %% [markdown]
+# ## Perplexity, bits, bytes
+#
+# $e^{\text{loss}}$ is the perplexity: as unsure as between so many equally likely tokens. A token of GPT-2 holds about 4 bytes of English, so losses
+# of different tokenizers compare only when they are counted by byte.
+
+# %%
+text = tokenizer.decode(ids[0, 1:].tolist())
+for name, loss in (("untrained", start), ("GPT-2 124M on web text", 3.29), ("trained on one batch only", 0.01)):
+    per_byte = loss / math.log(2) * len(t) / len(text.encode())
+    print(f"{name:<28} loss {loss:6.3f}   perplexity {math.exp(loss):>9,.1f}   {per_byte:5.2f} bits a byte of this text")
+
+p = torch.linspace(0.001, 1, 400)
+plt.figure(figsize=(5.5, 3))
+plt.plot(p, -p.log())
+for q, label in ((1 / 50257, ""), (0.037, "GPT-2's geometric mean: 0.037"), (0.5, "a coin: 0.69")):
+    if label:
+        plt.plot(q, -math.log(q), "o")
+        plt.annotate(label, (q, -math.log(q)), (q + 0.04, -math.log(q) + 0.3))
+plt.xlabel("probability given to the token that came")
+plt.ylabel("surprise, nats")
+plt.title("Confident and wrong is what costs")
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# ## In chunks
+#
+# The logits are the biggest tensor of a training step: 16 x 1024 tokens x 50,257 x 4 bytes = 3.3 GB, and their gradient as much again. `HeadLoss` projects
+# a chunk of rows, takes loss and gradient at once and forgets the chunk. Same loss, same gradients:
+
+# %%
+hidden = torch.randn(3000, 64, dtype=torch.float64) * 0.5
+wte = torch.randn(384, 64, dtype=torch.float64) * 0.1
+targets = torch.randint(257, (3000,))
+targets[::7] = -100  # not scored
+results = []
+for chunked in (False, True):
+    h, w = hidden.clone().requires_grad_(), wte.clone().requires_grad_()
+    loss = HeadLoss.apply(h, w, targets, 257, True) if chunked else F.cross_entropy((h @ w.T)[:, :257], targets, ignore_index=-100)
+    loss.backward()
+    results.append((loss.double().detach(), h.grad, w.grad))
+for plain, chunk in zip(*results, strict=True):
+    torch.testing.assert_close(plain, chunk, rtol=1e-5, atol=1e-9)
+
+# %% [markdown]
+# ## Why the vocabulary is padded
+#
+# 50257 is odd; 50304 is 393 x 128, which matrix units like. The 47 rows are storage only: their logits are cut off before the softmax, so they take
+# no probability and get no gradient.
+
+# %%
+model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32), seed=1)
+assert model.transformer.wte.weight.shape == (50304, 32)
+assert model(ids[:, :8]).shape == (1, 8, 50257)
+model(ids[:, :8], ids[:, 1:9]).backward()
+assert model.transformer.wte.weight.grad[50257:].abs().max() == 0
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. A model says 0.9 for the right token half of the time and 0.001 otherwise. What is its loss? And one that always says 0.2?
+# 2. What loss has a model that knows only how often each token occurs (the unigram model)? Compute it on the text above.
+# 3. Label smoothing, dropout, weight decay: which of them can make the training loss higher than the validation loss?

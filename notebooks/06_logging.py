@@ -1,0 +1,97 @@
+# %% [markdown]
+# # 6. Logging: reading a run
+#
+# A run writes one line of JSON a step. Everything else (TensorBoard, the console, the report) is made from it. Here a real run is read: it was
+# trained on film reviews on two CPU cores, was stopped on its way by a signal, and went on.
+
+# %%
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from loguru import logger
+
+from anew import metrics
+
+ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs" / "example").is_dir())
+run = ROOT / "docs" / "example"
+rows = metrics.read(run)
+steps = [row for row in rows if "train/loss" in row]
+print(f"{len(rows)} rows, {len(steps)} of them training steps; the last one:")
+print(json.dumps(steps[-1], indent=1))
+
+# %% [markdown]
+# ## Curves
+
+# %%
+figure, axes = plt.subplots(2, 2, figsize=(10, 5.6))
+for panel, (name, key) in zip(axes.flat, [("loss", "train/loss"), ("learning rate", "train/lr"), ("gradient norm", "train/grad_norm"),
+                                          ("tokens a second", "speed/tokens_per_second")], strict=True):  # fmt: skip
+    panel.plot([row["tokens"] / 1e6 for row in steps], [row[key] for row in steps], linewidth=0.8)
+    panel.set(title=name, xlabel="million tokens")
+val = [row for row in rows if "val/loss" in row]
+axes[0, 0].plot([row["tokens"] / 1e6 for row in val], [row["val/loss"] for row in val], "o--", label="validation")
+axes[0, 0].legend()
+plt.tight_layout()
+plt.show()
+print(f"validation: {val[0]['val/loss']:.3f} -> {val[-1]['val/loss']:.3f} nats, perplexity {math.exp(val[-1]['val/loss']):.0f}")
+assert val[-1]["val/loss"] < val[0]["val/loss"]
+
+# %% [markdown]
+# ## It was stopped, and nothing shows
+#
+# The log says where. If the resumed part had replayed or skipped data, or lost the optimizer's state, the loss would jump there. And each row's token count
+# is its step times the tokens a step, so no step is missing or counted twice.
+
+# %%
+log = (run / "log.txt").read_text(encoding="utf-8").splitlines()
+for line in log:
+    if "stopped at" in line or "resumed" in line:
+        print(line)
+stopped = next(i for i, line in enumerate(log) if "resumed from" in line)
+assert stopped > 0
+size = steps[0]["tokens"]
+assert [row["tokens"] for row in steps] == [size * (n + 1) for n in range(len(steps))]
+
+# %% [markdown]
+# ## TensorBoard
+#
+# It is written beside, from the same rows. Here written and read back:
+
+# %%
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+folder = tempfile.mkdtemp()
+with SummaryWriter(folder) as writer:
+    for row in steps:
+        writer.add_scalar("train/loss", row["train/loss"], row["step"])
+events = EventAccumulator(folder)
+events.Reload()
+read = {event.step: event.value for event in events.Scalars("train/loss")}
+assert all(math.isclose(read[row["step"]], row["train/loss"], rel_tol=1e-6) for row in steps)
+print(f"{len(read)} points read back from TensorBoard's file")
+
+# %% [markdown]
+# ## loguru
+#
+# For people: lines with a level, to the console and to files, without set-up.
+
+# %%
+file = Path(tempfile.mkdtemp()) / "log.txt"
+logger.remove()  # here only to the file
+sink = logger.add(file, format="{level: <8} {message}")
+logger.info("step {:,}: loss {:.4f}", steps[-1]["step"], steps[-1]["train/loss"])
+logger.warning("a gradient norm of {:.1f} is far above the usual", max(row["train/grad_norm"] for row in steps))
+logger.remove(sink)
+print(file.read_text())
+assert "WARNING" in file.read_text()
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Smooth the training loss with a moving mean. How long must the window be until the curve is as smooth as the validation points?
+# 2. Which of the four curves would show first that the learning rate is too high?
+# 3. `anew report RUN` makes a page of all this. Find the moment of the resume on it.

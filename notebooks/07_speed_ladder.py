@@ -1,0 +1,78 @@
+# %% [markdown]
+# # 7. The speed ladder
+#
+# One reference project's steps went from 1,000 ms to 100 ms without changing what is computed. Here the same ladder on your machine, at a size that takes
+# seconds: each rung is the project's own training step with one setting more. `anew bench ladder` does it at full size.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+import anew
+from anew import bench, runtime
+from anew.model import count_parameters, flops_per_token
+
+# %% [markdown]
+# ## How fast could it be?
+#
+# A training step needs about 6 operations for each weight and token (2 forward, 4 backward), and some for attention. Dividing by what the device's
+# matrix units can do gives the time that no program beats.
+
+# %%
+config = anew.recipe("gpt2-124m", n_layer=4, n_head=4, n_embd=256, device="cpu")
+config = bench.at(config, micro_batch=4, seq_len=128)
+flops = flops_per_token(config.model, 128)
+print(f"{count_parameters(config.model):,} parameters, {flops / 1e6:.0f} million operations a token")
+by_hand = 6 * (4 * 12 * 256**2 + 50304 * 256) + 12 * 4 * 256 * 129 / 2
+assert abs(by_hand - flops) < 2
+rt = runtime.start(config.override(precision="auto").run)
+peak, source = runtime.peak_flops(rt)
+print(f"measured against {source}")
+
+# %% [markdown]
+# ## The rungs
+#
+# In this process and without compiling, so that it takes seconds. Each rung must compute the same loss, but for the rounding of bf16.
+
+# %%
+rows, settings = [], {}
+for rung in bench.RUNGS:
+    if "cpu" not in rung.devices or rung.name == "compile":
+        continue
+    settings |= rung.settings | {"compile": "off"}
+    try:
+        found = bench.measure(config.override(**settings), steps=3, matmul=rung.matmul)
+    except anew.UserError as error:
+        print(f"{rung.name}: {error}")
+        continue
+    rows.append((rung.name, found))
+    print(f"{rung.name:<18} {1e3 * found.seconds:7.1f} ms   {found.tokens_per_second:8,.0f} tokens/s   MFU {100 * found.tflops * 1e12 / peak:3.0f}%"
+          f"   loss {found.losses[-1]:.4f}")  # fmt: skip
+torch.set_float32_matmul_precision("highest")
+assert max(abs(found.losses[-1] - rows[0][1].losses[-1]) for _, found in rows) < 0.05
+
+plt.figure(figsize=(7, 3))
+plt.barh([name for name, _ in rows], [1e3 * found.seconds for _, found in rows])
+plt.gca().invert_yaxis()
+plt.xlabel("ms a step")
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# ## Memory or arithmetic?
+#
+# A product of an (m, k) and a (k, n) matrix does 2mkn operations and moves at least 2(mk + kn + mn) bytes in bf16. Operations a byte decide what limits it.
+# Training multiplies thousands of rows at once and is bound by arithmetic; writing one token multiplies one row and is bound by memory,
+# which is why writing gains from 8-bit weights and training does not.
+
+# %%
+for what, m in (("training, 4096 rows", 4096), ("writing, 1 row", 1)):
+    k, n = 768, 3072
+    print(f"{what:<22} {2 * m * k * n / (2 * (m * k + k * n + m * n)):8.1f} operations a byte")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Run `anew bench ladder gpt2-124m` and compare the shape of your ladder with the one above. Which rung matters most on your machine?
+# 2. On a CPU without bf16 instructions the rung "bf16" is slower than fp32. Why?
+# 3. Compute the least time of a step of GPT-2 124M with 524,288 tokens on an H100 (989 TFLOP/s in bf16). How long are 19,073 of them?
