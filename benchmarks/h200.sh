@@ -4,7 +4,7 @@
 #   benchmarks/h200.sh results            # about 25 minutes on one H100 or H200; figures as JSON lines in results/figures.jsonl
 #   PART=1 benchmarks/h200.sh results     # or in parts of less than ten minutes: 1 correctness, 2 ladder and attention, 3 the step, 4 the rest
 #
-# Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock and pytest must be there. The command line needs
+# Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock, matplotlib and pytest must be there. The command line needs
 # tyro, rich and loguru; where they are missing, wheels in the folder .whl are used (pip download --no-deps -d .whl tyro loguru typeguard ...).
 set -uo pipefail
 cd "$(dirname "$0")/.."

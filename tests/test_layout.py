@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 VERB_NAMES = ("train", "sample", "prepare", "evaluate", "export", "plan", "bench", "report", "serve")
 LEVELS = [
-    {"config", "attention", "kernels.cross_entropy"},
+    {"config", "attention", "toolchain", "kernels.cross_entropy"},
     {"devices", "head"},
     {
         "model",
@@ -135,6 +137,18 @@ def test_nothing_executes_what_it_loads(pattern: str) -> None:
     for path in FILES:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.search(pattern, line)]
         assert not [line for line in lines if "model.eval()" not in line], f"{path.name}: {lines}"
+
+
+def test_the_command_line_starts_without_what_only_one_command_needs() -> None:
+    script = """
+import sys
+for name in "fastapi uvicorn starlette matplotlib transformers llama_cpp litgpt triton lm_eval gguf onnx boto3 tensorboard".split():
+    sys.modules[name] = None
+import anew.cli
+anew.cli.main(["--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_file_opens_with_what_it_is() -> None:

@@ -99,6 +99,23 @@ def test_a_run_that_goes_on_or_broke_off_has_a_page_too(run: Path, tmp_path: Pat
         Run.read(tmp_path)
 
 
+def test_a_run_that_was_never_finite_has_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN is written as null."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_text((run / "config.json").read_text())
+    row = {"step": 1, "tokens": 256, "seconds": 1.0, "train/loss": None, "train/grad_norm": None, "train/lr": 1e-3}
+    row |= {"speed/tokens_per_second": 9.0, "speed/mfu": 0.1}
+    (bad / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (bad / "log.txt").write_bytes(b"2026-01-01 00:00:00,000 WARNING half a character \xe2\x82")
+    main(["report", str(bad), "--picture"])
+    assert "training loss not finite" in read((bad / "report.html").read_text()).text
+    gpt2 = like_gpt2(tmp_path / "gpt2", 0.1)
+    for row in gpt2.rows:
+        row.update({"train/loss": None, "val/loss": None})
+    read(page.page([gpt2]))
+
+
 def test_runs_are_drawn_over_each_other(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tiny(tmp_path / "other", steps=30, lr=1e-3)
     train(other)

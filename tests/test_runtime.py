@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anew import UserError, runtime
+from anew import UserError, runtime, toolchain
 from anew.config import RunConfig
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_precision_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_compiler_means_eager_with_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
     assert runtime.pick_compile("auto", CPU) == (False, "eager: there is no C++ compiler")
     with pytest.raises(UserError, match="use --compile off"):
         runtime.pick_compile("on", CPU)

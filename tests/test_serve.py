@@ -125,6 +125,24 @@ def test_a_prompt_is_scored_as_the_model_scores_it(client: openai.OpenAI, models
     assert found.text_offset == list(range(7))
 
 
+def test_lm_evals_own_reading_of_an_answer(client: openai.OpenAI, models: list[Path]) -> None:
+    """It asks for one token more, echoes the prompt and sums the log-probabilities behind the context."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    ids = list(b"A tower of stone")
+    answer = client.completions.create(model=str(models[0]), prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0, seed=1)
+    [(total, greedy)] = LocalCompletionsAPI.parse_logprobs(answer.model_dump(), tokens=[ids], ctxlens=[8])
+    with torch.no_grad():
+        log_p = GPT.from_pretrained(str(models[0])).eval()(torch.tensor([ids]))[0].log_softmax(-1)
+    assert total == pytest.approx(sum(log_p[n - 1, ids[n]].item() for n in range(8, len(ids))), abs=1e-3)
+    assert greedy == all(log_p[n - 1].argmax() == ids[n] for n in range(8, len(ids)))
+    offsets = answer.choices[0].logprobs.text_offset
+    assert offsets == list(range(len(ids) + 1))
+    streamed = list(client.completions.create(model=str(models[0]), prompt=[ids], max_tokens=0, echo=True, logprobs=0, stream=True))
+    assert streamed[0].choices[0].text == "A tower of stone"
+    assert len(streamed[0].choices[0].logprobs.token_logprobs) == len(ids)
+
+
 def test_what_is_wrong_is_said_in_a_sentence(client: openai.OpenAI, models: list[Path]) -> None:
     for settings, words in (
         ({"model": "gpt-5"}, "no model 'gpt-5'"), ({"max_tokens": 300}, "than the 256 that"),
@@ -227,6 +245,11 @@ def test_places_are_counted_and_come_back() -> None:
     third = engine.take_place()
     never = engine.write(third, engine.find("m"), [[65]], Rules(5), threading.Event())
     del never, third, second  # nobody ever listened
+    assert [engine.take_place(), engine.take_place()]
+    waiting = engine.write(engine.take_place(), engine.find("m"), [[65]], Rules(5), gone := threading.Event())
+    gone.set()
+    with engine.device:  # another's text is being written
+        assert list(waiting) == [], "who leaves while waiting does not wait on"
     assert [engine.take_place(), engine.take_place()]
     stop = threading.Event()
     writing = engine.write(engine.take_place(), engine.find("m"), [[65]], Rules(200, temperature=0.0), stop)

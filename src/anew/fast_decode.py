@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import subprocess
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -85,29 +86,30 @@ class Packed(GPT):
 class Graphed(Packed):
     """A packed model on an NVIDIA GPU, where a step of 200 small kernels is recorded once and played back for each token.
 
-    What is recorded has fixed shapes: attention over the next multiple of 128 slots of the cache, of which each row sees its own.
+    What is recorded has fixed shapes and addresses: attention over the next multiple of 128 slots of a cache of its own, of which each row
+    sees its own tokens. The cache of a text is copied into it at the text's first step, so recordings serve one text after the other.
     """
 
     SLOTS = 128
 
     def __init__(self, model: GPT) -> None:
         super().__init__(model)
-        self.keys: Tensor | None = None  # of the cache that the recordings are of
-        self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}  # by slots: ids, lengths, logits
+        self.own: Cache | None = None
+        self.text: weakref.ref[Cache] | None = None  # the cache that was copied last
+        self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by slots: the graph, its ids, its logits
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257), until the next step, after one more id a row; the cache is one token longer."""
-        if self.keys is not cache.keys:
-            self.keys, self.recordings = cache.keys, {}
-        slots = min(cache.keys.size(3), rounded_up(cache.used + 1, self.SLOTS))
-        if slots not in self.recordings:
-            self.recordings[slots] = self._record(slots, cache)
-        graph, static_ids, lengths, logits = self.recordings[slots]
-        static_ids.copy_(torch.tensor(ids)[:, None])
-        lengths.copy_(cache.lengths)
-        graph.replay()
-        cache.lengths = cache.lengths + 1
-        cache.used += 1
+        with torch.cuda.device(cache.lengths.device):
+            own = self._copied(cache)
+            slots = min(own.keys.size(3), rounded_up(cache.used + 1, self.SLOTS))
+            if slots not in self.recordings:
+                self.recordings[slots] = self._record(slots, own)
+            graph, static_ids, logits = self.recordings[slots]
+            static_ids.copy_(torch.tensor(ids)[:, None])
+            graph.replay()
+            own.lengths += 1
+        cache.lengths, cache.used = own.lengths.clone(), cache.used + 1
         return logits
 
     def fixed(self, ids: Tensor, lengths: Tensor, slots: int, cache: Cache) -> Tensor:
@@ -115,18 +117,31 @@ class Graphed(Packed):
         view = Cache(cache.keys, cache.values, lengths, used=slots - 1, ragged=True)
         return self.head(self.hidden(ids, view)[:, -1])
 
-    def _record(self, slots: int, cache: Cache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        lengths = cache.lengths.clone()
-        ids = torch.zeros(len(lengths), 1, dtype=torch.long, device=lengths.device)
+    def _copied(self, cache: Cache) -> Cache:
+        """The cache that recordings are of, with what `cache` holds in it."""
+        rows, capacity = cache.keys.size(1), rounded_up(cache.keys.size(3), self.SLOTS)
+        if self.own is None or self.own.keys.size(1) != rows or self.own.keys.size(3) < cache.keys.size(3):
+            self.recordings.clear()
+            self.own = Cache.empty(self, rows, min(capacity, self.config.n_positions))
+            self.text = None
+        if self.text is None or self.text() is not cache:
+            self.own.keys[:, :, :, : cache.used] = cache.keys[:, :, :, : cache.used]
+            self.own.values[:, :, :, : cache.used] = cache.values[:, :, :, : cache.used]
+            self.own.lengths.copy_(cache.lengths)
+            self.text = weakref.ref(cache)
+        return self.own
+
+    def _record(self, slots: int, own: Cache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        ids = torch.zeros(len(own.lengths), 1, dtype=torch.long, device=own.lengths.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once for real: libraries allocate what may not be allocated while recording
-            self.fixed(ids, lengths, slots, cache)
+            self.fixed(ids, own.lengths, slots, own)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self.fixed(ids, lengths, slots, cache)
-        return graph, ids, lengths, logits
+            logits = self.fixed(ids, own.lengths, slots, own)
+        return graph, ids, logits
 
 
 class Rows:
@@ -147,7 +162,7 @@ class Rows:
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257) after one more id a row; the cache is one token longer."""
         wte, wpe = self.tables
-        x = wte[ids] + wpe[cache.lengths]  # (B, C), fp32 throughout
+        x = wte[ids].float() + wpe[cache.lengths].float()  # (B, C)
         norms, products = iter(self.norms), iter(self.products)
         normed = self._norm(x, None, *next(norms))
         for keys, values in zip(cache.keys, cache.values, strict=True):
@@ -231,10 +246,11 @@ class Kernel:
         return _Matrix(values.data_ptr(), scales, None if bias is None else self._keep(bias))
 
 
-_PACKED: WeakKeyDictionary[GPT, tuple[Any, Packed | Rows | Kernel]] = WeakKeyDictionary()  # as long as the model is there and unchanged
+Decoder = Packed | Rows | Kernel
+_PACKED: WeakKeyDictionary[GPT, tuple[Any, dict[Any, Decoder]]] = WeakKeyDictionary()  # as long as the model is there and unchanged
 
 
-def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Rows | Kernel | None:
+def pack(model: GPT, rows: int, int8: bool = False) -> Decoder | None:
     """What decodes `rows` sequences at once from this model; None where the weights are computed with as they are.
 
     A model in training is one of these: its weights change before the next text, and its device has no room for a second copy.
@@ -250,18 +266,20 @@ def pack(model: GPT, rows: int, int8: bool = False) -> Packed | Rows | Kernel | 
         int8 = False
     if model.compute_dtype == torch.float32:
         return None
-    if library is None or (rows > 1 and not torch.backends.mkldnn.is_available()):
+    if library is None or (rows > 1 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         kind: type = Graphed if model.transformer.wte.weight.device.type == "cuda" else Packed
     else:
         kind = Rows if rows > 1 else Kernel
-    state = kind, int8, tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
     held = _PACKED.get(model)
     if held is None or held[0] != state:
-        held = _PACKED[model] = (state, _decoder(kind, model, library, int8))
-    return held[1]
+        held = _PACKED[model] = (state, {})
+    if (kind, int8) not in held[1]:
+        held[1][kind, int8] = _decoder(kind, model, library, int8)
+    return held[1][kind, int8]
 
 
-def _decoder(kind: type, model: GPT, library: ctypes.CDLL | None, int8: bool) -> Packed | Rows | Kernel:
+def _decoder(kind: type, model: GPT, library: ctypes.CDLL | None, int8: bool) -> Decoder:
     if issubclass(kind, Packed) or library is None:
         return kind(model)
     return Rows(model, library) if kind is Rows else Kernel(model, library, int8)

@@ -6,13 +6,15 @@ The logits of a 50k vocabulary are the biggest tensor of a training step: 3.3 GB
 copy that autograd keeps. Here a chunk of them lives at a time, and since the loss is the end of the graph, its gradient is taken at once.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from anew.toolchain import missing_for_triton
 
 # Rows of logits alive at once, whatever the batch. Eager code holds several fp32 copies of them (206 MB each at 1024); compiled code
 # holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step. The GPU's kernel needs no copy, and each chunk costs it a
@@ -20,8 +22,9 @@ from torch import Tensor
 CHUNK, CHUNK_COMPILED, CHUNK_KERNEL = 1024, 4096, 16_384
 
 KERNEL: Any = None
-if torch.cuda.is_available() and find_spec("triton"):
-    from anew.kernels.cross_entropy import cross_entropy_ as KERNEL
+if torch.cuda.is_available() and not missing_for_triton():
+    with contextlib.suppress(ImportError):
+        from anew.kernels.cross_entropy import cross_entropy_ as KERNEL
 
 
 class HeadLoss(torch.autograd.Function):
@@ -75,7 +78,7 @@ def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool)
 
 
 def kernel_for(device: torch.device) -> Any:
-    """The GPU's kernel for the loss of a chunk; None elsewhere, and without Triton, as in torch for Windows."""
+    """The GPU's kernel for the loss of a chunk; None elsewhere, and where Triton or what it compiles with is missing."""
     return KERNEL if device.type == "cuda" else None
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anew.config import UserError
 from anew.report.charts import smoothed
 from anew.report.run import Run
 
@@ -35,6 +36,8 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
     for axes, (title, key) in zip(grid.flat, panels, strict=True):
         for run, colour in zip(runs, COLOURS, strict=False):
             points = run.points(key)
+            if not points:  # never finite
+                continue
             axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3 if key == "train/loss" else 1.0, linewidth=1)
             if key == "train/loss":
                 axes.plot(*zip(*smoothed(points), strict=True), color=colour, label=f"{run.name}: training")
@@ -43,7 +46,8 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
                         *zip(*val, strict=True), color=colour, marker="o", linestyle="--", markersize=4, label=f"{run.name}: validation"
                     )
                 settled = [y for other in runs for _, y in other.points(key)[len(other.points(key)) // 10 :]]
-                axes.set_ylim(0.97 * min(settled), 1.03 * max(settled))
+                if settled:
+                    axes.set_ylim(0.97 * min(settled), 1.03 * max(settled))
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("tokens")
         axes.spines[["top", "right"]].set_visible(False)
@@ -54,8 +58,16 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
     return path
 
 
+def check() -> None:
+    """UserError where no picture could be drawn: better before minutes of measuring than behind them."""
+    _pyplot()
+
+
 def _pyplot() -> Any:
-    import matplotlib as mpl
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise UserError("pictures need matplotlib; pip install 'anew[pictures]'.") from error
 
     mpl.use("Agg")
     from matplotlib import pyplot

@@ -1,6 +1,6 @@
 """Where a step's time goes: a trace of a few steps, for ui.perfetto.dev or chrome://tracing, and quiet while steps are taken.
 
-with profiled(run / "trace.json", steps=3, first=2) as step_done: ...
+with profiled(run / "trace.json", steps=3) as step_done: ...
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def quiet_garbage() -> Iterator[Callable[[int], None]]:
 
     def collect(step: int) -> None:
         if step % GARBAGE_EVERY == 0:
-            gc.collect(1)
+            gc.collect(2 if step % (20 * GARBAGE_EVERY) == 0 else 1)
 
     on = gc.isenabled()
     gc.collect()

@@ -101,7 +101,7 @@ def plain_step(config: Any, device: str) -> Step:
 def our_writing(config: Any, device: str, rows: int, prompt: int, tokens: int, int8: bool = False) -> Step:
     """The product's own cached decoding, greedy."""
     model = GPT(config.model, torch.bfloat16, seed=0).to(device).eval()
-    prompts = torch.randint(50257, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
     return lambda: generate(model, prompts, tokens, temperature=0.0, int8=int8)
 
 
@@ -117,7 +117,7 @@ def their_writing(config: Any, device: str, rows: int, prompt: int, tokens: int)
     shape: Any = {name: getattr(config.model, name) for name in SHAPE}
     model: Any = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     model.to(device, torch.bfloat16)
-    ids = torch.randint(50257, (rows, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 50256}
 
     def step() -> None:
@@ -136,7 +136,7 @@ def llama_writing(config: Any, device: str, rows: int, prompt: int, tokens: int,
         write_gguf(Path(folder) / "model.gguf", GPT(config.model, seed=0), Tokenizer.named("gpt2"), dtype, "side by side")
         threads = torch.get_num_threads()
         llama = Llama(str(Path(folder) / "model.gguf"), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    [ids] = torch.randint(50257, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    [ids] = torch.randint(config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
 
     def step() -> None:
         llama.reset()

@@ -15,19 +15,17 @@ import contextlib
 import ctypes
 import os
 import platform
-import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from anew import devices
 from anew.config import RunConfig, UserError
+from anew.toolchain import missing_for_compile
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,7 +141,7 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     """(compile the training step?, why)."""
-    missing = _missing_for_compile(device)
+    missing = missing_for_compile(device)
     if wanted == "on" and missing:
         raise UserError(f"torch.compile cannot work here: {missing}; install it, or use --compile off.")
     if wanted == "off":
@@ -160,21 +158,6 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _missing_for_compile(device: torch.device) -> str:
-    if device.type == "mps":
-        return "torch.compile is not reliable on MPS"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "Triton needs compute capability 7.0"
-    if device.type == "cuda" and not find_spec("triton"):
-        return "Triton is not installed"
-    compilers = ("cl",) if sys.platform == "win32" else ("g++", "clang++")
-    if not any(shutil.which(c) for c in (os.environ.get("CXX", ""), *compilers) if c):
-        return "there is no C++ compiler"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Python's C headers are not installed (Debian: python3-dev)"
-    return ""
 
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:

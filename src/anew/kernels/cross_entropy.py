@@ -6,6 +6,8 @@ the gradient, and is written once: 200 KB a row through memory, where separate s
 Importing this needs Triton, so `head.py` does it where a GPU is there. TRITON_INTERPRET=1 runs it on a CPU, as the tests do.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -50,7 +52,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int, training: b
     In training the logits become the gradient of the losses' sum by them. Columns from `vocab_size` on are padding: no part, gradient 0.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _kernel[(len(logits),)](logits, targets, losses, logits.stride(0), vocab_size, logits.size(1), training, BLOCK, num_warps=WARPS)
+    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+        _kernel[(len(logits),)](logits, targets, losses, logits.stride(0), vocab_size, logits.size(1), training, BLOCK, num_warps=WARPS)
     return losses
 
 

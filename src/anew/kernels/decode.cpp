@@ -103,6 +103,8 @@ struct Bytes {
 };
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+inline __m128 two(const float *values) { return _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(values))); }
+
 // Of a row in int8, stored as value + 128, and a vector: 64 products an instruction, two groups at a time.
 inline float dot(const uint8_t *a, const float *scale, const Bytes &b, const float *, int64_t n) {
     __m512 sums = _mm512_setzero_ps();
@@ -111,8 +113,7 @@ inline float dot(const uint8_t *a, const float *scale, const Bytes &b, const flo
     for (; i + 2 * GROUP <= n; i += 2 * GROUP) {
         const __m512i start = _mm512_loadu_si512(b.start.data() + i / 4);
         const __m512i total = _mm512_dpbusd_epi32(start, _mm512_loadu_si512(a + i), _mm512_loadu_si512(b.values.data() + i));
-        const __m128 both = _mm_mul_ps(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double *>(scale + i / GROUP))),
-                                       _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double *>(b.scales.data() + i / GROUP))));
+        const __m128 both = _mm_mul_ps(two(scale + i / GROUP), two(b.scales.data() + i / GROUP));
         sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(both)), sums);
     }
     float total = _mm512_reduce_add_ps(sums);

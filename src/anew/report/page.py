@@ -95,7 +95,8 @@ def _verdict(run: Run) -> str:
     if judged:
         good = judged.count("PASS")
         state = "pass" if good == len(judged) else "fail"
-        head = f"<strong><b class=\"{state}\">{state.upper()}</b> {good} of {len(judged)} figures are at least OpenAI's GPT-2's</strong>"
+        words = f"{good} of {len(judged)} figures are not worse than what they are compared with, within the tolerance"
+        head = f'<strong><b class="{state}">{state.upper()}</b> {words}</strong>'
     else:
         state, head = "", f"<strong>{_without_verdict(run)}</strong>"
     table = _table(
@@ -110,10 +111,10 @@ def _verdict(run: Run) -> str:
 def _without_verdict(run: Run) -> str:
     final, chance = run.final_loss, math.log(run.config.model.vocab_size)
     if run.config.data.one_batch:
-        return f"One batch, {run.last['step']:,} times: its loss is {run.last['train/loss']:.4f}; a model that can learn gets it near 0"
+        return f"One batch, {run.last['step']:,} times: its loss is {run.train_loss}; a model that can learn gets it near 0"
     if final is None:
         where = f"Step {run.last['step']:,} of {run.config.run.steps:,}"
-        return f"{where}: training loss {run.last['train/loss']:.3f}, nothing held out was scored yet"
+        return f"{where}: training loss {run.train_loss}, nothing held out was scored yet"
     unit = "byte" if run.config.data.tokenizer == "bytes" else "token"
     return (
         f"{final[0]:.3f} nats a {unit} on held-out text: as unsure as between {math.exp(final[0]):,.3g} {unit}s "
@@ -196,7 +197,7 @@ def _loss_chart(runs: Sequence[Run]) -> str:
             whiskers.append(Whisker(name, reference.HORIZON, projection.value, projection.plus_minus))
     data, size = reference.data_of(runs[0].config), size_of(runs[0].config.model)
     if data and size == "124M":
-        reach = max(max(x for x, _ in line.points) for line in lines) if not whiskers else math.inf
+        reach = max((x for line in lines for x, _ in line.points), default=math.inf) if not whiskers else math.inf
         curves = [c for c in reference.CURVES if c.data == data]
         lines += [Line(c.name, [p for p in c.losses if 0 < p[0] <= reach], f"context-{n}") for n, c in enumerate(curves, start=1)]
         lines.append(Line(f"OpenAI's GPT-2 124M, {reference.BASELINES[data][0]}", [(0.0, reference.BASELINES[data][0])], "level"))

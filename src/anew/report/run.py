@@ -51,6 +51,12 @@ class Run:
         return next(row for row in reversed(self.rows) if "train/loss" in row)
 
     @property
+    def train_loss(self) -> str:
+        """The newest training loss that is a number, in words."""
+        found = self.points("train/loss")
+        return f"{found[-1][1]:.4f}" if found else "not finite"
+
+    @property
     def status(self) -> str:
         """complete, running, preempted or failed. A process that is gone cannot say that it failed."""
         done = self.last["step"] >= self.config.run.steps
@@ -89,10 +95,11 @@ class Run:
 
     @property
     def baseline(self) -> dict[str, Any] | None:
-        """What `--baseline` found: another model's loss on the same windows."""
-        with contextlib.suppress(OSError, ValueError):
+        """What `--baseline` found: another model's loss on the same windows. None if they have been set otherwise since."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
             found: dict[str, Any] = json.loads((self.folder / "baseline.json").read_text(encoding="utf-8"))
-            return found
+            data = self.config.data
+            return found if found["val_tokens"] == data.val_tokens and found["seq_len"] == data.seq_len else None
         return None
 
     @property
@@ -100,7 +107,7 @@ class Run:
         """Texts written while training: step, prompt, text. The last one of a step counts, as for a run that was resumed."""
         found: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
-            for line in (self.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+            for line in (self.folder / "samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
                     row = json.loads(line)
                     if "text" in row:
@@ -112,7 +119,7 @@ class Run:
         """(time, what happened): starts, resumes, warnings, errors."""
         found = []
         with contextlib.suppress(OSError):
-            for line in (self.folder / "log.txt").read_text(encoding="utf-8").splitlines():
+            for line in (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines():
                 match = EVENT.match(line)
                 if match and (match[2] != "INFO" or match[3].startswith(TOLD)):
                     found.append((match[1], match[3]))

@@ -63,11 +63,6 @@ def app(engine: Engine, hosts: set[str]) -> Any:
         asked = wanted.completion(engine, wanted.read(await _body(request)))
         facts = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": asked.served.name}
         place = engine.take_place()
-        if asked.echo and asked.rules.n_tokens == 0:
-            try:
-                return JSONResponse(facts | await asyncio.to_thread(completions.scored, engine, asked))
-            finally:
-                place.free()
         stop = threading.Event()
         writing = completions.chunks(engine, place, asked, stop)
         if asked.stream:
@@ -80,10 +75,13 @@ def app(engine: Engine, hosts: set[str]) -> Any:
         asked = wanted.playground(engine, wanted.read(await _body(request)))
         place, stop = engine.take_place(), threading.Event()
         tokens = engine.write(place, asked.served, asked.prompts, asked.rules, stop)
-        lines = (json.dumps(_shown(asked, token)) async for _, token in _thread(request, tokens, stop))
-        return StreamingResponse(
-            _events(lines), media_type="text/event-stream", headers={"x-prompt-ids": json.dumps(asked.prompts[0])[:8000]}
-        )
+
+        async def lines() -> AsyncIterator[str]:
+            yield json.dumps({"prompt_ids": asked.prompts[0]})
+            async for _, token in _thread(request, tokens, stop):
+                yield json.dumps(_shown(asked, token))
+
+        return StreamingResponse(_events(lines()), media_type="text/event-stream")
 
     @api.exception_handler(UserError)
     async def wrong(_: Request, error: UserError) -> JSONResponse:
@@ -157,13 +155,16 @@ async def _thread(request: Request, items: Iterator[T], stop: threading.Event) -
         loop.call_soon_threadsafe(queue.put_nowait, last)
 
     thread = loop.run_in_executor(None, work)
+    looked = loop.time()
     try:
         while True:
+            if loop.time() - looked > LOOK_SECONDS:
+                if await request.is_disconnected():
+                    return
+                looked = loop.time()
             try:
                 item = await asyncio.wait_for(queue.get(), LOOK_SECONDS)
             except TimeoutError:
-                if await request.is_disconnected():
-                    return
                 continue
             if item is over:
                 return

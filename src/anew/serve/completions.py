@@ -43,9 +43,16 @@ def chunks(engine: Engine, place: Place, asked: Wanted, stop: threading.Event) -
     tokenizer = asked.served.tokenizer
     texts = [Text() for _ in asked.prompts]
     counts = [0] * len(texts)
-    if asked.echo:
-        for row, prompt in enumerate(asked.prompts):
-            yield _chunk(row, tokenizer.decode(prompt), None, None)
+    nothing_new = asked.rules.n_tokens == 0
+    for row, prompt in enumerate(asked.prompts if asked.echo or nothing_new else []):
+        found = _scored(engine, asked, prompt) if asked.echo and asked.logprobs is not None else None
+        texts[row].shown = tokenizer.decode(prompt) if asked.echo else ""
+        yield _chunk(row, texts[row].shown, found, "length" if nothing_new else None)
+    if nothing_new:
+        place.free()
+        if asked.usage or not asked.stream:
+            yield {"choices": [], "usage": _usage(sum(map(len, asked.prompts)), 0)}
+        return
     for row, token in engine.write(place, asked.served, asked.prompts, asked.rules, stop, alternatives=asked.logprobs or 0):
         text = texts[row]
         if text.finished:
@@ -84,24 +91,22 @@ def joined(found: list[Chunk], asked: Wanted) -> Chunk:
     return {"choices": choices, "usage": usage}
 
 
-def scored(engine: Engine, asked: Wanted) -> Chunk:
-    """The prompt itself with the log-probabilities of its tokens: `echo` with no new tokens, as evaluation harnesses ask for."""
-    tokenizer, choices = asked.served.tokenizer, []
-    for row, prompt in enumerate(asked.prompts):
-        log_p = engine.read(asked.served, prompt)
-        labels = [tokenizer.decode([i]) for i in prompt]
-        top = [
-            {tokenizer.decode([i]): value for i, value in zip(ids, values, strict=True)}
-            for values, ids in zip(*(part.tolist() for part in log_p.topk(max(1, asked.logprobs or 0))), strict=True)
-        ]
-        found = {
-            "tokens": labels,
-            "token_logprobs": [None, *(log_p[n, i].item() for n, i in enumerate(prompt[1:]))],
-            "top_logprobs": [None, *top],
-            "text_offset": [sum(map(len, labels[:n])) for n in range(len(labels))],
-        }
-        choices.append(_choice(row) | {"text": tokenizer.decode(prompt), "finish_reason": "length", "logprobs": found})
-    return {"choices": choices, "usage": _usage(sum(map(len, asked.prompts)), 0)}
+def _scored(engine: Engine, asked: Wanted, prompt: list[int]) -> dict[str, list[Any]]:
+    """The log-probabilities of a prompt's own tokens, which evaluation harnesses ask for. Nothing came before the first."""
+    tokenizer = asked.served.tokenizer
+    log_p = engine.read(asked.served, prompt)
+    labels = [tokenizer.decode([i]) for i in prompt]
+    count = asked.logprobs or 0
+    top = [
+        {tokenizer.decode([i]): value for i, value in zip(ids, values, strict=True)}
+        for values, ids in zip(*(part.tolist() for part in log_p.topk(count)), strict=True)
+    ]
+    return {
+        "tokens": labels,
+        "token_logprobs": [None, *(log_p[n, i].item() for n, i in enumerate(prompt[1:]))],
+        "top_logprobs": [None, *top],
+        "text_offset": [sum(map(len, labels[:n])) for n in range(len(labels))],
+    }
 
 
 def _logprobs(asked: Wanted, tokens: list[Token], offset: int) -> dict[str, list[Any]]:

@@ -19,6 +19,7 @@ from anew.tokenizer import Tokenizer
 
 MOST_ROWS = 16  # texts of one request that are written at once
 ALTERNATIVES = 10
+LOOK_SECONDS = 0.25  # between looks whether a visitor who waits is still there
 
 
 class Busy(Exception):
@@ -119,11 +120,15 @@ class Engine:
         alternatives: int = ALTERNATIVES,
     ) -> Iterator[tuple[int, Token]]:
         """(row, token) as they are drawn, until each row has its tokens or end of text, or `stop` is set."""
+        mine = False
         try:
-            with self.device:
-                if not stop.is_set():
-                    yield from self._write(served, prompts, rules, stop, alternatives)
+            while not (mine := self.device.acquire(timeout=LOOK_SECONDS)):
+                if stop.is_set():  # left while waiting
+                    return
+            yield from self._write(served, prompts, rules, stop, alternatives)
         finally:
+            if mine:
+                self.device.release()
             place.free()
 
     def _write(

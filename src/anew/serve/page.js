@@ -5,7 +5,7 @@ const $ = id => document.getElementById(id);
 const visible = text => text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
 const percent = logP => { const p = 100 * Math.exp(logP); return p >= 0.1 ? p.toFixed(1) + "%" : "<0.1%"; };
 const brief = name => name.split("/").slice(-2).join("/");
-let running = [];
+const running = new Set();  // texts that are being written
 
 function make(kind, attributes = {}, ...children) {
   const element = Object.assign(document.createElement(kind), attributes);
@@ -47,13 +47,14 @@ class Text {
       const answer = await fetch("api/write", { method: "POST", signal: this.leaving.signal, headers: { "content-type": "application/json" },
         body: JSON.stringify({ model: this.model, prompt, ...rules }) });
       if (!answer.ok) throw new Error((await answer.json()).error.message);
-      if (!this.promptIds) this.promptIds = JSON.parse(answer.headers.get("x-prompt-ids"));
       for await (const token of events(answer)) {
         if (token.error) throw new Error(token.error.message);
+        if (token.prompt_ids) { this.promptIds ??= token.prompt_ids; continue; }
         this.add(token);
         this.note.textContent = `${++count} tokens, ${(1000 * count / (performance.now() - began)).toFixed(0)} a second`;
       }
     } catch (error) {
+      this.leaving.abort();
       if (error.name !== "AbortError") this.note.replaceChildren(make("span", { className: "error", textContent: error.message }));
       else this.note.textContent = "stopped";
     }
@@ -114,16 +115,22 @@ function offer(text, index, span) {
 function close() { $("choices").hidden = true; }
 
 async function run(texts) {
-  running = texts;
-  $("write").disabled = true; $("stop").disabled = false;
-  await Promise.all(texts.map(text => text.write()));
-  if (running === texts) { $("write").disabled = false; $("stop").disabled = true; }
+  await Promise.all(texts.map(async text => {
+    const mine = {};  // a text that branches is written anew while its old writing ends
+    text.writing = mine;
+    running.add(text);
+    $("write").disabled = true; $("stop").disabled = false;
+    await text.write();
+    if (text.writing === mine) running.delete(text);
+  }));
+  if (!running.size) { $("write").disabled = false; $("stop").disabled = true; }
 }
 
 $("ask").addEventListener("submit", event => {
   event.preventDefault();
   close();
   for (const text of running) text.leaving?.abort();
+  running.clear();
   $("texts").replaceChildren();
   const names = [$("model").value, ...($("beside").value ? [$("beside").value] : [])];
   run(names.map(name => new Text(name, $("prompt").value)));

@@ -59,13 +59,14 @@ def completion(engine: Engine, body: dict[str, Any]) -> Wanted:
     for name, neutral in NEUTRAL.items():
         if body.get(name) not in (None, neutral):
             raise UserError(f"{name} is not supported.")
-    served = engine.find(_text(body, "model", next(iter(engine.models))))
+    served = engine.find(_model(engine, body))
     prompts = _prompts(served, body.get("prompt", ""))
     n = _whole(body, "n", 1, 1, 16)
     if _whole(body, "best_of", n, 1, 16) != n:
         raise UserError("best_of is not supported.")
     rules = _rules(body, 16, "max_tokens")
-    logprobs = None if body.get("logprobs") in (None, False) else _whole(body, "logprobs", 0, 0, 10)
+    asked = body.get("logprobs")
+    logprobs = None if asked is None or asked is False else _whole(body, "logprobs", 0, 0, 10)
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise UserError("stream_options is not an object.")
@@ -81,7 +82,7 @@ def completion(engine: Engine, body: dict[str, Any]) -> Wanted:
 
 def playground(engine: Engine, body: dict[str, Any]) -> Wanted:
     """A request of the page: a text, or the ids of a text whose end was changed."""
-    served = engine.find(_text(body, "model", next(iter(engine.models))))
+    served = engine.find(_model(engine, body))
     wanted = Wanted(served, _prompts(served, body.get("prompt", "")), _rules(body, 64, "n_tokens"), stream=True)
     engine.check(served, wanted.prompts, wanted.rules)
     if len(wanted.prompts) != 1:
@@ -109,10 +110,10 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
-def _text(body: dict[str, Any], name: str, default: str) -> str:
-    value = body.get(name, default)
-    if not isinstance(value, str) or len(value) > 200:
-        raise UserError(f"{name} is not a name.")
+def _model(engine: Engine, body: dict[str, Any]) -> str:
+    value = body.get("model", next(iter(engine.models)))
+    if not isinstance(value, str) or (len(value) > 200 and value not in engine.models):
+        raise UserError("model is not a name.")
     return value
 
 

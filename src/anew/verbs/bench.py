@@ -47,6 +47,8 @@ def run_bench(argv: list[str]) -> None:
     config = bench.at(config.override(device=device), micro, seq_len)
     if a.rounds < 1:
         raise UserError(f"--rounds {a.rounds} must be at least 1.")
+    if a.picture:
+        pictures.check()
     facts = WHAT[what](config.check(), device, a)
     if a.json:
         print(json.dumps({"device": device, "torch": torch.__version__, "micro_batch": micro, "seq_len": seq_len, **facts}))

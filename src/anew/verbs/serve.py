@@ -10,8 +10,6 @@ import tyro
 
 from anew import runtime, weights
 from anew.config import UserError
-from anew.serve.app import app
-from anew.serve.engine import Engine, Served
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")
@@ -38,6 +36,11 @@ def run_serve(argv: list[str]) -> None:
         raise UserError("say which model: anew serve runs/NAME.")
     if not 0 <= a.port < 65536 or a.waiting < 0:
         raise UserError(f"port {a.port} is not from 0 to 65535." if a.waiting >= 0 else f"waiting {a.waiting} cannot be negative.")
+    try:
+        from anew.serve.app import app
+        from anew.serve.engine import Engine
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}; pip install 'anew[serve]'.") from error
     device = runtime.pick_device(a.device)
     precision, _ = runtime.pick_precision(a.precision, device)
     torch.set_float32_matmul_precision(runtime.MATMUL[precision])
@@ -46,7 +49,9 @@ def run_serve(argv: list[str]) -> None:
     _listen(app(Engine(served, a.waiting, a.int8), hosts), a.host, a.port)
 
 
-def _load(name: str, device: torch.device, dtype: torch.dtype) -> Served:
+def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    from anew.serve.engine import Served
+
     path = weights.find(name)
     model = weights.load_model(path, device, dtype).eval()
     log.info(f"{name}: {path}")

@@ -63,7 +63,12 @@ def run_train(argv: list[str]) -> None:
             if shown:
                 shown(row)
 
-        result = train(config.check(), progress)
+        try:
+            result = train(config.check(), progress)
+        except BaseException:
+            if os.environ.get("RANK", "0") == "0" and (config.folder / "metrics.jsonl").is_file():
+                _page(config)  # says that it was stopped, or failed
+            raise
     if os.environ.get("RANK", "0") != "0":
         return
     _report(config, result)
@@ -90,7 +95,7 @@ def _page(config: Config) -> None:
     """RUN/report.html, as it stands. A run is not lost because its page cannot be written."""
     try:
         page.write([config.folder], config.folder / "report.html")
-    except (OSError, UserError) as error:
+    except Exception as error:  # noqa: BLE001 (whatever it is, training matters more)
         logger.info(f"no report.html was written: {error}")
 
 

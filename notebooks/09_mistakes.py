@@ -1,0 +1,190 @@
+# %% [markdown]
+# # 9. Classic mistakes, and what they look like
+#
+# Every one of these has cost somebody days. Each is made here on purpose, on a small model and real text, and drawn beside the right run:
+# learn the shape of the curve, and you will know the mistake when you meet it.
+
+# %%
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+import torch
+from torch.nn import functional as F
+
+import anew
+from anew import GPT, bench, optim, runtime
+from anew.config import OptimConfig
+
+runtime.start(anew.recipe("demo").run)
+T, B, STEPS = 64, 16, 150
+config = anew.GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=T, vocab_size=257, attention="plain")
+settings = OptimConfig(lr=6e-3, min_lr=6e-4, warmup_steps=15)
+text = torch.tensor(list(b"".join(path.read_bytes() for path in bench.stdlib()[:40])))
+cut = int(0.9 * len(text))
+
+
+def batch(step: int, rows: int = B, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    part = text[cut:] if held_out else text[:cut]
+    starts = torch.randint(len(part) - T - 1, (rows,), generator=torch.Generator().manual_seed(step))
+    found = torch.stack([part[s : s + T + 1] for s in starts])
+    return found[:, :-1], found[:, 1:]
+
+
+Loss = Callable[[GPT, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def train(
+    change: Callable[[GPT], None] = lambda model: None,
+    loss_of: Loss = lambda model, x, y: model(x, y),
+    rate: Callable[[int], float] = lambda step: optim.rate(step, STEPS, settings),
+    accumulate: int = 1,
+    divide: bool = True,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    **shape: float,
+) -> dict[str, list[float]]:
+    """Losses and gradient norms of a run, and the loss on held-out text every 25 steps."""
+    model = GPT(anew.GPTConfig(**{**config.__dict__, **shape}), dtype, seed=1)
+    change(model)
+    optimizers = optim.build(model, settings)
+    found: dict[str, list[float]] = {"loss": [], "norm": [], "held out": []}
+    for step in range(STEPS):
+        optim.set_rate(optimizers, rate(step))
+        total = 0.0
+        for x, y in zip(*(part.chunk(accumulate) for part in batch(step)), strict=True):
+            loss = loss_of(model, x, y) / (accumulate if divide else 1)
+            (loss * scale).backward()
+            total += loss.item()
+        found["norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        found["loss"].append(total)
+        if step % 25 == 24:
+            model.eval()
+            with torch.no_grad():
+                found["held out"].append(model(*batch(7, 64, held_out=True)).item())
+            model.train()
+    return found
+
+
+def draw(title: str, key: str = "loss", log: bool = False, **runs: dict[str, list[float]]) -> None:
+    plt.figure(figsize=(6, 2.7))
+    for name, run in {"right": right, **runs}.items():
+        values = run[key]
+        xs = range(1, STEPS + 1) if len(values) == STEPS else range(25, STEPS + 1, 25)
+        plt.plot(xs, values, label=name.replace("_", " "), color="#9aa3b2" if name == "right" else None, linewidth=1.2)
+    if log:
+        plt.yscale("log")
+    plt.legend()
+    plt.xlabel("step")
+    plt.ylabel(key)
+    plt.title(title)
+    plt.tight_layout()
+    plt.show()
+
+
+right = train()
+print(f"right: {right['loss'][0]:.2f} -> {right['loss'][-1]:.2f}, held out {right['held out'][-1]:.2f}")
+
+# %% [markdown]
+# ## The schedule that never arrives
+#
+# A warm-up of 2,000 steps in a run of 1,000 (one reference project had it), or a decay that is computed from the wrong end. The loss falls, only too
+# slowly, and nothing looks broken. Look at the learning rate's curve first, always.
+
+# %%
+slow = train(rate=lambda step: (step + 1) / (10 * STEPS))
+draw("Warm-up longer than the run", never_warm=slow)
+assert slow["held out"][-1] > right["held out"][-1] + 0.2
+
+# %% [markdown]
+# ## The wrong initialisation
+#
+# PyTorch draws embeddings with a standard deviation of 1. Tied to the head, the logits are enormous and the loss begins far above $\ln 257 = 5.55$. The
+# first printed loss gives it away before the first step.
+
+
+# %%
+def unit_table(model: GPT) -> None:
+    with torch.no_grad():
+        model.transformer.wte.weight[:257].normal_(0, 1, generator=torch.Generator().manual_seed(1))
+
+
+wild = train(unit_table)
+print(f"first loss {wild['loss'][0]:.1f}; it should be 5.5")
+draw("Embeddings drawn with std 1", std_1=wild)
+assert wild["loss"][0] > 20
+
+# %% [markdown]
+# ## Dropout where there is too much text to learn by heart
+#
+# Dropout guards against learning the training text by heart. In one pass over more text than the model can hold there is nothing to guard against, and it only
+# makes each step noisier. GPT-2 reproductions use none.
+
+# %%
+dropped = train(dropout=0.2)
+draw("Dropout 0.2, in one pass over the text", "held out", dropout=dropped)
+assert dropped["held out"][-1] > right["held out"][-1]
+
+# %% [markdown]
+# ## Loss scaling with bf16
+#
+# fp16 needs it, bf16 has fp32's range and does not. Scaled and not unscaled before clipping, every gradient is "exploding", is cut to a norm of 1, and the norm in
+# the log means nothing any more: a real explosion would not be seen.
+
+# %%
+scaled = train(scale=65536.0, dtype=torch.bfloat16)
+draw("The gradient norm that is logged, loss scaled by 65,536", "norm", log=True, scaled=scaled)
+assert min(scaled["norm"]) > 1000 * max(right["norm"])
+
+# %% [markdown]
+# ## Accumulation without the division
+#
+# Four micro-batches added up and not averaged: the gradient is four times as large. Adam hardly minds the size and clipping hides the rest, so it trains; but clipping
+# now acts at every step, and the printed loss is four times too high. "My loss starts at 22" is this.
+
+# %%
+added = train(accumulate=4, divide=False)
+averaged = train(accumulate=4)
+print(f"first loss: averaged {averaged['loss'][0]:.2f}, only added {added['loss'][0]:.2f}")
+assert abs(averaged["loss"][-1] - right["loss"][-1]) < 0.05
+assert abs(added["loss"][0] / averaged["loss"][0] - 4) < 0.01
+share = [sum(norm > 1.0 for norm in run["norm"]) / STEPS for run in (averaged, added)]
+print(f"steps that are clipped: {100 * share[0]:.0f}% against {100 * share[1]:.0f}%")
+assert share[1] > share[0]
+
+# %% [markdown]
+# ## Too good to be true
+#
+# The targets are not shifted, so the model learns to copy; or the mask is missing, so it looks at the answer. Both give a training loss that no language model
+# can have. If a loss of text falls below 1 bit a byte within minutes, distrust it and write something with the model.
+
+
+# %%
+def no_mask(model: GPT, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    t = model.transformer
+    h = t.wte(x) + t.wpe.weight[: x.size(1)]
+    for block in t.h:
+        n, H = block.ln_1(h), config.n_head
+        q, k, v = block.attn.c_attn(n).view(*n.shape[:2], 3, H, -1).permute(2, 0, 3, 1, 4)
+        h = h + block.attn.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n.shape))
+        h = h + block.mlp(block.ln_2(h))
+    return F.cross_entropy(model.head(t.ln_f(h)).flatten(0, 1), y.flatten())
+
+
+copying = train(loss_of=lambda model, x, y: model(x, x))
+seeing = train(loss_of=no_mask)
+draw("Training loss", targets_not_shifted=copying, no_mask=seeing)
+print(
+    f"held out, asked honestly: right {right['held out'][-1]:.2f}, copying {copying['held out'][-1]:.2f}, seeing {seeing['held out'][-1]:.2f}"
+)
+assert copying["loss"][-1] < 0.1
+assert copying["held out"][-1] > right["held out"][-1] + 1
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Evaluate on the training text instead of held-out text. How would you notice from a log that "validation" equals training?
+# 2. Leave out weight decay, then decay everything including norms and biases. Which of the two can you see at this size?
+# 3. Which of the mistakes above would `anew`'s checks have refused or logged, and which cannot be caught by any check?
