@@ -165,13 +165,18 @@ def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
         sides["anew, int8"] = rivals.our_writing_int8
     if rivals.is_installed("transformers"):
         sides["transformers"] = rivals.their_writing
-    if a.rows == 1 and device == "cpu" and rivals.is_installed("llama_cpp"):
+    if a.rows == 1 and device == "cpu" and config.model.vocab_size == 50257 and rivals.is_installed("llama_cpp"):
         sides |= {"llama.cpp": rivals.llama_writing, "llama.cpp q8_0": rivals.llama_writing_q8}
     times = versus.alternate(sides, (config, device, a.rows, a.prompt_tokens, a.new_tokens), a.rounds)
-    facts: dict[str, Any] = {"seconds": times}
     print(f"{config.recipe}, {a.rows} x ({a.prompt_tokens} + {a.new_tokens}) tokens, bf16, on {device}, {a.rounds} turns\n")
+    return _rates(times, a.rows * a.new_tokens, "tokens")
+
+
+def _rates(times: dict[str, list[float]], amount: float, unit: str) -> dict[str, Any]:
+    """What each side does of `amount` a turn in a second, and the ratios."""
     for name, t in times.items():
-        print(f"{name:<14} {a.rows * a.new_tokens / statistics.median(t):,.1f} tokens/s")
+        print(f"{name:<14} {amount / statistics.median(t):,.1f} {unit} a second")
+    facts: dict[str, Any] = {"seconds": times}
     _ratios(times, facts)
     return facts
 
@@ -194,12 +199,8 @@ def evaluate(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: AR
     file = Path(a.file) if a.file else TASKS["hellaswag"].fetch()
     sides: dict[str, Any] = {"anew": rivals.our_scoring, "one at a time": rivals.their_scoring}
     times = versus.alternate(sides, (file, device, a.examples), a.rounds)
-    facts: dict[str, Any] = {"seconds": times}
     print(f"HellaSwag, 124M, {a.examples} examples a turn, on {device}, {a.rounds} turns\n")
-    for name, t in times.items():
-        print(f"{name:<14} {a.examples / statistics.median(t):,.1f} examples a second")
-    _ratios(times, facts)
-    return facts
+    return _rates(times, a.examples, "examples")
 
 
 def prepare(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG001
@@ -208,12 +209,8 @@ def prepare(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG
         folder = Path(name)
         path, size = rivals.text_of(a.file, folder, a.documents)
         times = versus.alternate({"anew": rivals.our_preparing, "script": rivals.script_preparing}, (path, folder), a.rounds)
-    facts: dict[str, Any] = {"seconds": times, "bytes": size}
     print(f"{size / 1e6:.0f} MB of text to tokens of GPT-2, {a.rounds} turns\n")
-    for name, t in times.items():
-        print(f"{name:<14} {size / 1e6 / statistics.median(t):,.1f} MB a second")
-    _ratios(times, facts)
-    return facts
+    return _rates(times, size / 1e6, "MB") | {"bytes": size}
 
 
 WHAT = {"ladder": ladder, "attention": attention, "train": train, "generate": generate, "evaluate": evaluate, "prepare": prepare}
