@@ -72,6 +72,7 @@ def _listen(application: Any, host: str, port: int) -> None:
         except OSError as error:
             raise UserError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port.") from error
         address = f"[{host}]" if ":" in host else host
+        listener.listen()  # whoever reads the address may come at once
         print(f"http://{address}:{listener.getsockname()[1]}", flush=True)
         config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 * 1024,
                                 limit_concurrency=200)  # fmt: skip
