@@ -14,7 +14,9 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 VERB_NAMES = ("train", "sample", "prepare", "evaluate", "export", "plan", "bench", "report", "serve")
 LEVELS = [
-    {"config", "attention", "toolchain", "kernels.cross_entropy"},
+    {"spelling", "attention", "toolchain", "kernels.cross_entropy"},
+    {"ramp"},
+    {"config"},
     {"devices", "head"},
     {
         "model",
@@ -30,6 +32,7 @@ LEVELS = [
         "data.hub_data",
     },
     {
+        "muon",
         "optim",
         "checkpoint",
         "foreign",
@@ -68,14 +71,15 @@ LEVELS = [
     {"serve.wanted"},
     {"serve.completions"},
     {"serve.app"},
-    {"bench", "pictures", "versus"},
-    {"plan", "rivals"},
-    {"verbs.settings"},
+    {"bench", "pictures", "versus", "trials"},
+    {"plan", "rivals", "time_to_loss"},
+    {"verbs.settings", "verbs.experiments"},
     {f"verbs.{name}" for name in VERB_NAMES},
     {"cli"},
     {"__main__"},
 ]
 WITHIN_A_LEVEL = {
+    ("optim", "muon"),
     *(("weights", other) for other in ("checkpoint", "foreign", "hub")),
     ("generate", "fast_decode"),
     ("evaluate.task", "evaluate.score"),

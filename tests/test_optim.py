@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from anew.config import GPTConfig, OptimConfig
 from anew.model import GPT
-from anew.optim import Muon, build, orthogonalise, rate, set_rate
+from anew.muon import Muon, orthogonalise
+from anew.optim import build, momentum, rate, set_rate
 
 
 def test_the_reference_schedule() -> None:
@@ -27,6 +28,21 @@ def test_the_reference_schedule() -> None:
 def test_no_rate_is_zero_or_undefined_however_short_the_run(steps: int, warmup: int, schedule: str, min_lr: float) -> None:
     o = OptimConfig(warmup_steps=warmup, schedule=schedule, min_lr=min_lr)
     assert all(0 < rate(step, steps, o) <= 1 for step in range(steps))
+
+
+def test_the_rate_is_constant_and_then_falls() -> None:
+    o = OptimConfig(schedule="linear", warmup_steps=10, decay_share=0.4, min_lr=0.0)
+    shares = [rate(step, 110, o) for step in range(110)]
+    assert shares[9:70] == [1.0] * 61
+    assert shares[70] == pytest.approx(1.0)
+    assert shares[90] == pytest.approx(0.5)
+    assert shares[109] == pytest.approx(1 / 40)
+
+
+def test_muons_momentum_rises_and_stays() -> None:
+    o = OptimConfig(muon_warmup=10)
+    assert [round(momentum(step, o), 4) for step in (0, 5, 10, 1000)] == [0.85, 0.9, 0.95, 0.95]
+    assert momentum(0, OptimConfig()) == 0.95
 
 
 def test_weight_decay_is_for_matrices_only() -> None:

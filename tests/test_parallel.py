@@ -72,6 +72,34 @@ def test_any_number_of_ranks_is_the_same_run(alone: tuple[Config, list[dict[str,
     assert len((shared.folder / "log.txt").read_text().splitlines()) == len((config.folder / "log.txt").read_text().splitlines()) + 1
 
 
+FAST = {"optimizer": "muon", "newton_schulz": "fp32", "muon_warmup": 5, "batch_ramp": "0.25:0.3,0.5:0.6", "average": 0.3, "steps": 10}
+
+
+@pytest.fixture(scope="module")
+def fast_alone(alone: tuple[Config, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
+    config = alone[0].override(**FAST, micro_batch=1, save_every=4, out=str(tmp_path_factory.mktemp("fast") / "run"))
+    return config, ok(run_ranks(1, trained, config))[0]
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_muon_a_ramp_and_an_average_are_the_same_run_on_any_number_of_ranks(
+    fast_alone: tuple[Config, dict[str, Any]], ranks: int, parallel: str, tmp_path: Path
+) -> None:
+    config, single = fast_alone
+    shared = config.override(out=str(tmp_path / "run"), parallel=parallel)
+    first = ok(run_ranks(ranks, trained_until, shared, 6))  # stopped, and gone on with by another number of ranks
+    second = ok(run_ranks(4 if ranks == 2 else 2, trained, shared.override(parallel="ddp")))
+    for step in range(config.run.steps):
+        parts, i = (first, step) if step < 6 else (second, step - 6)
+        assert [row for part in parts for row in part["rows"][i]] == single["rows"][step]
+    assert [len(rows) for rows in single["rows"]] == [4, 4, 4, 8, 8, 8, 16, 16, 16, 16]
+    assert len({part["outcomes"] for part in second}) == 1
+    for a, b in zip(metrics.read(config.folder), metrics.read(shared.folder), strict=True):
+        for key in ("tokens", "train/loss", "train/grad_norm", "val/loss"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-6), (a["step"], key)
+
+
 def test_world_size_and_kind_may_change_at_every_resume(alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path) -> None:
     config, [single] = alone
     changing = config.override(out=str(tmp_path / "run"), keep=0, evaluate_every=0)
@@ -123,7 +151,14 @@ def trained_until(config: Config, step: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "variant", [{"optimizer": "muon"}, {"precision": "fp16"}, {"dropout": 0.1}, {"precision": "bf16", "parallel": "fsdp"}]
+    "variant",
+    [
+        {"optimizer": "muon"},
+        {"precision": "fp16"},
+        {"dropout": 0.1},
+        {"precision": "bf16", "parallel": "fsdp"},
+        {"optimizer": "muon", "parallel": "fsdp"},
+    ],
 )
 def test_ranks_agree_in_every_kind_of_run(alone: tuple[Config, list[dict[str, Any]]], variant: dict[str, Any], tmp_path: Path) -> None:
     config = alone[0].override(out=str(tmp_path / "run"), steps=8, warmup_steps=2, evaluate_every=0, **variant)

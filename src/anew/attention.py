@@ -61,12 +61,14 @@ class TiledBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """torch's kernel, as it is."""
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v, tile by tile."""
         q, k, v, out, log_sum = ctx.saved_tensors
         dtype, T, scale = q.dtype, q.size(2), 1 / math.sqrt(q.size(-1))
         delta = (grad[0].float() * out.float()).sum(-1, keepdim=True)  # (B, heads, T, 1)

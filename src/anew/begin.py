@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from anew import metrics, runtime, weights
-from anew.config import Config, UserError, bytes_of, ids_of
+from anew.config import Config, UserError
 from anew.data.batches import Batches
 from anew.data.open import open_data
 from anew.data.shards import DataFolder
@@ -24,6 +24,7 @@ from anew.parallel import World, joined, preflight
 from anew.preempt import Stop
 from anew.probe import find_micro_batch
 from anew.saver import Saver
+from anew.spelling import bytes_of, ids_of
 from anew.state import State
 from anew.tokenizer import Tokenizer
 

@@ -12,21 +12,16 @@ A setting is judged only when all are known (`Config.check`), so that the order 
 import dataclasses
 import json
 import math
-import re
 import typing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from anew.ramp import Ramp
+from anew.spelling import UserError as UserError  # everybody's
+from anew.spelling import ids_of
 
-class UserError(ValueError):
-    """Something the user can put right: one plain sentence that says what is wrong and what to do (exit code 2)."""
-
-    everywhere = False  # True: all ranks raise it, so one of them may speak
-
-
-TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # ids each can emit; the last one is <|endoftext|>
-MOST_IDS = 65_536  # shards hold tokens as uint16
 VOCAB_MULTIPLE = 128  # rows of `wte` are stored to a multiple of this: 50257 -> 50304 = 393 x 2^7
 
 
@@ -56,6 +51,7 @@ class GPTConfig:
         "flash", "flash: torch's fused kernel; cudnn: NVIDIA's, on its GPUs; plain: the formula, for reading and comparison"
     )
     head: Literal["chunked", "plain"] = setting("chunked", "loss: in chunks of rows, never all logits at once; plain: all, for comparison")
+    zero_init: bool = setting(False, "residual projections begin at zero instead of 0.02/sqrt(2 x layers)")
     recompute: bool = setting(
         False, "keep each block's input only and compute the rest again going backward: less memory, a third more work", may_change=True
     )
@@ -95,7 +91,14 @@ class OptimConfig:
     lr: float = setting(6e-4, "peak learning rate of AdamW")
     min_lr: float = setting(6e-5, "learning rate that the schedule ends on")
     muon_lr: float = setting(0.02, "peak learning rate of Muon; follows the same schedule")
+    muon_warmup: int = setting(0, "steps in which Muon's momentum rises from 0.85 to 0.95")
+    newton_schulz: Literal["bf16", "fp32"] = setting(
+        "bf16", "arithmetic of Muon's orthogonalisation; fp32: the same on any number of ranks"
+    )
+    wte_lr: float = setting(0.0, "peak learning rate of `wte`; 0: lr")
     schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay after warm-up")
+    decay_share: float = setting(1.0, "share of the steps after warm-up, at the end, in which the rate falls; it is constant before")
+    average: float = setting(0.0, "share of the steps, at the end, over which weights are averaged; the average is the model")
     warmup_steps: int = setting(715, "steps of linear warm-up; the first step already has 1/warmup_steps of the peak")
     weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only")
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient")
@@ -111,6 +114,10 @@ class RunConfig:
 
     steps: int = setting(19_073, "optimizer steps in the whole run")
     batch_tokens: int = setting(524_288, "tokens a step, over all ranks and micro-batches")
+    batch_ramp: str = setting(
+        "",
+        "begin with smaller batches: 0.25:0.1,0.5:0.3 is a quarter of batch_tokens in the first tenth of the steps, half up to 0.3 of them",
+    )
     micro_batch: int | Literal["auto"] = setting(
         16,
         "sequences in one forward pass; changes speed and memory, never the batch; auto: as many as fit into memory, tried before training",
@@ -166,6 +173,16 @@ class Config:
         """Sequences a step, over all ranks."""
         return self.run.batch_tokens // self.data.seq_len
 
+    @cached_property
+    def ramp(self) -> Ramp:
+        """How many sequences each step has."""
+        return Ramp.of(self.run.batch_ramp, self.run.steps, self.batch_sequences)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.ramp.before(self.run.steps) * self.data.seq_len
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -205,6 +222,7 @@ class Config:
             per = f"{ranks} rank{'s' * (ranks > 1)} x {T} tokens = {ranks * T:,}"
             raise UserError(f"batch_tokens {tokens:,} is not a multiple of {per}; change --batch-tokens, --seq-len or the ranks.")
         sequences = tokens // (ranks * T)
+        self.ramp.check(ranks)
         micro = wanted if isinstance(wanted, int) else max(n for n in range(1, min(16, sequences) + 1) if sequences % n == 0)
         if sequences % micro:
             raise UserError(
@@ -240,6 +258,9 @@ class Config:
             ),
             (d.val_tokens < 0, f"val_tokens {d.val_tokens} is negative; 0 means no validation."),
             (o.lr <= 0 or o.muon_lr <= 0, f"learning rates must be above 0, not lr {o.lr:g} and muon_lr {o.muon_lr:g}."),
+            (o.wte_lr < 0 or o.muon_warmup < 0, "wte_lr and muon_warmup cannot be negative."),
+            (not 0 <= o.average < 1, f"average {o.average:g} is a share of the steps, from 0 to less than 1."),
+            (not 0 < o.decay_share <= 1, f"decay_share {o.decay_share:g} is a share of the steps, above 0 and at most 1."),
             (not 0 <= o.min_lr <= o.lr, f"min_lr {o.min_lr:g} is not between 0 and lr {o.lr:g}."),
             (not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), f"beta1 {o.beta1} and beta2 {o.beta2} must lie in [0, 1)."),
             (o.eps <= 0 or o.clip <= 0 or o.weight_decay < 0, "eps and clip must be above 0, and weight_decay not negative."),
@@ -258,7 +279,6 @@ class Config:
                 "keep, keep_every, evaluate_every, evaluate_limit, sample_every, sample_tokens and profile cannot be negative.",
             ),
             (not 0 <= r.seed < 2**63, f"seed {r.seed} must be between 0 and 2^63 - 1."),
-            (r.parallel == "fsdp" and o.optimizer == "muon", "muon needs whole matrices, and fsdp cuts them; use --parallel ddp."),
             (r.parallel == "fsdp" and r.precision == "fp16", "fsdp has no loss scaling here; use --precision bf16, or --parallel ddp."),
             (self.recipe == "finetune" and not r.init, "the finetune recipe needs a model to start from: add --init MODEL."),
         ]
@@ -309,35 +329,3 @@ def _wrong_kind(group: type, f: dataclasses.Field[Any], value: Any) -> str:
         right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return "" if right else "a finite number"
     return "" if type(value) is number else {int: "a whole number", str: "text", bool: "true or false"}[number]
-
-
-def own_name(n_vocab: int, digest: str) -> str:
-    """What a vocabulary of one's own is called: equal names, equal ids."""
-    return f"bpe-{n_vocab}-{digest[:12]}"
-
-
-def fits(wanted: str, tokenizer: str) -> bool:
-    """Is the tokenizer of this name the one that was asked for? Any vocabulary of N ids is what `train:N` asks for."""
-    return wanted == tokenizer or (wanted.startswith("train:") and tokenizer.startswith(f"bpe-{wanted[6:]}-"))
-
-
-def ids_of(tokenizer: str) -> int | None:
-    """How many ids a tokenizer has, where its name says so; None for a folder, which has to be looked into."""
-    if tokenizer in TOKENIZERS:
-        return TOKENIZERS[tokenizer]
-    match = re.fullmatch(r"(?:train:|bpe-)(\d+)(?:-[0-9a-f]{12})?", tokenizer)
-    if match is None:
-        if Path(tokenizer).is_dir():
-            return None
-        raise UserError(f"there is no tokenizer '{tokenizer}'; choose gpt2, bytes, train:N or a folder that holds one.")
-    if not 257 < int(match[1]) <= MOST_IDS:
-        raise UserError(f"tokenizer {tokenizer}: a vocabulary has 258 ids (256 bytes, end of text, and a word) to {MOST_IDS:,}.")
-    return int(match[1])
-
-
-def bytes_of(size: str) -> int:
-    """30GB, 500M or plain bytes as a number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
-    if match is None:
-        raise UserError(f"disk budget {size} is no size; write it as 30GB or 500MB.")
-    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()])

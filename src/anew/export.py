@@ -205,7 +205,7 @@ def _training(run: Path, step: int) -> list[str]:
     facts: dict[str, Any] = {
         "recipe": config.recipe,
         "steps": f"{step:,} of {config.run.steps:,}",
-        "tokens": f"{step * config.run.batch_tokens:,} ({config.run.batch_tokens:,} a step)",
+        "tokens": f"{config.ramp.before(step) * config.data.seq_len:,} ({config.run.batch_tokens:,} a step)",
         "text": Path(config.data.data).name if os.path.sep in config.data.data else config.data.data,
         "begun from": config.run.init or "random weights",
         "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}"

@@ -35,6 +35,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int, training: bool) -> Tensor:
+        """The loss; when `training` also both gradients, while the logits are there."""
         weight = wte.to(hidden.dtype)
         count = (targets != -100).sum().clamp(min=1)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)

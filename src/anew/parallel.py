@@ -67,6 +67,20 @@ class World:
         while under_way:
             _arrive(*under_way.popleft())
 
+    def divide(self, rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """`work(rows)`, each rank doing its share of the rows; `work` keeps their shape and treats each by itself. Raises LostRank."""
+        if self.size == 1:
+            return work(rows)
+        share = -(-len(rows) // self.size)
+        mine = rows[self.rank * share : (self.rank + 1) * share]
+        done = torch.zeros_like(rows[:1]).repeat(share, *[1] * (rows.ndim - 1))  # ranks behind the last row send zeros
+        if len(mine):
+            done[: len(mine)] = work(mine)
+        every = torch.empty(self.size * share, *rows.shape[1:], dtype=done.dtype, device=rows.device)
+        with _together(self.rank):
+            distributed.all_gather_into_tensor(every, done)
+        return every[: len(rows)]
+
     def everywhere(self, work: Callable[[], T], first: Callable[["World"], bool] | None = None) -> T:
         """`work()` on every rank. If it fails on one with a UserError, all raise that. Ranks that are `first` go before the others."""
         done: list[T] = []
@@ -85,6 +99,21 @@ class World:
 
 
 ALONE = World()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut over the ranks; every rank has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cut_like(tensor: Tensor, full: Tensor, source: int | None = None) -> Tensor:
+    """`full`, which every rank has (or only the `source`), cut as `tensor` is."""
+    if not hasattr(tensor, "full_tensor"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    part: Any = tensor
+    return distribute_tensor(full, part.device_mesh, part.placements, src_data_rank=source)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

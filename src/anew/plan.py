@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        return self.config.run.steps * self.step_seconds / 3600
+        return self.config.total_tokens / self.tokens_per_second / 3600
 
     @property
     def dollars(self) -> float | None:
@@ -86,7 +86,10 @@ def memory_of(config: Config, micro_batch: int, ranks: int, precision: str, comp
     if cut > 1:  # one block whole at a time, and the next on its way, beside the embeddings
         copies += 2 * 4 * (12 * m.n_embd**2) + 4 * m.padded_vocab_size * m.n_embd
     logits = min(tokens, CHUNK_KERNEL) * m.padded_vocab_size * size + 2 * 4 * m.padded_vocab_size * m.n_embd
-    return Memory(16 * N / cut, copies, tokens * m.n_layer * m.n_embd * values * size, logits)
+    state = 16 * N + (4 * N if config.optim.average else 0)  # weights, gradients, two moments; the average
+    if config.optim.optimizer == "muon":  # which has one
+        state -= 4 * 12 * m.n_layer * m.n_embd**2
+    return Memory(state / cut, copies, tokens * m.n_layer * m.n_embd * values * size, logits)
 
 
 def make(config: Config, gpu: GPU, count: int = 1, price: float | None = None, measured: float | None = None) -> Plan:
@@ -127,11 +130,14 @@ def lines(plan: Plan) -> Iterator[str]:
     """The plan in words, at most 80 columns."""
     c, r, gpu, n = plan.config, plan.config.run, plan.gpu, plan.count
     flops = flops_per_token(c.model, c.data.seq_len)
-    tokens = r.steps * r.batch_tokens
+    tokens = c.total_tokens
     yield f"{c.recipe} on {n} x {gpu.name} in {plan.precision}"
     yield ""
     yield f"model    {count_parameters(c.model):,} parameters, {flops / 1e6:,.0f} MFLOP a token (causal)"
-    yield f"work     {r.steps:,} steps x {r.batch_tokens:,} = {tokens / 1e9:.3g}B tokens, {tokens * flops / 1e18:.3g} EFLOP"
+    yield (
+        f"work     {r.steps:,} steps {'to' if r.batch_ramp else 'x'} {r.batch_tokens:,} = {tokens / 1e9:.3g}B tokens, "
+        f"{tokens * flops / 1e18:.3g} EFLOP"
+    )
     yield f"memory   of {gpu.memory_gb:g} GB on each GPU, in GB (* is the setting):"
     yield "       micro-batch accumulated   state  copies activations  logits     all"
     share = c.batch_sequences // n
@@ -174,7 +180,7 @@ def from_run(run: Path, config: Config) -> Iterator[str]:
     speed = statistics.median(row["speed/tokens_per_second"] for row in rows[len(rows) // 2 :])  # compilation is long past
     mine, theirs = (flops_per_token(c.model, c.data.seq_len) for c in (source, config))
     rate = speed * mine / theirs
-    tokens = config.run.steps * config.run.batch_tokens
+    tokens = config.total_tokens
     yield f"{run}: {source.recipe}, {speed:,.0f} tokens/s (median of the last {len(rows) - len(rows) // 2} steps)"
     yield f"         x {mine / 1e6:.4g} MFLOP a token = {speed * mine / 1e12:.3g} TFLOP/s"
     yield f"{config.recipe}: {theirs / 1e6:.4g} MFLOP a token, so {rate:,.0f} tokens/s at the same TFLOP/s"

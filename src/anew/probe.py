@@ -21,7 +21,7 @@ from anew.state import State
 
 SHARE = 0.9  # of the memory: compiled code and copies on the way need some too
 MOST = {"cuda": 64, "cpu": 16}  # more is not faster
-MOMENT_BYTES = {"adamw": 8, "muon": 8}  # a parameter
+MOMENT_BYTES, AVERAGE_BYTES = 8, 4  # a parameter
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -39,7 +39,8 @@ def find_micro_batch(state: State) -> tuple[int, str]:
         return choices[-1], f"micro-batch {choices[-1]}" + " (memory cannot be measured here)" * (room is None)
     one, two = _peak(state, 1), _peak(state, 2)
     parts = [p.to_local() if state.is_sharded else p for p in state.params]  # type: ignore[attr-defined]
-    moments = sum(p.numel() for p in parts) * MOMENT_BYTES[state.config.optim.optimizer] if not state.optimizers[0].state else 0
+    to_come = (MOMENT_BYTES if not state.optimizers[0].state else 0) + (AVERAGE_BYTES if state.config.optim.average else 0)
+    moments = sum(p.numel() for p in parts) * to_come
     needs = {1: (one or 0) + moments}
     if one is not None and two is not None:
         needs = {n: one + (two - one) * (n - 1) + moments for n in choices}

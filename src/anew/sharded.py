@@ -2,7 +2,7 @@
 
     shard(model)                        # each parameter is now a DTensor, of which this rank holds a part
     with gathered(model): ...           # inside, whole weights on every rank, which may go their own ways
-    whole(parameter)                    # all of it, on every rank
+    parallel.whole(parameter)           # all of it, on every rank
 
 GPT-2 1558M needs 25 GB for fp32 weights, gradients and AdamW's moments on one card, and 6.2 GB a card on four. What a checkpoint holds
 is the same in both modes, so a run may change from one to the other.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from anew.model import GPT
-from anew.parallel import World
+from anew.parallel import World, cut_like
 
 
 def shard(model: GPT) -> None:
@@ -48,11 +48,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be cut; every rank has to ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 @torch.no_grad()
 def fill(target: Tensor, value: Tensor | None, world: World) -> None:
     """Give `target`, cut or not, the `value` that rank 0 has."""
@@ -61,10 +56,7 @@ def fill(target: Tensor, value: Tensor | None, world: World) -> None:
         return
     full = torch.empty(target.shape, dtype=target.dtype, device=target.device) if value is None else value.to(target.device, target.dtype)
     if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        part: Any = target
-        part.to_local().copy_(distribute_tensor(full, part.device_mesh, part.placements).to_local())
+        target.to_local().copy_(cut_like(target, full, source=0).to_local())  # type: ignore[attr-defined]
     else:
         full = full.contiguous()
         distributed.broadcast(full, 0)

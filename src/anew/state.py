@@ -4,9 +4,10 @@ A step folder is a Hugging Face model folder and two files more: optimizer.safet
 parameter name, whole tensors, whatever the device, the grouping or the number of ranks) and trainer.json.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from anew import checkpoint, optim, sharded, weights
 from anew.config import Config, UserError
 from anew.model import GPT
-from anew.parallel import ALONE, World
+from anew.parallel import ALONE, World, whole
 from anew.runtime import Runtime
 from anew.spikes import Spikes
 from anew.tokenizer import Tokenizer
+
+RAW, AVERAGE = "raw.", "average."  # where weights are averaged, the average is the model and these go on being trained
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     spikes: Spikes = field(default_factory=Spikes)
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights since the tail began, by name
     excluded: list[tuple[int, int]] = field(default_factory=list)  # sequence numbers, first and behind the last, that are passed over
 
     def __post_init__(self) -> None:
@@ -61,7 +65,7 @@ class State:
         if self.is_sharded:
             sharded.shard(self.model)
         self.loaded: dict[str, Tensor] = {}  # what was read and not yet put in place
-        self.optimizers = optim.build(self.model, self.config.optim)
+        self.optimizers = optim.build(self.model, self.config.optim, self.world)
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=self.rt.precision == "fp16")
 
     @property
@@ -73,13 +77,40 @@ class State:
         """What every row of metrics.jsonl starts with."""
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 4)}
 
-    def advance(self, tokens: int, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         """Count one step done."""
+        tokens = self.config.ramp.sequences(self.step) * self.config.data.seq_len
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+
+    @torch.no_grad()
+    def add_to_average(self) -> None:
+        """In the last steps of a run, if wanted: the mean of the weights after each of them."""
+        steps = self.config.run.steps
+        first = steps - round(self.config.optim.average * steps) + 1
+        if self.step < first:
+            return
+        if self.step == first:
+            self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        else:
+            mine = [self.average[name] for name, _ in self.model.named_parameters()]
+            torch._foreach_lerp_(mine, [p.detach() for p in self.params], 1 / (self.step - first + 1))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model is what a checkpoint of now would hold: the average, once there is one."""
+        parameters = dict(self.model.named_parameters())
+        raw = {name: parameters[name].detach().clone() for name in self.average}
+        for name, value in self.average.items():
+            parameters[name].detach().copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in raw.items():
+                parameters[name].detach().copy_(value)
 
     def first_sequence(self, step: int) -> int:
         """The number of the first sequence of `step`'s batch."""
-        first = step * self.config.batch_sequences
+        first = self.config.ramp.before(step)
         for start, end in sorted(self.excluded):
             first += end - start if first >= start else 0
         return first
@@ -116,6 +147,9 @@ class State:
         for name, tensor in stored.items():
             missing = self.config.model.padded_vocab_size - tensor.size(0) if tensor.ndim and name.endswith(weights.WTE) else 0
             self.loaded[name] = nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor  # padding rows have no state: zeros
+        for raw in [name for name in self.loaded if name.startswith(RAW)]:
+            name = raw.removeprefix(RAW)
+            self.loaded[AVERAGE + name], self.loaded[name] = self.loaded[name], self.loaded.pop(raw)
 
     def _weights(self, folder: Path) -> dict[str, Tensor]:
         """Every weight at `folder`, checked, with padding rows."""
@@ -128,6 +162,7 @@ class State:
         kinds = [(name, value.dtype, value.ndim) for name, value in self.loaded.items()]
         trainer, kinds = self.world.gather((self._trainer(), kinds))[0]
         self._take(trainer)
+        self.average = {}
         for name, dtype, ndim in kinds:
             sharded.fill(self._slot(name, dtype, ndim), self.loaded.get(name), self.world)
         self.loaded = {}
@@ -151,9 +186,11 @@ class State:
         """A copy of all that a checkpoint holds, on rank 0; None on the others, which take part where weights are sharded."""
         tensors: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
-        for kind, named in ((tensors, self.model.named_parameters()), (moments, self._moments())):
+        weights_now = dict(self.model.named_parameters())
+        raw = {RAW + name: p for name, p in weights_now.items()} if self.average else {}
+        for kind, named in ((tensors, (self.average or weights_now).items()), (moments, [*self._moments(), *raw.items()])):
             for name, value in named:
-                full = sharded.whole(value)
+                full = whole(value)
                 if self.world.rank == 0:
                     kind[name] = weights.unpadded(name, full, self.config.model, copy=True)
         return Snapshot(self.step, tensors, moments, self._trainer()) if self.world.rank == 0 else None
@@ -170,6 +207,9 @@ class State:
         parameters = dict(self.model.named_parameters())
         if name in parameters:
             return parameters[name].detach()
+        if name.startswith(AVERAGE):
+            name = name.removeprefix(AVERAGE)
+            return self.average.setdefault(name, torch.zeros_like(parameters[name].detach()))
         key, parameter = name.split(".", 1)
         p = parameters[parameter]
         [owner] = [o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"])]

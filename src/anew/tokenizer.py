@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from anew.config import TOKENIZERS, UserError, own_name
+from anew.config import UserError
+from anew.spelling import TOKENIZERS, own_name
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"

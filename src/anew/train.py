@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from anew import checkpoint, metrics, optim
 from anew.begin import Begun, begin
-from anew.config import Config, UserError, bytes_of
+from anew.config import Config, UserError
 from anew.data.batches import prefetch
 from anew.data.open import Stopped, remove_used
+from anew.parallel import whole
 from anew.preempt import NOTHING_YET, Interrupted, Preempted, Stop, listening
 from anew.probe import is_out_of_memory
 from anew.profiling import profiled, quiet_garbage
-from anew.sharded import whole
+from anew.spelling import bytes_of
 from anew.state import State
 
 log = logging.getLogger("anew")
@@ -102,7 +103,7 @@ def train_step(
     for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(params, state.config.optim.clip))
-    optim.set_rate(state.optimizers, rate)
+    optim.set_rate(state.optimizers, rate, optim.momentum(state.step, state.config.optim))
     bad = ~(norm + sums[0]).isfinite() | (sums[0] > limits[0]) | (norm > limits[1]) | (sums[1] > 0)
     # Not all optimizers honour found_inf: those on MPS, of cut parameters, and the unfused.
     host_must_look = scaler.is_enabled() or state.is_sharded or bad.device.type == "mps" or not state.config.optim.fused
@@ -183,7 +184,8 @@ def _loop(run: Begun, stop: Stop, after_step: Callable[[metrics.Row], None]) -> 
     while state.step < r.steps:
         for step, micro_batches in _batches(run, range(state.step, r.steps)):
             began += run.evaluator.due(step)
-            rate = optim.rate(step, r.steps, config.optim)
+            sequences = config.ramp.sequences(step)
+            rate = optim.rate(step, r.steps, config.optim) * math.sqrt(sequences / config.batch_sequences)
             limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
             with stop.breakable() if compiling else contextlib.nullcontext():
                 outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits)
@@ -191,12 +193,14 @@ def _loop(run: Begun, stop: Stop, after_step: Callable[[metrics.Row], None]) -> 
             if outcome.stop:
                 raise Interrupted
             seconds = time.perf_counter() - began
-            state.advance(r.batch_tokens, seconds)
+            state.advance(seconds)
+            state.add_to_average()
             if outcome.applied:
                 state.spikes.add(outcome.loss, outcome.norm)
-            row = metrics.step_row(state.clock(), outcome.loss, outcome.norm, rate * config.optim.lr, seconds, config, run.peak_flops)
+            lr, tokens = rate * config.optim.lr, sequences * config.data.seq_len
+            row = metrics.step_row(state.clock(), outcome.loss, outcome.norm, lr, seconds, tokens, config, run.peak_flops)
             first = state.first_sequence(step)
-            run.recorder.step(row, outcome.applied, f"sequences {first:,} to {first + config.batch_sequences - 1:,}")
+            run.recorder.step(row, outcome.applied, f"sequences {first:,} to {first + sequences - 1:,}")
             after_step(row)
             spike = not outcome.applied and math.isfinite(outcome.loss + outcome.norm)
             if spike and r.spikes == "rollback" and _rolled_back(run, rolled_back):
@@ -226,10 +230,11 @@ def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]
     """This rank's micro-batches of each step, read ahead and moved to the device by a thread; none if asked to stop meanwhile."""
     config, state, batches = run.config, run.state, run.batches
     device, world = state.rt.device, state.world
-    share = config.batch_sequences // world.size
-    micro, _ = config.micro_batches(world.size)
+    most, _ = config.micro_batches(world.size)
 
     def load(step: int) -> tuple[int, list[MicroBatch]]:
+        share = config.ramp.sequences(step) // world.size
+        micro = math.gcd(most, share)
         first = 0 if config.data.one_batch else state.first_sequence(step)
         rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
         if device.type == "cuda":

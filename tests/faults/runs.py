@@ -231,7 +231,7 @@ def chain(n: int, rng: random.Random, place: Path) -> Tally:
         {"micro_batch": 2},
         {"evaluate_every": 3},
         {"dropout": 0.1},
-        {"optimizer": "muon"},
+        {"optimizer": "muon", "batch_ramp": "0.5:0.4", "average": 0.3},
     ]
     for i in range(n):
         settings = {"steps": 16, **kinds[i % len(kinds)]}

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from anew.config import UserError, fits, ids_of
+from anew.config import UserError
 from anew.data import hub_data, readers, shards
 from anew.data.documents import Document, Text, halves, hash_of, in_order, jobs_of, threshold_of
 from anew.data.hub_data import HubFile
 from anew.data.shards import DataFolder
 from anew.data.sources import Source
 from anew.data.splits import Progress, Settings, Splits
+from anew.spelling import fits, ids_of
 from anew.tokenizer import FILE as TOKENIZER
 from anew.tokenizer import Tokenizer
 from anew.vocabulary import learn

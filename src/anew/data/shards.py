@@ -17,7 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from anew.config import TOKENIZERS, UserError
+from anew.config import UserError
+from anew.spelling import TOKENIZERS
 
 MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 INDEX_VERSION = 1

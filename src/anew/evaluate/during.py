@@ -54,7 +54,7 @@ class Evaluator:
         sample = r.sample_every > 0 and step > 0 and step % r.sample_every == 0
         if validate or sample:
             self.saver.save(self.state)
-            with gathered(self.state.model):
+            with self.state.averaged(), gathered(self.state.model):
                 if validate:
                     self.validate("val", self.state.rt.precision)
                     self.score_tasks(self.state.rt.precision)
@@ -101,7 +101,7 @@ class Evaluator:
 
     def finish(self) -> tuple[float | None, float | None]:
         """The last word on a run: losses on held-out and (if asked for) on training text, in true fp32, and a sample if wanted."""
-        with gathered(self.state.model):
+        with self.state.averaged(), gathered(self.state.model):
             if self.config.run.sample_every:
                 self.sample()
             self.score_tasks("fp32")

@@ -7,10 +7,11 @@ import json
 import logging
 
 from anew import runtime, weights
-from anew.config import RunConfig, UserError, bytes_of
+from anew.config import RunConfig, UserError
 from anew.data.open import open_data
 from anew.evaluate.loss import mean_loss
 from anew.report.run import Run
+from anew.spelling import bytes_of
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")

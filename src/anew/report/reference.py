@@ -121,8 +121,7 @@ class Projection:
 
 def is_like_them(config: Config) -> bool:
     """GPT-2 124M over about 10B tokens: then the shape of their curves is the shape of this one."""
-    planned = config.run.steps * config.run.batch_tokens
-    return size_of(config.model) == "124M" and 0.9 < planned / HORIZON < 1.1
+    return size_of(config.model) == "124M" and 0.9 < config.total_tokens / HORIZON < 1.1
 
 
 def project(losses: Points) -> Projection | None:

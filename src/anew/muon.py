@@ -1,0 +1,94 @@
+"""Muon: momentum whose update is orthogonalised, so that every direction of a matrix moves equally far (Jordan et al. 2024).
+
+    optimizer = Muon(named_matrices, lr=0.02, weight_decay=0.1)
+
+Takes the (in, out) matrices of GPT-2's blocks. Query, key and value are three matrices, so `c_attn` is cut in three; all matrices of one
+shape go through Newton-Schulz as one batch, of which each rank does its share. The rate is scaled by 0.2 sqrt(max(in, out)), which gives an
+update the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training").
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from anew.parallel import ALONE, World, cut_like, whole
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values to about 1 in five steps (Jordan et al. 2024)
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, orthogonalised, with decoupled weight decay. `dtype` is that of Newton-Schulz."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        world: World = ALONE,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype, self.world = dtype, world
+        self.found_inf: Tensor | None = None  # as in the fused AdamW: 1 leaves weights and state as they are
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            grads = [p.grad for p in params]
+            if self.found_inf is not None and self.found_inf.item():
+                continue
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = self._orthogonal(torch._foreach_lerp(grads, buffers, group["momentum"]))
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def _orthogonal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Each matrix's update at a rate of 1. Where matrices are cut over the ranks they are put together, and cut again."""
+        parts = [_square_parts(whole(matrix)) for matrix in matrices]
+        updates = [list(of_one) for of_one in parts]
+        by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, of_one in enumerate(parts):
+            for j, part in enumerate(of_one):
+                by_shape.setdefault((min(part.shape), max(part.shape)), []).append((i, j))
+        for (_, longest), places in by_shape.items():
+            stacked = torch.stack([_wide(parts[i][j]) for i, j in places])
+            done = self.world.divide(stacked, lambda share: orthogonalise(share, dtype=self.dtype)).float()
+            for (i, j), update in zip(places, done * (0.2 * math.sqrt(longest)), strict=True):
+                updates[i][j] = update if parts[i][j].size(0) <= parts[i][j].size(1) else update.t()
+        return [cut_like(m, torch.cat(of_one, dim=1) if of_one[1:] else of_one[0]) for m, of_one in zip(matrices, updates, strict=True)]
+
+
+def _square_parts(matrix: Tensor) -> tuple[Tensor, ...]:
+    """`c_attn` (C, 3C) as its query, key and value; any other matrix as it is."""
+    n_in, n_out = matrix.shape
+    return matrix.split(n_in, dim=1) if n_out == 3 * n_in else (matrix,)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix if matrix.size(0) <= matrix.size(1) else matrix.t()
+
+
+def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """(n, rows, columns), rows <= columns -> the nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz, in `dtype`.
+
+    Three batched products an iteration, each with its sum: as fast as compiled code on a CPU, and nothing to compile (docs/log.md, 12).
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = g.to(dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        polynomial = torch.baddbmm(s, s, s, beta=b, alpha=c)  # b s + c s^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
