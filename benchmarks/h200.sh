@@ -2,7 +2,8 @@
 # Everything that has to be seen on an NVIDIA GPU, in one command: first that it is right, then how fast it is.
 #
 #   benchmarks/h200.sh results            # about 25 minutes on one H100 or H200; figures as JSON lines in results/figures.jsonl
-#   PART=1 benchmarks/h200.sh results     # or in parts of less than ten minutes: 1 correctness, 2 ladder and attention, 3 the step, 4 the rest
+#   PART=1 benchmarks/h200.sh results     # or in parts of less than ten minutes: 1 correctness, 2 ladder and attention, 3 the step, 4 the rest,
+#                                         5 the fast recipe (again until it says FAILED no more: it is 25 minutes in pieces; DATA=a data folder)
 #
 # Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock, matplotlib and pytest must be there. The command line needs
 # tyro, rich and loguru; where they are missing, wheels in the folder .whl are used (pip download --no-deps -d .whl tyro loguru typeguard ...).
@@ -65,6 +66,12 @@ if wants 4; then
         --val-tokens 0 --profile 3 --out "$run"
     gzip -f "$run/trace.json" 2> /dev/null && mv "$run/trace.json.gz" "$out/"
     rm -rf "$run"
+fi
+if wants 5; then # Muon's share of a step, then time to a loss at 50M tokens an arm
+    bench step-64-adamw train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone
+    bench step-64-muon train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone --optimizer muon
+    LIMIT=580 LINES_SHOWN=30 bench recipe recipe gpt2-124m --data "${DATA:-fineweb-edu}" --steps 763 --batch-tokens 65536 --micro-batch 64 \
+        --val-tokens 1048576 --minutes 7 --out runs/recipe-124m --picture "$out/recipe.png"
 fi
 say "figures: $out/figures.jsonl"
 exit $failed

@@ -27,6 +27,31 @@ def bars(rows: Sequence[tuple[str, float]], unit: str, title: str, path: Path) -
     _save(plt, figure, path)
 
 
+def time_to_loss(arms: Sequence[tuple[str, int, Sequence[float]]], path: Path) -> None:
+    """Where each arm ended, (name, tokens, a loss for each seed): runs of one name on a line, seeds as points."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name, colour in zip(dict.fromkeys(name for name, _, _ in arms), COLOURS, strict=False):
+        mine = sorted((tokens, losses) for other, tokens, losses in arms if other == name)
+        means = [sum(losses) / len(losses) for _, losses in mine]
+        axes.plot([tokens for tokens, _ in mine], means, color=colour, linewidth=1.5, label=name, marker="_", markersize=14)
+        for tokens, losses in mine:
+            axes.scatter([tokens] * len(losses), losses, color=colour, s=14, alpha=0.7)
+        if len(mine) == 1:
+            axes.axhline(means[0], color=colour, linewidth=0.7, linestyle=":")
+    axes.set_xscale("log")
+    ticks = sorted({tokens for _, tokens, _ in arms})
+    axes.set_xticks(ticks, [f"{tokens / 1e6:.3g}M" for tokens in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of the whole run")
+    axes.set_ylabel("validation loss, nats a token")
+    axes.set_title("Every point is a run that annealed to its own end", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e3e5ea", linewidth=0.7)
+    axes.legend(frameon=False)
+    _save(plt, figure, path)
+
+
 def progress(runs: Sequence[Run], path: Path) -> Path:
     """Loss, learning rate, gradient norm and speed over tokens, of one run or several."""
     plt = _pyplot()

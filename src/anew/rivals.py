@@ -20,8 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from anew import GPT, Tokenizer, bench, generate, runtime
-from anew.config import GPTConfig, RunConfig
+from anew.config import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
+from anew.data.batches import evaluation_windows
+from anew.data.open import open_data
 from anew.data.splits import Settings
 from anew.evaluate import runner
 from anew.evaluate.task import Example
@@ -253,3 +255,19 @@ def text_of(file: str, folder: Path, documents: int) -> tuple[Path, int]:
             out.write(json.dumps({"text": text}) + "\n")
             size += len(text.encode())
     return path, size
+
+
+def exported_loss(folder: Path, config: Config, device: str) -> float:
+    """Mean loss in nats a token of a checkpoint folder as transformers reads and computes it in fp32, over its run's validation windows."""
+    from transformers import GPT2LMHeadModel
+
+    model: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model.to(device)
+    wanted = config.data.tokenizer
+    total, scored = 0.0, 0
+    with open_data(config.data.data, wanted if wanted.startswith("train:") else Tokenizer.find(wanted, folder)) as data, torch.no_grad():
+        for ids, targets in evaluation_windows(data.splits["val"], config.data.seq_len, config.data.val_tokens, 8):
+            logits = model(torch.from_numpy(ids).to(device)).logits.flatten(0, 1)
+            total += F.cross_entropy(logits, torch.from_numpy(targets).to(device).flatten(), reduction="sum").item()
+            scored += int((targets != -100).sum())
+    return total / scored

@@ -13,6 +13,7 @@ from anew.bench import Measured, Rung
 from anew.config import Config, UserError
 from anew.evaluate.tasks import TASKS
 from anew.model import flops_per_token
+from anew.verbs import experiments
 from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags
 
 OWN = [
@@ -24,7 +25,10 @@ OWN = [
     flag("file", str, "", "evaluate: HellaSwag's JSON lines instead of the cache's; prepare: text, instead of Python's source"),
     flag("examples", int, 100, "evaluate: examples a turn"),
     flag("documents", int, 60_000, "prepare: at most this many documents"),
-    flag("picture", str, "", "ladder, attention: write a PNG here"),
+    flag("seeds", int, 3, "recipe: seeds of each arm"),
+    flag("over", str, "", "sweep: one setting or two with their values: 'lr=1e-3,2e-3 weight_decay=0,0.1'"),
+    flag("minutes", float, 0.0, "recipe, sweep: stop after so many, to be gone on with by the same command; 0: never"),
+    flag("picture", str, "", "write a PNG here (not train, generate, evaluate, prepare)"),
     flag("json", bool, False, "the last line of standard output is one JSON object"),
 ]
 ABOUT = "How fast is it here? Example: anew bench ladder gpt2-124m --micro-batch 4 --seq-len 256"
@@ -32,23 +36,31 @@ PUBLISHED = {"fp32": 1000, "TF32 matrices": 380, "bf16": 334, "loss in chunks": 
 
 
 def run_bench(argv: list[str]) -> None:
-    """Time this machine: ladder, attention, train, generate, evaluate, prepare."""
+    """Time this machine: ladder, attention, train, generate, evaluate, prepare; or recipes: recipe, sweep."""
     what, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    if what not in WHAT and not {"-h", "--help"} & set(argv):
-        raise UserError(f"`anew bench` times {', '.join(WHAT)}; say which" + (f", not {what}." if what else "."))
+    if what not in WHAT | EXPERIMENTS and not {"-h", "--help"} & set(argv):
+        raise UserError(f"`anew bench` times {', '.join(WHAT | EXPERIMENTS)}; say which" + (f", not {what}." if what else "."))
     name, given = recipe_and_flags(rest, f"bench {what}", OWN)
-    base = read_recipe(name or "gpt2-124m")
+    base = read_recipe(name or ("gpt2-6m" if what in EXPERIMENTS else "gpt2-124m"))
     a = parse(rest, "bench", base, OWN, ABOUT)
     config, chosen = changed(base, a, given)
     device = runtime.pick_device(config.run.device).type
+    if a.picture:
+        pictures.check()
+    if what in EXPERIMENTS:
+        config, said = config.override(device=device).adapted(chosen)
+        for line in said:
+            print(line)
+        facts = EXPERIMENTS[what](config.check(), device, a)
+        if a.json:
+            print(json.dumps({"device": device, "torch": torch.__version__, **facts}))
+        return
     sizes = (16, 1024) if device == "cuda" else (4, 256)
     micro = config.run.micro_batch if "micro_batch" in chosen and isinstance(config.run.micro_batch, int) else sizes[0]
     seq_len = config.data.seq_len if "seq_len" in chosen else min(sizes[1], config.model.n_positions)
     config = bench.at(config.override(device=device), micro, seq_len)
     if a.rounds < 1:
         raise UserError(f"--rounds {a.rounds} must be at least 1.")
-    if a.picture:
-        pictures.check()
     facts = WHAT[what](config.check(), device, a)
     if a.json:
         print(json.dumps({"device": device, "torch": torch.__version__, "micro_batch": micro, "seq_len": seq_len, **facts}))
@@ -214,3 +226,4 @@ def prepare(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG
 
 
 WHAT = {"ladder": ladder, "attention": attention, "train": train, "generate": generate, "evaluate": evaluate, "prepare": prepare}
+EXPERIMENTS = {"recipe": experiments.recipe, "sweep": experiments.sweep}

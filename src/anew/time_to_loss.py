@@ -1,0 +1,173 @@
+"""How many fewer tokens does the fast recipe need? `anew bench recipe`: time to a loss, so measured that nobody is favoured.
+
+    plan = Plan.of(config, seeds=3)                 # every run there will be, fixed before the first
+    best, arms = plan.run(Path("runs/recipe"), stop, loss_of, print)
+
+Three arms train one shape on the same tokens, in the same order for a seed: the reference recipe fitted to the horizon, AdamW with the
+best of N settings, the fast recipe with the best of as many. Every arm anneals to its own end, so no point in the middle of a schedule is
+set against a finished run. The fast recipe has shorter horizons; the tokens at which it reaches another arm's loss are read off between
+them and never beyond. Tuning has a seed of its own. Losses are those of the exported folders in transformers, in fp32.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anew.config import Config
+from anew.preempt import Stop
+from anew.recipes import FAST
+from anew.trials import Ended, Trial, run_all
+
+SHARES = (0.357, 0.5, 0.714)  # of the horizon, for the fast recipe: 2.8, 2 and 1.4 times fewer tokens
+TUNED_AT = {"adamw": 1.0, "fast": 0.5}  # of the horizon
+WARMUP = 715 / 19_073  # of the steps, as in the reference recipe
+TUNING_SEED = 0
+Settings = tuple[dict[str, Any], ...]
+LossOf = Callable[[Ended, Config], float]
+
+
+def reference(config: Config) -> Config:
+    """The reference recipe: AdamW, cosine to a tenth of the rate."""
+    return config.override(optimizer="adamw", schedule="cosine", min_lr=config.optim.lr / 10)
+
+
+def adamw(config: Config) -> Config:
+    """AdamW with what else is known to help: a linear decay to zero."""
+    return config.override(optimizer="adamw", schedule="linear", min_lr=0.0)
+
+
+def fast(config: Config) -> Config:
+    """The fast recipe."""
+    return config.override(**FAST)
+
+
+def tuning(config: Config) -> dict[str, Settings]:
+    """What is tried for each arm that is tuned, as many for one as for the other. Wide models want lower rates."""
+    if config.model.n_embd < 512:
+        grid = [(muon, wte) for muon in (0.005, 0.01) for wte in (0.024, 0.048)]
+        return {
+            "adamw": tuple({"lr": lr} for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)),
+            "fast": tuple({"lr": 0.012, "muon_lr": muon, "wte_lr": wte} for muon, wte in grid),
+        }
+    return {
+        "adamw": tuple({"lr": lr} for lr in (1.2e-3, 2.4e-3, 4.8e-3)),
+        "fast": tuple({"lr": lr, "muon_lr": lr, "wte_lr": 2 * lr} for lr in (2e-3, 4e-3, 8e-3)),
+    }
+
+
+ARMS: dict[str, Callable[[Config], Config]] = {"reference": reference, "adamw": adamw, "fast": fast}
+
+
+def fitted(config: Config, share: float, seed: int) -> Config:
+    """`config` over this share of its steps: warm-up a share of them too, validated and saved at the end."""
+    steps = max(2, round(share * config.run.steps))
+    every: dict[str, Any] = {"evaluate_every": 0, "save_every": steps, "keep": 1}
+    return config.override(steps=steps, warmup_steps=round(WARMUP * steps), seed=seed, **every).check()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm's runs at one horizon, a loss for each seed."""
+
+    name: str
+    tokens: int
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Against one arm: mean, smallest and largest over the seeds. `bound` is "" or says that the horizons did not reach further."""
+
+    mean: float
+    low: float
+    high: float
+    bound: str = ""
+
+    @classmethod
+    def of(cls, values: Sequence[tuple[float, str]]) -> "Ratio":
+        numbers = [value for value, _ in values]
+        return cls(statistics.mean(numbers), min(numbers), max(numbers), next((bound for _, bound in values if bound), ""))
+
+    def __str__(self) -> str:
+        return f"{self.bound}{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def crossing(points: Sequence[tuple[float, float]], loss: float) -> tuple[float, str]:
+    """The amount at which a falling curve through (amount, loss) reaches `loss`, between its points in log(amount).
+
+    Outside of them the nearest end, and "at most " or "at least " for what is known of the true one.
+    """
+    (first, best), (last, worst) = min(points, key=lambda p: p[0]), max(points, key=lambda p: p[0])
+    if loss >= best:
+        return first, "at most "
+    if loss < worst:
+        return last, "at least "
+    ordered = sorted(points)
+    for (x0, y0), (x1, y1) in itertools.pairwise(ordered):
+        if y1 <= loss <= y0:
+            return math.exp(math.log(x0) + (math.log(x1) - math.log(x0)) * (y0 - loss) / (y0 - y1 or 1)), ""
+    raise AssertionError("a point of a curve lies between its ends")
+
+
+def against(arm: Arm, fast_arms: Sequence[Arm], seconds: bool = False) -> Ratio:
+    """How many times as many tokens (or seconds) the arm took for its loss, seed by seed."""
+    opposite = {"at most ": "at least ", "at least ": "at most ", "": ""}
+    found = []
+    for seed, loss in enumerate(arm.losses):
+        amounts = [(f.seconds[seed] if seconds else float(f.tokens), f.losses[seed]) for f in fast_arms]
+        amount, bound = crossing(amounts, loss)
+        found.append(((arm.seconds[seed] if seconds else arm.tokens) / amount, opposite[bound]))
+    return Ratio.of(found)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every run of the experiment, known before the first."""
+
+    config: Config
+    seeds: tuple[int, ...]
+    tuning: dict[str, Settings]
+
+    def tuning_trials(self, arm: str) -> list[Trial]:
+        """One run for each of an arm's settings."""
+        made = ARMS[arm](self.config)
+        return [
+            Trial(f"tuning-{arm}-" + "-".join(f"{k}={v:g}" for k, v in settings.items()),
+                  fitted(made.override(**settings), TUNED_AT[arm], TUNING_SEED))
+            for settings in self.tuning[arm]
+        ]  # fmt: skip
+
+    def arms(self, best: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, list[Trial]]]:
+        """(arm, share of the horizon, a run for each seed)."""
+        for name, make in ARMS.items():
+            made = make(self.config).override(**best.get(name, {}))
+            for share in SHARES if name == "fast" else (1.0,):
+                yield name, share, [Trial(f"{name}-{share:g}-seed-{seed}", fitted(made, share, seed)) for seed in self.seeds]
+
+    def run(self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], list[Arm]]:
+        """Everything that is not done yet: the best settings of each tuned arm, and every arm at its horizons."""
+        done = 0
+
+        def told(trial: Trial, end: Ended) -> None:
+            nonlocal done
+            done += 1
+            say(f"{done:>3}  {trial.name:<44} {end.tokens:>11,} tokens {end.seconds:>6.0f} s  loss {end.loss:.4f}")
+
+        tunings = {arm: self.tuning_trials(arm) for arm in self.tuning}
+        ends = run_all([t for trials in tunings.values() for t in trials], out, stop, told)
+        best: dict[str, dict[str, Any]] = {}
+        for arm, trials in tunings.items():
+            found = min(range(len(trials)), key=lambda i: ends[trials[i].name].loss)
+            best[arm] = self.tuning[arm][found]
+        arms: list[Arm] = []
+        for name, _, trials in self.arms(best):
+            ends = run_all(trials, out, stop, told)
+            of_seeds = [ends[t.name] for t in trials]
+            losses = tuple(loss_of(end, t.config) for end, t in zip(of_seeds, trials, strict=True))
+            arms.append(Arm(name, of_seeds[0].tokens, tuple(e.seconds for e in of_seeds), losses))
+        return best, arms

@@ -1,0 +1,86 @@
+"""Many training runs as one experiment, which may be stopped anywhere and goes on by the same command.
+
+    with limited(minutes=10) as stop:
+        ends = run_all(trials, Path("runs/sweep"), stop, print)     # {name: Ended(tokens, seconds, loss)}
+
+Each trial is an ordinary run folder, OUT/NAME, with its curve and its checkpoint; one that is complete is not run again. When the minutes
+are over the run under way is asked to save, as Slurm would ask it, and Preempted says that there is more to do.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from anew import metrics
+from anew.config import Config, UserError
+from anew.preempt import Preempted, Stop, listening
+from anew.train import train
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an experiment."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial ended: tokens read, seconds of training (compilation in them), held-out loss in nats a token."""
+
+    folder: Path
+    tokens: int
+    seconds: float
+    loss: float
+
+
+def ended(trial: Trial, out: Path) -> Ended | None:
+    """What is written down of a trial that is complete; None for one that is not. UserError if its folder is another run's."""
+    folder = out / trial.name
+    if not (folder / "config.json").is_file():
+        return None
+    if different := Config.read(folder / "config.json").differences(trial.config):
+        raise UserError(f"{folder} is another run ({'; '.join(different)}); use another --out.")
+    rows = metrics.read(folder) if (folder / "metrics.jsonl").is_file() else []
+    if not rows or rows[-1]["step"] != trial.config.run.steps or rows[-1].get("val/precision") != "fp32":
+        return None
+    last = rows[-1]
+    return Ended(folder, int(last["tokens"]), float(last["seconds"]), float(last["val/loss"]))
+
+
+def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Trial, Ended], None]) -> dict[str, Ended]:
+    """Every trial's end, in their order; `done` is told of each, those of earlier calls too. Preempted if `stop` is set before the last."""
+    results: dict[str, Ended] = {}
+    for trial in trials:
+        found = ended(trial, out)
+        if found is None and stop.is_set():
+            raise Preempted(f"stopped before {trial.name}; the same command goes on from there.")
+        if found is None:
+            torch.compiler.reset()  # torch gives up on code that it has compiled for too many models
+            train(trial.config.override(out=str(out / trial.name)))
+            found = ended(trial, out)
+            assert found is not None, f"{trial.name} ended without a validation loss"
+        results[trial.name] = found
+        done(trial, found)
+    return results
+
+
+@contextmanager
+def limited(minutes: float) -> Iterator[Stop]:
+    """Set by the signals that ask a process to stop, one of which it sends itself when the time is over (0: never)."""
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    with listening() as stop:
+        if minutes:
+            timer.start()
+        try:
+            yield stop
+        finally:
+            timer.cancel()

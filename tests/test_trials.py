@@ -1,0 +1,133 @@
+"""Experiments of many runs: whole trials, cut into pieces, as one person would run them."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anew import time_to_loss
+from anew.config import Config, UserError
+from anew.preempt import Preempted
+from anew.time_to_loss import Arm, Plan, against, crossing
+from anew.trials import Ended, Trial, ended, limited, run_all
+from anew.verbs import experiments
+from tests.test_train import StopAt
+
+
+@pytest.fixture
+def small(tiny: Config) -> Config:
+    return tiny.override(steps=20, val_tokens=500)
+
+
+def test_trials_that_are_stopped_go_on_and_the_complete_are_not_run_again(small: Config, tmp_path: Path) -> None:
+    trials = [Trial(f"lr-{lr:g}", small.override(lr=lr)) for lr in (1e-3, 3e-3)]
+    told: list[str] = []
+    with limited(0) as stop, pytest.raises(Preempted):
+        stop_in_second = lambda trial, end: (told.append(trial.name), stop.set())  # noqa: E731
+        run_all(trials, tmp_path, stop, stop_in_second)
+    assert told == ["lr-0.001"]
+    assert not (tmp_path / "lr-0.003").exists()
+    before = (tmp_path / "lr-0.001" / "metrics.jsonl").read_bytes()
+    with limited(0) as stop:
+        ends = run_all(trials, tmp_path, stop, lambda *_: None)
+    assert (tmp_path / "lr-0.001" / "metrics.jsonl").read_bytes() == before
+    assert {name: end.tokens for name, end in ends.items()} == {"lr-0.001": 20 * 128, "lr-0.003": 20 * 128}
+    assert ends["lr-0.001"].loss > ends["lr-0.003"].loss
+
+
+def test_a_trial_stopped_in_the_middle_is_no_result(small: Config, tmp_path: Path) -> None:
+    from anew.train import train
+
+    trial = Trial("one", small)
+    with pytest.raises(Preempted):
+        train(small.override(out=str(tmp_path / "one")), StopAt(7))
+    assert ended(trial, tmp_path) is None
+    with limited(0) as stop:
+        assert run_all([trial], tmp_path, stop, lambda *_: None)["one"].tokens == 20 * 128
+
+
+def test_a_folder_of_another_trial_is_refused(small: Config, tmp_path: Path) -> None:
+    with limited(0) as stop:
+        run_all([Trial("one", small)], tmp_path, stop, lambda *_: None)
+    with pytest.raises(UserError, match=re.escape("lr: 0.003 -> 0.001")):
+        ended(Trial("one", small.override(lr=1e-3)), tmp_path)
+
+
+def test_the_time_limit_is_a_real_signal(small: Config, tmp_path: Path) -> None:
+    with limited(0.5 / 60) as stop, pytest.raises(Preempted):
+        run_all([Trial(f"t-{i}", small.override(seed=i)) for i in range(1000)], tmp_path, stop, lambda *_: None)
+    assert stop.is_set() or (tmp_path / "t-0").exists()
+
+
+def test_tokens_at_a_loss_are_read_off_between_horizons_and_never_beyond() -> None:
+    points = [(100.0, 5.0), (200.0, 4.0), (400.0, 3.5)]
+    assert crossing(points, 4.0) == (pytest.approx(200), "")
+    assert crossing(points, 4.5) == (pytest.approx(math.sqrt(100 * 200)), "")
+    assert crossing(points, 6.0) == (100.0, "at most ")
+    assert crossing(points, 3.0) == (400.0, "at least ")
+    fast = [Arm("fast", int(x), (x / 10,) * 2, (y, y)) for x, y in points]
+    assert str(against(Arm("adamw", 800, (50.0, 50.0), (4.0, 4.5)), fast)) == "4.83 (4.00 to 5.66)"
+    assert str(against(Arm("adamw", 800, (50.0, 50.0), (6.0, 4.0)), fast)).startswith("at least ")
+
+
+def test_the_protocol_is_fair(small: Config) -> None:
+    """As many tuning runs, no seed that tuning has seen, the same tokens for a seed, and every arm annealed to its own end."""
+    config = small.override(steps=200)
+    plan = Plan(config, (1, 2, 3), time_to_loss.tuning(config))
+    assert len(plan.tuning["adamw"]) == len(plan.tuning["fast"])
+    best = {arm: settings[0] for arm, settings in plan.tuning.items()}
+    for name, share, trials in plan.arms(best):
+        for seed, trial in zip(plan.seeds, trials, strict=True):
+            c = trial.config
+            assert c.run.seed == seed != time_to_loss.TUNING_SEED
+            assert c.run.steps == round(share * 200)
+            assert (c.data, c.model.n_embd, c.optim.beta2) == (config.data, config.model.n_embd, config.optim.beta2)
+            assert c.optim.optimizer == ("muon" if name == "fast" else "adamw")
+            assert c.total_tokens == pytest.approx(share * config.total_tokens, rel=0.02)
+
+
+def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(time_to_loss, "tuning", lambda _: {"adamw": ({"lr": 3e-3},), "fast": ({"lr": 3e-3, "muon_lr": 0.02},)})
+    config = small.override(out=str(tmp_path / "out"), steps=28)
+
+    class Wishes:
+        seeds, minutes, picture = 2, 0.0, str(tmp_path / "picture.png")
+
+    facts = experiments.recipe(config, "cpu", Wishes())
+    shown = capsys.readouterr().out
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    assert facts["against"]["adamw"]["tokens"]["mean"] > 0
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["tuned"] == facts["tuned"]
+    assert [arm["name"] for arm in facts["arms"]] == ["reference", "adamw", "fast", "fast", "fast"]
+    assert all(len(line) <= 80 for line in shown.split("losses of the")[1].splitlines()), shown
+    for arm in facts["arms"]:
+        for seed, loss in zip((1, 2), arm["losses"], strict=True):
+            runs = [p for p in (tmp_path / "out").iterdir() if p.name.startswith(arm["name"]) and p.name.endswith(f"seed-{seed}")]
+            ours = [Ended(run, 0, 0, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"]) for run in runs]
+            assert min(abs(end.loss - loss) for end in ours) < 1e-5, "transformers finds the loss that training wrote down"
+
+
+def test_a_sweep_shows_every_run_and_the_best(small: Config, tmp_path: Path, capsys: Any) -> None:
+    class Wishes:
+        over, minutes, picture = "lr=1e-3,4e-3 weight-decay=0.0,0.1", 0.0, str(tmp_path / "curves.png")
+
+    facts = experiments.sweep(small.override(out=str(tmp_path / "out")), "cpu", Wishes())
+    shown = capsys.readouterr().out
+    assert [(run["lr"], run["weight_decay"]) for run in facts["runs"]] == [(1e-3, 0.0), (1e-3, 0.1), (4e-3, 0.0), (4e-3, 0.1)]
+    best = min(run["loss"] for run in facts["runs"])
+    assert f"{best:.4f}*" in shown
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("over", ["", "lr", "speed=1,2", "steps=ten", "lr=1 steps=2 seed=3"])
+def test_what_is_no_sweep_is_refused_in_words(small: Config, over: str) -> None:
+    class Wishes:
+        minutes, picture = 0.0, ""
+
+    wishes = Wishes()
+    wishes.over = over
+    with pytest.raises(UserError, match="over"):
+        experiments.sweep(small, "cpu", wishes)
