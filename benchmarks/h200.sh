@@ -3,7 +3,7 @@
 #
 #   benchmarks/h200.sh results            # about 25 minutes on one H100 or H200; figures as JSON lines in results/figures.jsonl
 #   PART=1 benchmarks/h200.sh results     # or in parts of less than ten minutes: 1 correctness, 2 ladder and attention, 3 the step, 4 the rest,
-#                                         5 the fast recipe (again until it says FAILED no more: it is 25 minutes in pieces; DATA=a data folder)
+#                                         5 the fast recipe (not in all: 25 minutes in pieces, the same command until it ends; DATA=a data folder)
 #
 # Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock, matplotlib and pytest must be there. The command line needs
 # tyro, rich and loguru; where they are missing, wheels in the folder .whl are used (pip download --no-deps -d .whl tyro loguru typeguard ...).
@@ -25,7 +25,7 @@ try() { # NAME COMMAND...: its output to results/NAME.txt and its end to the scr
     local name=$1
     shift
     say "$name: $*"
-    timeout "${LIMIT:-420}" "$@" > "$out/$name.txt" 2>&1 || { failed=1; echo "FAILED with $?"; }
+    timeout "${LIMIT:-420}" "$@" > "$out/$name.txt" 2>&1 || { code=$?; ((code == 75)) && echo "to be gone on with: the same command" || { failed=1; echo "FAILED with $code"; }; }
     tail -n "${LINES_SHOWN:-12}" "$out/$name.txt"
 }
 bench() { # NAME ARGUMENTS...: as try, and the JSON that ends its output to figures.jsonl
@@ -67,7 +67,7 @@ if wants 4; then
     gzip -f "$run/trace.json" 2> /dev/null && mv "$run/trace.json.gz" "$out/"
     rm -rf "$run"
 fi
-if wants 5; then # Muon's share of a step, then time to a loss at 50M tokens an arm
+if [[ $part == 5 ]]; then # Muon's share of a step, then time to a loss at 50M tokens an arm
     bench step-64-adamw train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone
     bench step-64-muon train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone --optimizer muon
     LIMIT=580 LINES_SHOWN=30 bench recipe recipe gpt2-124m --data "${DATA:-fineweb-edu}" --steps 763 --batch-tokens 65536 --micro-batch 64 \

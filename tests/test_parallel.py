@@ -72,7 +72,7 @@ def test_any_number_of_ranks_is_the_same_run(alone: tuple[Config, list[dict[str,
     assert len((shared.folder / "log.txt").read_text().splitlines()) == len((config.folder / "log.txt").read_text().splitlines()) + 1
 
 
-FAST = {"optimizer": "muon", "newton_schulz": "fp32", "muon_warmup": 5, "batch_ramp": "0.25:0.3,0.5:0.6", "average": 0.3, "steps": 10}
+FAST = {"optimizer": "muon", "newton_schulz": "fp32", "muon_warmup": 5, "batch_ramp": "0.25:0.3,0.5:0.6", "average": 0.6, "steps": 10}
 
 
 @pytest.fixture(scope="module")

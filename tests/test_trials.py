@@ -62,6 +62,28 @@ def test_the_time_limit_is_a_real_signal(small: Config, tmp_path: Path) -> None:
     assert stop.is_set() or (tmp_path / "t-0").exists()
 
 
+def test_a_run_that_diverges_is_a_result_and_not_the_end(small: Config, tmp_path: Path) -> None:
+    trials = [Trial("wild", small.override(lr=1e30, min_lr=0.0, bad_steps=3)), Trial("tame", small)]
+    for _ in range(2):  # the second time nothing is run
+        with limited(0) as stop:
+            ends = run_all(trials, tmp_path, stop, lambda *_: None)
+        assert math.isinf(ends["wild"].loss)
+        assert ends["tame"].loss < 5
+
+
+@pytest.mark.parametrize(("settings", "given", "words"), [
+    ({"val_tokens": 0}, (), "held-out loss"),
+    ({"disk_budget": "1GB"}, (), "disk budget"),
+    ({}, ("min_lr",), "--min-lr is what the arms differ in"),
+])  # fmt: skip
+def test_what_would_spoil_the_comparison_is_refused(small: Config, settings: dict[str, Any], given: tuple[str, ...], words: str) -> None:
+    class Wishes:
+        seeds, minutes, picture = 1, 0.0, ""
+
+    with pytest.raises(UserError, match=words):
+        experiments.recipe(small.override(**settings), "cpu", Wishes(), given)
+
+
 def test_tokens_at_a_loss_are_read_off_between_horizons_and_never_beyond() -> None:
     points = [(100.0, 5.0), (200.0, 4.0), (400.0, 3.5)]
     assert crossing(points, 4.0) == (pytest.approx(200), "")
@@ -91,7 +113,7 @@ def test_the_protocol_is_fair(small: Config) -> None:
 
 def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(time_to_loss, "tuning", lambda _: {"adamw": ({"lr": 3e-3},), "fast": ({"lr": 3e-3, "muon_lr": 0.02},)})
-    config = small.override(out=str(tmp_path / "out"), steps=28)
+    config = small.override(out=str(tmp_path / "out"), steps=30)
 
     class Wishes:
         seeds, minutes, picture = 2, 0.0, str(tmp_path / "picture.png")
@@ -101,12 +123,12 @@ def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypat
     assert (tmp_path / "picture.png").stat().st_size > 5000
     assert facts["against"]["adamw"]["tokens"]["mean"] > 0
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["tuned"] == facts["tuned"]
-    assert [arm["name"] for arm in facts["arms"]] == ["reference", "adamw", "fast", "fast", "fast"]
+    assert [arm["name"] for arm in facts["arms"]] == ["reference", "adamw", *["fast"] * 3]
     assert all(len(line) <= 80 for line in shown.split("losses of the")[1].splitlines()), shown
     for arm in facts["arms"]:
         for seed, loss in zip((1, 2), arm["losses"], strict=True):
             runs = [p for p in (tmp_path / "out").iterdir() if p.name.startswith(arm["name"]) and p.name.endswith(f"seed-{seed}")]
-            ours = [Ended(run, 0, 0, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"]) for run in runs]
+            ours = [Ended(run, config, 0, 0, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"]) for run in runs]
             assert min(abs(end.loss - loss) for end in ours) < 1e-5, "transformers finds the loss that training wrote down"
 
 

@@ -170,7 +170,9 @@ def at(config: Config, micro_batch: int, seq_len: int) -> Config:
     """`config` with a step of one micro-batch of this size: what is timed."""
     model = dataclasses.replace(config.model, n_positions=max(seq_len, config.model.n_positions))
     sized = dataclasses.replace(config, model=model)
-    return sized.override(micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len, warmup_steps=0, steps=1000)
+    return sized.override(
+        micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len, warmup_steps=0, steps=1000, batch_ramp=""
+    )
 
 
 def machine_memory() -> int:

@@ -116,7 +116,8 @@ class RunConfig:
     batch_tokens: int = setting(524_288, "tokens a step, over all ranks and micro-batches")
     batch_ramp: str = setting(
         "",
-        "begin with smaller batches: 0.25:0.1,0.5:0.3 is a quarter of batch_tokens in the first tenth of the steps, half up to 0.3 of them",
+        "begin with smaller batches: 0.25:0.1,0.5:0.3 is a quarter of batch_tokens in the first tenth of the steps, half up to 0.3; "
+        "rates go with the root of the share",
     )
     micro_batch: int | Literal["auto"] = setting(
         16,
@@ -204,6 +205,9 @@ class Config:
         if "warmup_steps" not in given and self.optim.warmup_steps >= steps > 0:
             config = config.override(warmup_steps=steps // 10)
             said.append(f"warm-up shortened from {self.optim.warmup_steps} to {steps // 10} steps, a tenth of this run")
+        if "muon_warmup" not in given and self.optim.muon_warmup >= steps > 0:
+            config = config.override(muon_warmup=steps // 10)
+            said.append(f"the rise of Muon's momentum shortened from {self.optim.muon_warmup} to {steps // 10} steps")
         if "min_lr" not in given and "lr" in given:
             config = config.override(min_lr=self.optim.lr / 10)
             said.append(f"min_lr set to {self.optim.lr / 10:g}, a tenth of the given lr")
@@ -260,6 +264,7 @@ class Config:
             (o.lr <= 0 or o.muon_lr <= 0, f"learning rates must be above 0, not lr {o.lr:g} and muon_lr {o.muon_lr:g}."),
             (o.wte_lr < 0 or o.muon_warmup < 0, "wte_lr and muon_warmup cannot be negative."),
             (not 0 <= o.average < 1, f"average {o.average:g} is a share of the steps, from 0 to less than 1."),
+            (0 < o.average * r.steps < 0.5, f"average {o.average:g} of {r.steps} steps is not one step."),
             (not 0 < o.decay_share <= 1, f"decay_share {o.decay_share:g} is a share of the steps, above 0 and at most 1."),
             (not 0 <= o.min_lr <= o.lr, f"min_lr {o.min_lr:g} is not between 0 and lr {o.lr:g}."),
             (not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), f"beta1 {o.beta1} and beta2 {o.beta2} must lie in [0, 1)."),

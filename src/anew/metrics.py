@@ -45,6 +45,10 @@ def last_loss(run: Path) -> float:
     return next((float(row["train/loss"]) for row in reversed(read(run)) if row.get("train/loss") is not None), math.nan)
 
 
+class Diverged(RuntimeError):
+    """The run's steps cannot be applied any more."""
+
+
 class RunState:
     """RUN/run_state.json: how a run stands, for whoever watches it; replaced as a whole, by the training and the saving thread."""
 
@@ -150,7 +154,7 @@ class Recorder:
             log.info(line_of(row, r.steps))
             self.run_state.update(step=step)
         if self.bad_in_a_row >= r.bad_steps:
-            raise RuntimeError(
+            raise Diverged(
                 f"{self.bad_in_a_row} steps in a row were not finite or spikes; the last good checkpoint is in {self.config.folder}. "
                 "Lower the learning rate or look at the data."
             )

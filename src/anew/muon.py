@@ -2,7 +2,7 @@
 
     optimizer = Muon(named_matrices, lr=0.02, weight_decay=0.1)
 
-Takes the (in, out) matrices of GPT-2's blocks. Query, key and value are three matrices, so `c_attn` is cut in three; all matrices of one
+Takes the (in, out) matrices of GPT-2's blocks. Query, key and value are three matrices, so `c_attn` is cut in three; parameters of one
 shape go through Newton-Schulz as one batch, of which each rank does its share. The rate is scaled by 0.2 sqrt(max(in, out)), which gives an
 update the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training").
 """
@@ -34,7 +34,7 @@ class Muon(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype, self.world = dtype, world
-        self.found_inf: Tensor | None = None  # as in the fused AdamW: 1 leaves weights and state as they are
+        self.found_inf: Tensor | None = None  # as in the fused AdamW: 1.0 leaves weights and state as they are, 0.0 does not
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
@@ -45,38 +45,36 @@ class Muon(Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
-            grads = [p.grad for p in params]
-            if self.found_inf is not None and self.found_inf.item():
-                continue
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = self._orthogonal(torch._foreach_lerp(grads, buffers, group["momentum"]))
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
+            grads = [p.grad for p in params]  # from here on scratch: nobody reads them after the step
+            good: float | Tensor = 1.0
+            if self.found_inf is not None:  # what is multiplied by 0 need not be asked for: the host does not wait
+                good = 1 - self.found_inf
+                for grad in grads:
+                    grad.masked_fill_(self.found_inf > 0, 0.0)
+            fresh = 1 - group["momentum"]
+            torch._foreach_mul_(buffers, 1 - fresh * good)
+            torch._foreach_add_(buffers, grads, alpha=fresh)
+            torch._foreach_lerp_(grads, buffers, group["momentum"])  # Nesterov
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * good)
+            for shape in dict.fromkeys(p.shape for p in params):  # one shape's updates at a time are in memory
+                updates = self._orthogonal([g for g in grads if g.shape == shape])
+                torch._foreach_mul_(updates, good)
+                torch._foreach_add_([p for p in params if p.shape == shape], updates, alpha=-group["lr"])
 
     def _orthogonal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Each matrix's update at a rate of 1. Where matrices are cut over the ranks they are put together, and cut again."""
-        parts = [_square_parts(whole(matrix)) for matrix in matrices]
-        updates = [list(of_one) for of_one in parts]
-        by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for i, of_one in enumerate(parts):
-            for j, part in enumerate(of_one):
-                by_shape.setdefault((min(part.shape), max(part.shape)), []).append((i, j))
-        for (_, longest), places in by_shape.items():
-            stacked = torch.stack([_wide(parts[i][j]) for i, j in places])
-            done = self.world.divide(stacked, lambda share: orthogonalise(share, dtype=self.dtype)).float()
-            for (i, j), update in zip(places, done * (0.2 * math.sqrt(longest)), strict=True):
-                updates[i][j] = update if parts[i][j].size(0) <= parts[i][j].size(1) else update.t()
-        return [cut_like(m, torch.cat(of_one, dim=1) if of_one[1:] else of_one[0]) for m, of_one in zip(matrices, updates, strict=True)]
+        """The updates of matrices of one shape, at a rate of 1. Those that are cut over ranks are put together, and cut again."""
+        stacked = torch.stack([part for matrix in matrices for part in _square_parts(whole(matrix))])
+        is_wide = stacked.size(1) <= stacked.size(2)
+        done = self.world.divide(stacked if is_wide else stacked.mT, lambda share: orthogonalise(share, dtype=self.dtype))
+        done = done.to(torch.float32, copy=True).mul_(0.2 * math.sqrt(max(stacked.shape[1:])))
+        parts = (done if is_wide else done.mT).split(len(stacked) // len(matrices))
+        return [cut_like(matrix, torch.cat(tuple(own), dim=1)) for matrix, own in zip(matrices, parts, strict=True)]
 
 
 def _square_parts(matrix: Tensor) -> tuple[Tensor, ...]:
     """`c_attn` (C, 3C) as its query, key and value; any other matrix as it is."""
     n_in, n_out = matrix.shape
     return matrix.split(n_in, dim=1) if n_out == 3 * n_in else (matrix,)
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix if matrix.size(0) <= matrix.size(1) else matrix.t()
 
 
 def orthogonalise(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -43,22 +43,27 @@ def build(model: nn.Module, config: OptimConfig, world: World = ALONE) -> list[O
     named = dict(model.named_parameters())
     block = {n for n, p in named.items() if ".h." in n and p.ndim == 2} if config.optimizer == "muon" else set()
     rest = [(n, p) for n, p in named.items() if n not in block]
-    wte = {"params": [(n, p) for n, p in rest if config.wte_lr and "wte" in n], "lr": config.wte_lr, "weight_decay": config.weight_decay}
+    wte, matrices, vectors = ([(n, p) for n, p in rest if kind == _kind(n, p)] for kind in ("wte", "matrix", "vector"))
     groups = [
-        {"params": [(n, p) for n, p in rest if p.ndim >= 2 and not (config.wte_lr and "wte" in n)], "weight_decay": config.weight_decay},
-        {"params": [(n, p) for n, p in rest if p.ndim < 2], "weight_decay": 0.0},
-        *([wte] if config.wte_lr else []),
+        {"params": wte, "lr": config.wte_lr or config.lr, "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     adamw = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=config.fused or None)
     optimizers: list[Optimizer] = [adamw]
     if block:
         # MPS computes in fp32 throughout
         dtype = torch.float32 if config.newton_schulz == "fp32" or next(model.parameters()).device.type == "mps" else torch.bfloat16
-        matrices = [(n, named[n]) for n in sorted(block)]
-        optimizers.append(Muon(matrices, config.muon_lr, weight_decay=config.weight_decay, dtype=dtype, world=world))
+        optimizers.append(
+            Muon([(n, named[n]) for n in sorted(block)], config.muon_lr, weight_decay=config.weight_decay, dtype=dtype, world=world)
+        )
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _kind(name: str, p: nn.Parameter) -> str:
+    return "wte" if ".wte." in name else "matrix" if p.ndim >= 2 else "vector"
 
 
 def set_rate(optimizers: Iterable[Optimizer], share: float, momentum: float = MOMENTUM[1]) -> None:

@@ -36,6 +36,8 @@ class Ramp:
                 raise UserError(f"batch_ramp {text}: write growing stages as SHARE:UNTIL, both below 1, like 0.25:0.1,0.5:0.3.")
             if not math.isclose(share * sequences, round(share * sequences)) or round(share * sequences) < 1:
                 raise UserError(f"batch_ramp {text}: {share:g} of the {sequences} sequences of a batch is no whole number of them.")
+            if round(until * steps) <= round(first * steps):
+                raise UserError(f"batch_ramp {text}: the stage up to {until:g} of {steps} steps has none.")
             stages.append((round(first * steps), round(share * sequences)))
             first, last = until, share
         return cls((*stages, (round(first * steps), sequences)))

@@ -1,12 +1,14 @@
 """How many fewer tokens does the fast recipe need? `anew bench recipe`: time to a loss, so measured that nobody is favoured.
 
-    plan = Plan.of(config, seeds=3)                 # every run there will be, fixed before the first
+    plan = Plan(config, seeds=(1, 2, 3), tuning=tuning(config))         # every run there will be, fixed before the first
     best, arms = plan.run(Path("runs/recipe"), stop, loss_of, print)
 
 Three arms train one shape on the same tokens, in the same order for a seed: the reference recipe fitted to the horizon, AdamW with the
 best of N settings, the fast recipe with the best of as many. Every arm anneals to its own end, so no point in the middle of a schedule is
 set against a finished run. The fast recipe has shorter horizons; the tokens at which it reaches another arm's loss are read off between
 them and never beyond. Tuning has a seed of its own. Losses are those of the exported folders in transformers, in fp32.
+
+What this cannot show is what was tried before: the settings in FAST were found on other runs of gpt2-6m (docs/log.md, 12).
 """
 
 import itertools
@@ -22,12 +24,15 @@ from anew.preempt import Stop
 from anew.recipes import FAST
 from anew.trials import Ended, Trial, run_all
 
-SHARES = (0.357, 0.5, 0.714)  # of the horizon, for the fast recipe: 2.8, 2 and 1.4 times fewer tokens
-TUNED_AT = {"adamw": 1.0, "fast": 0.5}  # of the horizon
-WARMUP = 715 / 19_073  # of the steps, as in the reference recipe
+TUNED_AT = 0.5  # of the horizon
+WARMUP = 715 / 19_073  # of the steps, as in the reference recipe, where no `warmup_share` is tried
 TUNING_SEED = 0
 Settings = tuple[dict[str, Any], ...]
-LossOf = Callable[[Ended, Config], float]
+LossOf = Callable[[Ended], float]
+
+
+# The arms differ in these, so nobody else may set them.
+OWNED = ("seed", "warmup_steps", "optimizer", "schedule", "min_lr", "decay_share", "zero_init", "wte_lr", "muon_lr", "muon_warmup")
 
 
 def reference(config: Config) -> Config:
@@ -36,7 +41,7 @@ def reference(config: Config) -> Config:
 
 
 def adamw(config: Config) -> Config:
-    """AdamW with what else is known to help: a linear decay to zero."""
+    """AdamW with a linear decay to zero; the embedding's rate may be its own, and the warm-up longer."""
     return config.override(optimizer="adamw", schedule="linear", min_lr=0.0)
 
 
@@ -45,28 +50,48 @@ def fast(config: Config) -> Config:
     return config.override(**FAST)
 
 
+def is_small(config: Config) -> bool:
+    """Of a size for CPUs, where rates are higher and horizons short."""
+    return config.model.n_embd < 512
+
+
+def shares(config: Config) -> tuple[float, ...]:
+    """Horizons of the fast recipe as shares of the others': 5, 2.8 and 2 times fewer tokens, or 2.8, 2 and 1.4 times."""
+    return (0.2, 0.357, 0.5) if is_small(config) else (0.357, 0.5, 0.714)
+
+
 def tuning(config: Config) -> dict[str, Settings]:
-    """What is tried for each arm that is tuned, as many for one as for the other. Wide models want lower rates."""
-    if config.model.n_embd < 512:
-        grid = [(muon, wte) for muon in (0.005, 0.01) for wte in (0.024, 0.048)]
+    """What is tried for each arm that is tuned, as many for one as for the other."""
+    if is_small(config):
+        grid = [(muon, wte) for muon in (0.005, 0.01, 0.02) for wte in (0.024, 0.048)]
         return {
-            "adamw": tuple({"lr": lr} for lr in (2e-3, 4e-3, 8e-3, 1.6e-2)),
-            "fast": tuple({"lr": 0.012, "muon_lr": muon, "wte_lr": wte} for muon, wte in grid),
+            "adamw": (
+                {"lr": 1e-3},
+                {"lr": 1e-3, "wte_lr": 6e-3, "warmup_share": 0.2},
+                *({"lr": lr, "wte_lr": wte} for lr in (2.5e-4, 5e-4) for wte in (6e-3, 0.024)),
+                {"lr": 2.5e-4, "wte_lr": 0.024, "warmup_share": 0.2},
+                {"lr": 1.25e-4, "wte_lr": 0.024},
+            ),
+            "fast": (
+                *({"lr": 0.012, "muon_lr": muon, "wte_lr": wte} for muon, wte in grid),
+                {"lr": 0.006, "muon_lr": 0.005, "wte_lr": 0.024},
+                {"lr": 0.012, "muon_lr": 0.0025, "wte_lr": 0.048},
+            ),
         }
     return {
-        "adamw": tuple({"lr": lr} for lr in (1.2e-3, 2.4e-3, 4.8e-3)),
-        "fast": tuple({"lr": lr, "muon_lr": lr, "wte_lr": 2 * lr} for lr in (2e-3, 4e-3, 8e-3)),
+        "adamw": ({"lr": 6e-4}, {"lr": 1.2e-3}, {"lr": 2.4e-3}),
+        "fast": ({"lr": 3.6e-3, "muon_lr": 1.8e-3}, {"lr": 3.6e-3, "muon_lr": 3.6e-3}, {"lr": 3.6e-3, "muon_lr": 3.6e-3, "wte_lr": 7.2e-3}),
     }
 
 
 ARMS: dict[str, Callable[[Config], Config]] = {"reference": reference, "adamw": adamw, "fast": fast}
 
 
-def fitted(config: Config, share: float, seed: int) -> Config:
-    """`config` over this share of its steps: warm-up a share of them too, validated and saved at the end."""
+def fitted(config: Config, share: float, seed: int, warmup_share: float = WARMUP, **settings: Any) -> Config:
+    """`config` with `settings` over this share of its steps: warm-up a share of them too, validated and saved at the end."""
     steps = max(2, round(share * config.run.steps))
     every: dict[str, Any] = {"evaluate_every": 0, "save_every": steps, "keep": 1}
-    return config.override(steps=steps, warmup_steps=round(WARMUP * steps), seed=seed, **every).check()
+    return config.override(steps=steps, warmup_steps=round(warmup_share * steps), seed=seed, **every, **settings).check()
 
 
 @dataclass(frozen=True)
@@ -102,12 +127,12 @@ def crossing(points: Sequence[tuple[float, float]], loss: float) -> tuple[float,
 
     Outside of them the nearest end, and "at most " or "at least " for what is known of the true one.
     """
-    (first, best), (last, worst) = min(points, key=lambda p: p[0]), max(points, key=lambda p: p[0])
-    if loss >= best:
-        return first, "at most "
-    if loss < worst:
-        return last, "at least "
     ordered = sorted(points)
+    (first, highest), (last, lowest) = ordered[0], ordered[-1]
+    if loss >= highest:
+        return first, "at most "
+    if loss < lowest:
+        return last, "at least "
     for (x0, y0), (x1, y1) in itertools.pairwise(ordered):
         if y1 <= loss <= y0:
             return math.exp(math.log(x0) + (math.log(x1) - math.log(x0)) * (y0 - loss) / (y0 - y1 or 1)), ""
@@ -138,16 +163,16 @@ class Plan:
         made = ARMS[arm](self.config)
         return [
             Trial(f"tuning-{arm}-" + "-".join(f"{k}={v:g}" for k, v in settings.items()),
-                  fitted(made.override(**settings), TUNED_AT[arm], TUNING_SEED))
+                  fitted(made, TUNED_AT, TUNING_SEED, **settings))
             for settings in self.tuning[arm]
         ]  # fmt: skip
 
     def arms(self, best: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, list[Trial]]]:
         """(arm, share of the horizon, a run for each seed)."""
         for name, make in ARMS.items():
-            made = make(self.config).override(**best.get(name, {}))
-            for share in SHARES if name == "fast" else (1.0,):
-                yield name, share, [Trial(f"{name}-{share:g}-seed-{seed}", fitted(made, share, seed)) for seed in self.seeds]
+            made, tuned = make(self.config), best.get(name, {})
+            for share in shares(self.config) if name == "fast" else (1.0,):
+                yield name, share, [Trial(f"{name}-{share:g}-seed-{seed}", fitted(made, share, seed, **tuned)) for seed in self.seeds]
 
     def run(self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], list[Arm]]:
         """Everything that is not done yet: the best settings of each tuned arm, and every arm at its horizons."""
@@ -164,10 +189,11 @@ class Plan:
         for arm, trials in tunings.items():
             found = min(range(len(trials)), key=lambda i: ends[trials[i].name].loss)
             best[arm] = self.tuning[arm][found]
+        planned = list(self.arms(best))
+        in_turns = [trials[i] for i in range(len(self.seeds)) for _, _, trials in planned]  # so that a slow hour is nobody's alone
+        ends = run_all(in_turns, out, stop, told)
         arms: list[Arm] = []
-        for name, _, trials in self.arms(best):
-            ends = run_all(trials, out, stop, told)
+        for name, _, trials in planned:
             of_seeds = [ends[t.name] for t in trials]
-            losses = tuple(loss_of(end, t.config) for end, t in zip(of_seeds, trials, strict=True))
-            arms.append(Arm(name, of_seeds[0].tokens, tuple(e.seconds for e in of_seeds), losses))
+            arms.append(Arm(name, of_seeds[0].tokens, tuple(e.seconds for e in of_seeds), tuple(loss_of(e) for e in of_seeds)))
         return best, arms

@@ -180,16 +180,18 @@ def _loop(run: Begun, stop: Stop, after_step: Callable[[metrics.Row], None]) -> 
     config, state, saver, r = run.config, run.state, run.saver, run.config.run
     rolled_back: Counter[int] = Counter()
     began = time.perf_counter()
-    compiling = run.compiled
+    compiled_for = 0  # sequences in a micro-batch
     while state.step < r.steps:
         for step, micro_batches in _batches(run, range(state.step, r.steps)):
             began += run.evaluator.due(step)
             sequences = config.ramp.sequences(step)
-            rate = optim.rate(step, r.steps, config.optim) * math.sqrt(sequences / config.batch_sequences)
+            rate = optim.rate(step, r.steps, config.optim) * math.sqrt(sequences / config.batch_sequences)  # as Adam's noise grows
             limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
+            micro_batch = len(micro_batches[0][0]) if micro_batches else 0
+            compiling = run.compiled and micro_batch != compiled_for
             with stop.breakable() if compiling else contextlib.nullcontext():
                 outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits)
-            compiling = False
+            compiled_for = micro_batch
             if outcome.stop:
                 raise Interrupted
             seconds = time.perf_counter() - began
@@ -234,7 +236,7 @@ def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]
 
     def load(step: int) -> tuple[int, list[MicroBatch]]:
         share = config.ramp.sequences(step) // world.size
-        micro = math.gcd(most, share)
+        micro = max(n for n in range(1, most + 1) if share % n == 0)
         first = 0 if config.data.one_batch else state.first_sequence(step)
         rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
         if device.type == "cuda":

@@ -7,8 +7,10 @@ Each trial is an ordinary run folder, OUT/NAME, with its curve and its checkpoin
 are over the run under way is asked to save, as Slurm would ask it, and Preempted says that there is more to do.
 """
 
+import math
 import os
 import signal
+import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +20,12 @@ from pathlib import Path
 import torch
 
 from anew import metrics
-from anew.config import Config, UserError
+from anew.begin import settle
+from anew.config import Config
 from anew.preempt import Preempted, Stop, listening
 from anew.train import train
+
+DIVERGED = "diverged.txt"  # in the folder of a run that was given up
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended: tokens read, seconds of training (compilation in them), held-out loss in nats a token."""
+    """How a trial ended: tokens read, seconds they take at its median speed, held-out loss in nats a token (infinite: it diverged)."""
 
     folder: Path
+    config: Config
     tokens: int
     seconds: float
     loss: float
@@ -46,13 +52,15 @@ def ended(trial: Trial, out: Path) -> Ended | None:
     folder = out / trial.name
     if not (folder / "config.json").is_file():
         return None
-    if different := Config.read(folder / "config.json").differences(trial.config):
-        raise UserError(f"{folder} is another run ({'; '.join(different)}); use another --out.")
+    config = settle(trial.config.override(out=str(folder)))
     rows = metrics.read(folder) if (folder / "metrics.jsonl").is_file() else []
-    if not rows or rows[-1]["step"] != trial.config.run.steps or rows[-1].get("val/precision") != "fp32":
+    speeds = [row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row]
+    if (folder / DIVERGED).is_file():
+        return Ended(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
+    if not rows or rows[-1]["step"] != config.run.steps or rows[-1].get("val/precision") != "fp32":
         return None
-    last = rows[-1]
-    return Ended(folder, int(last["tokens"]), float(last["seconds"]), float(last["val/loss"]))
+    tokens, loss = int(rows[-1]["tokens"]), rows[-1]["val/loss"]
+    return Ended(folder, config, tokens, tokens / statistics.median(speeds), math.inf if loss is None else float(loss))
 
 
 def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Trial, Ended], None]) -> dict[str, Ended]:
@@ -64,7 +72,10 @@ def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Tria
             raise Preempted(f"stopped before {trial.name}; the same command goes on from there.")
         if found is None:
             torch.compiler.reset()  # torch gives up on code that it has compiled for too many models
-            train(trial.config.override(out=str(out / trial.name)))
+            try:
+                train(trial.config.override(out=str(out / trial.name)))
+            except metrics.Diverged as error:  # a result as any other
+                (out / trial.name / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
             found = ended(trial, out)
             assert found is not None, f"{trial.name} ended without a validation loss"
         results[trial.name] = found
@@ -75,9 +86,14 @@ def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Tria
 @contextmanager
 def limited(minutes: float) -> Iterator[Stop]:
     """Set by the signals that ask a process to stop, one of which it sends itself when the time is over (0: never)."""
-    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
     with listening() as stop:
+
+        def end() -> None:
+            stop.set()  # a run that is just ending would take the signal for its own
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        timer = threading.Timer(60 * minutes, end)
+        timer.daemon = True
         if minutes:
             timer.start()
         try:

@@ -51,7 +51,7 @@ def run_bench(argv: list[str]) -> None:
         config, said = config.override(device=device).adapted(chosen)
         for line in said:
             print(line)
-        facts = EXPERIMENTS[what](config.check(), device, a)
+        facts = EXPERIMENTS[what](config.check(), device, a, chosen)
         if a.json:
             print(json.dumps({"device": device, "torch": torch.__version__, **facts}))
         return

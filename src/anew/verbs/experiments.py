@@ -3,8 +3,9 @@
 import itertools
 import json
 import logging
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,30 @@ from typing import Any
 from anew import pictures, rivals, time_to_loss
 from anew.config import Config, UserError
 from anew.report.run import Run
+from anew.spelling import bytes_of
 from anew.time_to_loss import Arm, Plan, against
 from anew.trials import Ended, Trial, limited, run_all
 
 NAMES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}
 
 
-def recipe(config: Config, device: str, a: Any) -> dict[str, Any]:
+def _check(config: Config, a: Any) -> None:
+    """Every run has to end in a validation loss, and must not take the data away from the next."""
+    if config.data.val_tokens < 2 or config.data.one_batch:
+        raise UserError("runs are compared by their held-out loss; leave out --one-batch, and give --val-tokens.")
+    if bytes_of(config.data.disk_budget):
+        raise UserError("with a disk budget the first run would remove the tokens of the next; leave out --disk-budget.")
+    if a.minutes < 0:
+        raise UserError(f"--minutes {a.minutes:g} cannot be negative.")
+
+
+def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> dict[str, Any]:
     """Time to a loss: the fast recipe against the reference and against tuned AdamW."""
+    _check(config, a)
+    if taken := sorted({*given} & {*time_to_loss.OWNED}):
+        raise UserError(f"--{taken[0].replace('_', '-')} is what the arms differ in; leave it out.")
+    if config.recipe.endswith("-fast"):
+        raise UserError(f"the arms are made from the plain recipe; use anew bench recipe {config.recipe.removesuffix('-fast')}.")
     if not rivals.is_installed("transformers"):
         raise UserError("losses are those of the exported folders in transformers; install transformers.")
     if a.seeds < 1:
@@ -31,11 +48,14 @@ def recipe(config: Config, device: str, a: Any) -> dict[str, Any]:
         flush=True,
     )
 
-    def loss_of(end: Ended, of: Config) -> float:
-        """What transformers finds, once for each run."""
-        kept = end.folder / "exported_loss.json"
+    def loss_of(end: Ended) -> float:
+        """What transformers finds, once for each run and number of windows."""
+        if math.isinf(end.loss):
+            return end.loss
+        kept = end.folder / f"exported_loss_{config.data.val_tokens}.json"
         if not kept.is_file():
-            kept.write_text(json.dumps(rivals.exported_loss(end.folder / "checkpoints" / f"step-{of.run.steps:08d}", of, device)))
+            folder = end.folder / "checkpoints" / f"step-{end.config.run.steps:08d}"
+            kept.write_text(json.dumps(rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)))
         return float(json.loads(kept.read_text()))
 
     with _quiet(), limited(a.minutes) as stop:
@@ -82,8 +102,9 @@ def _table(best: dict[str, dict[str, Any]], arms: list[Arm]) -> dict[str, Any]:
     return facts
 
 
-def sweep(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG001
+def sweep(config: Config, device: str, a: Any, given: Collection[str] = ()) -> dict[str, Any]:  # noqa: ARG001
     """The validation loss over a grid of one setting or two; every run keeps its curve."""
+    _check(config, a)
     axes = _axes(a.over, config)
     out = Path(config.run.out or f"runs/sweep-{config.recipe}")
     names = list(axes)
@@ -101,9 +122,10 @@ def sweep(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG00
     for i, value in enumerate(axes[names[0]]):
         row = losses[i * len(columns) : (i + 1) * len(columns)]
         print(f"{value!s:>12}" + "".join(f"{loss:>9.4f}{'*' if loss == min(losses) else ' '}" for loss in row))
+    best = [end.folder for end in sorted(ends.values(), key=lambda end: end.loss)[:4]]
     if a.picture:
-        pictures.progress([Run.read(ends[trial.name].folder) for trial in trials], Path(a.picture))
-    print(f"curves side by side: anew report {out}/*")
+        pictures.progress([Run.read(folder) for folder in best], Path(a.picture))
+    print("\ncurves of the best, side by side:\n  anew report " + " ".join(map(str, best)))
     return {"runs": [{**point, "loss": loss} for point, loss in zip(grid, losses, strict=True)]}
 
 
