@@ -56,8 +56,8 @@ def is_small(config: Config) -> bool:
 
 
 def shares(config: Config) -> tuple[float, ...]:
-    """Horizons of the fast recipe as shares of the others': 5, 2.8 and 2 times fewer tokens, or 2.8, 2 and 1.4 times."""
-    return (0.2, 0.357, 0.5) if is_small(config) else (0.357, 0.5, 0.714)
+    """Horizons of the fast recipe as shares of the others': 5, 2 and 1.2 times fewer tokens, or 2.8, 2 and 1.4 times."""
+    return (0.2, 0.5, 0.85) if is_small(config) else (0.357, 0.5, 0.714)
 
 
 def tuning(config: Config) -> dict[str, Settings]:
