@@ -9,7 +9,7 @@ from anew.config import UserError
 from anew.ramp import Ramp
 
 
-@given(st.lists(st.tuples(st.integers(1, 31), st.integers(1, 99)), max_size=3), st.integers(1, 500))
+@given(st.lists(st.tuples(st.integers(1, 31), st.integers(1, 99)), max_size=3), st.integers(100, 500))
 def test_what_came_before_is_the_sum_of_the_steps_before(pairs: list[tuple[int, int]], steps: int) -> None:
     shares, untils = sorted({a for a, _ in pairs}), sorted({b for _, b in pairs})
     text = ",".join(f"{a / 32}:{b / 100}" for a, b in zip(shares, untils, strict=False))
@@ -29,7 +29,9 @@ def test_no_ramp_is_the_whole_batch_always() -> None:
     assert Ramp.of("", 10, 8).before(10) == 80
 
 
-@pytest.mark.parametrize("text", ["0.5", "0.5:0", "2:0.5", "0.5:0.5,0.25:0.7", "0.25:0.7,0.5:0.5", "half:0.5", "0.3:0.5", "1/2:0.5"])
+@pytest.mark.parametrize(
+    "text", ["0.5", "0.5:0", "2:0.5", "0.5:0.5,0.25:0.7", "0.25:0.7,0.5:0.5", "half:0.5", "0.3:0.5", "1/2:0.5", "0.5:0.0001"]
+)
 def test_what_is_no_ramp_is_refused_in_words(text: str) -> None:
     with pytest.raises(UserError, match="batch_ramp"):
         anew.recipe("shakespeare", batch_ramp=text)

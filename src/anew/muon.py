@@ -38,14 +38,14 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """One update of every matrix that has a gradient."""
+        """One update. A rank that broke a step off has no gradients, and takes its share of the work like the others."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = group["params"]
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
-            grads = [p.grad for p in params]  # from here on scratch: nobody reads them after the step
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]  # scratch: nobody reads them after the step
             good: float | Tensor = 1.0
             if self.found_inf is not None:  # what is multiplied by 0 need not be asked for: the host does not wait
                 good = 1 - self.found_inf
