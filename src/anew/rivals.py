@@ -211,6 +211,7 @@ def script_preparing(file: Path, folder: Path) -> Step:
     turns, workers = iter(range(10**6)), prepare.cores()
 
     def step() -> None:
+        """A folder of .npy shards."""
         out = folder / f"script-{next(turns)}"
         out.mkdir()
         shard, used, number = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0

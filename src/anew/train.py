@@ -185,7 +185,8 @@ def _loop(run: Begun, stop: Stop, after_step: Callable[[metrics.Row], None]) -> 
         for step, micro_batches in _batches(run, range(state.step, r.steps)):
             began += run.evaluator.due(step)
             sequences = config.ramp.sequences(step)
-            rate = optim.rate(step, r.steps, config.optim) * math.sqrt(sequences / config.batch_sequences)  # as Adam's noise grows
+            smaller = math.sqrt(sequences / config.batch_sequences)  # a smaller batch has a noisier gradient
+            rate = smaller * optim.rate(step, r.steps, config.optim)
             limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
             micro_batch = len(micro_batches[0][0]) if micro_batches else 0
             compiling = run.compiled and micro_batch != compiled_for
