@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from anew import time_to_loss
+from anew import trials as trials_module
 from anew.config import Config, UserError
 from anew.preempt import Preempted
 from anew.time_to_loss import Arm, Plan, against, crossing
+from anew.train import train
 from anew.trials import Ended, Trial, ended, limited, run_all
 from anew.verbs import experiments
 from tests.test_train import StopAt
@@ -38,9 +41,33 @@ def test_trials_that_are_stopped_go_on_and_the_complete_are_not_run_again(small:
     assert ends["lr-0.001"].loss > ends["lr-0.003"].loss
 
 
-def test_a_trial_stopped_in_the_middle_is_no_result(small: Config, tmp_path: Path) -> None:
-    from anew.train import train
+def _one_of_two(config: Config, out: Path, mine: Path) -> None:
+    """Another terminal: all trials of an experiment, and which of them this process has trained."""
+    import torch
 
+    torch.set_num_threads(1)
+    trained = []
+    with limited(0) as stop, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials_module, "train", lambda c: (trained.append(c.folder.name), train(c)))
+        ends = run_all([Trial(f"seed-{seed}", config.override(seed=seed)) for seed in range(6)], out, stop, lambda *_: None)
+    mine.write_text(json.dumps({"trained": trained, "losses": {name: end.loss for name, end in ends.items()}}))
+
+
+def test_two_processes_share_an_experiment(small: Config, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    found = [tmp_path / "first.json", tmp_path / "second.json"]
+    processes = [context.Process(target=_one_of_two, args=(small, tmp_path / "out", mine)) for mine in found]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    first, second = (json.loads(path.read_text()) for path in found)
+    assert sorted(first["trained"] + second["trained"]) == [f"seed-{seed}" for seed in range(6)]
+    assert first["losses"] == second["losses"]
+    assert list(first["losses"]) == [f"seed-{seed}" for seed in range(6)]
+
+
+def test_a_trial_stopped_in_the_middle_is_no_result(small: Config, tmp_path: Path) -> None:
     trial = Trial("one", small)
     with pytest.raises(Preempted):
         train(small.override(out=str(tmp_path / "one")), StopAt(7))

@@ -8,7 +8,7 @@ best of N settings, the fast recipe with the best of as many. Every arm anneals 
 set against a finished run. The fast recipe has shorter horizons; the tokens at which it reaches another arm's loss are read off between
 them and never beyond. Tuning has a seed of its own. Losses are those of the exported folders in transformers, in fp32.
 
-What this cannot show is what was tried before: the settings in FAST were found on other runs of gpt2-6m (docs/log.md, 12).
+What this cannot show is what was tried before: the settings in FAST were found on other runs of this size (docs/log.md, 12).
 """
 
 import itertools
@@ -25,6 +25,7 @@ from anew.recipes import FAST
 from anew.trials import Ended, Trial, run_all
 
 TUNED_AT = 0.5  # of the horizon
+SHARES = (0.357, 0.5, 0.714)  # horizons of the fast recipe: 2.8, 2 and 1.4 times fewer tokens than the others'
 WARMUP = 715 / 19_073  # of the steps, as in the reference recipe, where no `warmup_share` is tried
 TUNING_SEED = 0
 Settings = tuple[dict[str, Any], ...]
@@ -50,32 +51,21 @@ def fast(config: Config) -> Config:
     return config.override(**FAST)
 
 
-def is_small(config: Config) -> bool:
-    """Of a size for CPUs, where rates are higher and horizons short."""
-    return config.model.n_embd < 512
-
-
-def shares(config: Config) -> tuple[float, ...]:
-    """Horizons of the fast recipe as shares of the others': 5, 2 and 1.2 times fewer tokens, or 2.8, 2 and 1.4 times."""
-    return (0.2, 0.5, 0.85) if is_small(config) else (0.357, 0.5, 0.714)
-
-
 def tuning(config: Config) -> dict[str, Settings]:
     """What is tried for each arm that is tuned, as many for one as for the other."""
-    if is_small(config):
-        grid = [(muon, wte) for muon in (0.005, 0.01, 0.02) for wte in (0.024, 0.048)]
+    if config.model.n_embd < 512:  # of a size for CPUs, where rates are higher
         return {
             "adamw": (
+                {"lr": 2.5e-4, "wte_lr": 0.012},
+                {"lr": 5e-4, "wte_lr": 0.006},
                 {"lr": 1e-3},
-                {"lr": 1e-3, "wte_lr": 6e-3, "warmup_share": 0.2},
-                *({"lr": lr, "wte_lr": wte} for lr in (2.5e-4, 5e-4) for wte in (6e-3, 0.024)),
-                {"lr": 2.5e-4, "wte_lr": 0.024, "warmup_share": 0.2},
-                {"lr": 1.25e-4, "wte_lr": 0.024},
+                {"lr": 1e-3, "wte_lr": 0.006},
+                {"lr": 1e-3, "wte_lr": 0.006, "warmup_share": 0.1},
+                {"lr": 2e-3, "wte_lr": 0.006, "warmup_share": 0.1},
             ),
-            "fast": (
-                *({"lr": 0.012, "muon_lr": muon, "wte_lr": wte} for muon, wte in grid),
-                {"lr": 0.006, "muon_lr": 0.005, "wte_lr": 0.024},
-                {"lr": 0.012, "muon_lr": 0.0025, "wte_lr": 0.048},
+            "fast": tuple(
+                {"lr": 0.006, "muon_lr": muon, "wte_lr": wte}
+                for muon, wte in ((0.0025, 0.006), (0.005, 0.006), (0.005, 0.012), (0.01, 0.006), (0.01, 0.012), (0.02, 0.006))
             ),
         }
     return {
@@ -171,7 +161,7 @@ class Plan:
         """(arm, share of the horizon, a run for each seed)."""
         for name, make in ARMS.items():
             made, tuned = make(self.config), best.get(name, {})
-            for share in shares(self.config) if name == "fast" else (1.0,):
+            for share in SHARES if name == "fast" else (1.0,):
                 yield name, share, [Trial(f"{name}-{share:g}-seed-{seed}", fitted(made, share, seed, **tuned)) for seed in self.seeds]
 
     def run(self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], list[Arm]]:

@@ -4,16 +4,17 @@
         ends = run_all(trials, Path("runs/sweep"), stop, print)     # {name: Ended(tokens, seconds, loss)}
 
 Each trial is an ordinary run folder, OUT/NAME, with its curve and its checkpoint; one that is complete is not run again. When the minutes
-are over the run under way is asked to save, as Slurm would ask it, and Preempted says that there is more to do.
+are over the run under way is asked to save, as Slurm would ask it, and Preempted says that there is more to do. The same command may run in
+several terminals, on several machines that share a disk: each takes runs that nobody else has.
 """
 
+import contextlib
 import math
 import os
 import signal
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,26 +65,39 @@ def ended(trial: Trial, out: Path) -> Ended | None:
 
 
 def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Trial, Ended], None]) -> dict[str, Ended]:
-    """Every trial's end, in their order; `done` is told of each, those of earlier calls too. Preempted if `stop` is set before the last."""
+    """Every trial's end; `done` is told of each as it is known, those of earlier calls too. Preempted if `stop` is set before the last."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Ended] = {}
-    for trial in trials:
-        found = ended(trial, out)
-        if found is None and stop.is_set():
-            raise Preempted(f"stopped before {trial.name}; the same command goes on from there.")
-        if found is None:
-            torch.compiler.reset()  # torch gives up on code that it has compiled for too many models
-            try:
-                train(trial.config.override(out=str(out / trial.name)))
-            except metrics.Diverged as error:  # a result as any other
-                (out / trial.name / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
-            found = ended(trial, out)
-            assert found is not None, f"{trial.name} ended without a validation loss"
-        results[trial.name] = found
-        done(trial, found)
-    return results
+    while left := [trial for trial in trials if trial.name not in results]:
+        for trial in left:
+            with contextlib.suppress(Timeout), FileLock(out / f".{trial.name}.lock", timeout=0):
+                results[trial.name] = _run(trial, out, stop)
+                done(trial, results[trial.name])
+        if len(results) < len(trials) and stop.wait(1.0):  # others have the rest
+            raise Preempted("stopped while others are at the last runs; the same command waits for them.")
+    return {trial.name: results[trial.name] for trial in trials}
 
 
-@contextmanager
+def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
+    """The end of one trial, which is run if it is not complete."""
+    folder = out / trial.name
+    if (found := ended(trial, out)) is not None:
+        return found
+    if stop.is_set():
+        raise Preempted(f"stopped before {trial.name}; the same command goes on from there.")
+    torch.compiler.reset()  # torch gives up on code that it has compiled for too many models
+    try:
+        train(trial.config.override(out=str(folder)))
+    except metrics.Diverged as error:  # a result as any other
+        (folder / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
+    found = ended(trial, out)
+    assert found is not None, f"{trial.name} ended without a validation loss"
+    return found
+
+
+@contextlib.contextmanager
 def limited(minutes: float) -> Iterator[Stop]:
     """Set by the signals that ask a process to stop, one of which it sends itself when the time is over (0: never)."""
     with listening() as stop:

@@ -41,7 +41,7 @@ def run_bench(argv: list[str]) -> None:
     if what not in WHAT | EXPERIMENTS and not {"-h", "--help"} & set(argv):
         raise UserError(f"`anew bench` times {', '.join(WHAT | EXPERIMENTS)}; say which" + (f", not {what}." if what else "."))
     name, given = recipe_and_flags(rest, f"bench {what}", OWN)
-    base = read_recipe(name or ("gpt2-6m" if what in EXPERIMENTS else "gpt2-124m"))
+    base = read_recipe(name or ("gpt2-5m" if what in EXPERIMENTS else "gpt2-124m"))
     a = parse(rest, "bench", base, OWN, ABOUT)
     config, chosen = changed(base, a, given)
     device = runtime.pick_device(config.run.device).type

@@ -41,6 +41,8 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
         raise UserError("losses are those of the exported folders in transformers; install transformers.")
     if a.seeds < 1:
         raise UserError(f"--seeds {a.seeds} must be at least 1.")
+    from filelock import FileLock
+
     out = Path(config.run.out or f"runs/bench-{config.recipe}")
     plan = Plan(config, tuple(range(1, a.seeds + 1)), time_to_loss.tuning(config))
     print(
@@ -53,9 +55,10 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
         if math.isinf(end.loss):
             return end.loss
         kept = end.folder / f"exported_loss_{config.data.val_tokens}.json"
-        if not kept.is_file():
-            folder = end.folder / "checkpoints" / f"step-{end.config.run.steps:08d}"
-            kept.write_text(json.dumps(rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)))
+        with FileLock(end.folder / ".exported.lock"):  # another process of the same experiment may be at it
+            if not kept.is_file():
+                folder = end.folder / "checkpoints" / f"step-{end.config.run.steps:08d}"
+                kept.write_text(json.dumps(rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)))
         return float(json.loads(kept.read_text()))
 
     with _quiet(), limited(a.minutes) as stop:
