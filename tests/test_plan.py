@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import anew
-from anew import UserError, devices, plan
+from anew import UserError, checkpoint, devices, plan
 from anew.cli import main
 from anew.model import count_parameters
 from anew.train import train
@@ -66,6 +67,16 @@ def test_memory_grows_with_the_micro_batch_and_fsdp_cuts_the_state() -> None:
     totals = [plan.memory_of(big, n, 1, "bf16").total for n in (1, 2, 4, 8)]
     assert totals == sorted(totals)
     assert totals[3] - totals[2] == pytest.approx(2 * (totals[2] - totals[1]), rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"average": 0.5}, {"optimizer": "muon"}, {"optimizer": "muon", "average": 0.5}])
+def test_a_checkpoint_is_as_large_as_planned(settings: dict[str, Any], tmp_path: Path) -> None:
+    larger = {"n_layer": 4, "n_embd": 64, "steps": 4, "warmup_steps": 1}  # so that the tensors' names weigh little
+    config = tiny(tmp_path / "run", **larger, **settings)
+    train(config)
+    folder, _ = checkpoint.newest(config.folder)
+    on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert on_disk == pytest.approx(plan.checkpoint_bytes(config), rel=0.05)
 
 
 def test_what_does_not_fit_is_said_with_what_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from anew.model import count_parameters, flops_per_token
 
 LIBRARY_BYTES = 0.8e9  # CUDA's context and kernels
 SHARE = 0.95  # of the memory: the allocator needs some room
-CHECKPOINT_BYTES = 12  # a parameter: weights and two moments in fp32
+MUON_BYTES = 12.2  # an element of the matrices of one shape while they are orthogonalised, measured (docs/log.md, 13)
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Memory:
     copies: float  # weights in the precision of the products, and gradients under way between GPUs
     activations: float
     logits: float
+    update: float  # scratch of the optimizer's step, when activations and logits are gone
 
     @property
     def total(self) -> float:
-        return self.state + self.copies + self.activations + self.logits + LIBRARY_BYTES
+        return self.state + self.copies + max(self.activations + self.logits, self.update) + LIBRARY_BYTES
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,15 @@ def memory_of(config: Config, micro_batch: int, ranks: int, precision: str, comp
     if cut > 1:  # one block whole at a time, and the next on its way, beside the embeddings
         copies += 2 * 4 * (12 * m.n_embd**2) + 4 * m.padded_vocab_size * m.n_embd
     logits = min(tokens, CHUNK_KERNEL) * m.padded_vocab_size * size + 2 * 4 * m.padded_vocab_size * m.n_embd
-    state = 16 * N + (4 * N if config.optim.average else 0)  # weights, gradients, two moments; the average
-    if config.optim.optimizer == "muon":  # which has one
-        state -= 4 * 12 * m.n_layer * m.n_embd**2
-    return Memory(state / cut, copies, tokens * m.n_layer * m.n_embd * values * size, logits)
+    state = checkpoint_bytes(config) + 4 * N  # the gradients
+    update = MUON_BYTES * m.n_layer * 4 * m.n_embd**2 if config.optim.optimizer == "muon" else 0.0
+    return Memory(state / cut, copies, tokens * m.n_layer * m.n_embd * values * size, logits, update)
+
+
+def checkpoint_bytes(config: Config) -> float:
+    """What one checkpoint holds, all in fp32: weights, AdamW's two moments or Muon's one, the average if there is one."""
+    N, blocks = count_parameters(config.model), 12 * config.model.n_layer * config.model.n_embd**2
+    return 4 * ((4 if config.optim.average else 3) * N - (blocks if config.optim.optimizer == "muon" else 0))
 
 
 def make(config: Config, gpu: GPU, count: int = 1, price: float | None = None, measured: float | None = None) -> Plan:
@@ -160,7 +166,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"time     {_hours(plan.hours)}" + (
         f", ${plan.dollars:,.2f} at ${plan.price:g} a GPU and hour" if plan.dollars is not None else ""
     )
-    disk = 2 * tokens, CHECKPOINT_BYTES * count_parameters(c.model) * (r.keep or 1)
+    disk = 2 * tokens, checkpoint_bytes(c) * (r.keep or 1)
     yield f"disk     {disk[0] / 1e9:,.1f} GB of tokens if all are kept (--disk-budget limits them)"
     yield f"         {disk[1] / 1e9:,.1f} GB for {r.keep or 'each'} checkpoint{'s' if r.keep != 1 else ''}"
     if n > 1 and n % 2 == 0 and plan.speed_source != "measured here":
