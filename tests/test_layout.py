@@ -98,7 +98,7 @@ VERBS = {"cli", "verbs.settings", *(f"verbs.{name}" for name in VERB_NAMES)}
 OWNERS = {
     "tyro": VERBS, "rich": VERBS, "loguru": VERBS, "tensorboard": {"metrics"}, "tiktoken": {"tokenizer"},
     "huggingface_hub": {"hub", "data.hub_data"},
-    "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare", "begin"},
+    "tokenizers": {"vocabulary"}, "pyarrow": {"data.readers"}, "filelock": {"data.prepare", "begin", "trials"},
     "gguf": {"export"}, "onnx": {"export"}, "lm_eval": {"evaluate.harness"},
     "triton": {"kernels.cross_entropy"}, "llama_cpp": {"rivals"}, "transformers": {"rivals"}, "matplotlib": {"pictures"}, "datasets": set(),
     "fastapi": {"serve.app"}, "starlette": {"serve.app"}, "uvicorn": {"verbs.serve"}, "openai": set(),

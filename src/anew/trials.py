@@ -80,6 +80,15 @@ def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Tria
     return {trial.name: results[trial.name] for trial in trials}
 
 
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Inside, no other process of the same experiment is."""
+    from filelock import FileLock
+
+    with FileLock(lock):
+        yield
+
+
 def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
     """The end of one trial, which is run if it is not complete."""
     folder = out / trial.name

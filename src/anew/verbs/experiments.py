@@ -15,7 +15,7 @@ from anew.config import Config, UserError
 from anew.report.run import Run
 from anew.spelling import bytes_of
 from anew.time_to_loss import Arm, Plan, against
-from anew.trials import Ended, Trial, limited, run_all
+from anew.trials import Ended, Trial, alone, limited, run_all
 
 NAMES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}
 
@@ -41,8 +41,6 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
         raise UserError("losses are those of the exported folders in transformers; install transformers.")
     if a.seeds < 1:
         raise UserError(f"--seeds {a.seeds} must be at least 1.")
-    from filelock import FileLock
-
     out = Path(config.run.out or f"runs/bench-{config.recipe}")
     plan = Plan(config, tuple(range(1, a.seeds + 1)), time_to_loss.tuning(config))
     print(
@@ -55,7 +53,7 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
         if math.isinf(end.loss):
             return end.loss
         kept = end.folder / f"exported_loss_{config.data.val_tokens}.json"
-        with FileLock(end.folder / ".exported.lock"):  # another process of the same experiment may be at it
+        with alone(end.folder / ".exported.lock"):
             if not kept.is_file():
                 folder = end.folder / "checkpoints" / f"step-{end.config.run.steps:08d}"
                 kept.write_text(json.dumps(rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)))
