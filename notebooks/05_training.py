@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 5. Training: numbers, accumulation, many processes
 #
-# Four things make training fast without changing what is trained: fewer bits, micro-batches, several processes, and all of them together. Each
-# is shown to be the same computation, up to rounding that is measured.
+# Three things make training fast, or small, without changing what is trained: fewer bits, micro-batches and several processes. Each is shown to be
+# the same computation, up to rounding that is measured; at the end, two of them together.
 
 # %%
 import struct

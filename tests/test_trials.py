@@ -123,10 +123,10 @@ def test_tokens_at_a_loss_are_read_off_between_horizons_and_never_beyond() -> No
 
 
 def test_the_protocol_is_fair(small: Config) -> None:
-    """As many tuning runs, no seed that tuning has seen, the same tokens for a seed, and every arm annealed to its own end."""
+    """AdamW has no fewer tuning runs, no arm has a seed that tuning has seen, the same tokens for a seed, and every arm annealed to its own end."""
     config = small.override(steps=200)
     plan = Plan(config, (1, 2, 3), time_to_loss.tuning(config))
-    assert len(plan.tuning["adamw"]) == len(plan.tuning["fast"])
+    assert len(plan.tuning["adamw"]) >= len(plan.tuning["fast"])
     best = {arm: settings[0] for arm, settings in plan.tuning.items()}
     for name, share, trials in plan.arms(best):
         for seed, trial in zip(plan.seeds, trials, strict=True):

@@ -4,7 +4,7 @@
     anew export gpt2 --to gguf --out gpt2-q8.gguf --dtype q8_0  # llama.cpp, ollama, LM Studio
     anew export runs/mine --to onnx --out model.onnx            # onnxruntime: ids (batch, tokens) -> logits
 
-Each is written beside its place and renamed when it is whole. gguf and onnx are extras: `pip install 'anew[export]'`.
+Each is written beside its place and renamed when it is whole. gguf and onnx are extras: `pip install -e '.[export]'`.
 """
 
 import contextlib
@@ -171,7 +171,7 @@ def write_onnx(path: Path, gpt: GPT) -> None:
 def _needs(*packages: str) -> None:
     for package in packages:
         if not find_spec(package):
-            raise UserError(f"this format needs the package {package}: pip install 'anew[export]'.")
+            raise UserError(f"this format needs the package {package}: pip install -e '.[export]'.")
 
 
 # --- the model card ------------------------------------------------------------------------------------------------------------------

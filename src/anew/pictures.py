@@ -92,7 +92,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise UserError("pictures need matplotlib; pip install 'anew[pictures]'.") from error
+        raise UserError("pictures need matplotlib; pip install -e '.[pictures]'.") from error
 
     mpl.use("Agg")
     from matplotlib import pyplot

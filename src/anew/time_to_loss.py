@@ -4,7 +4,7 @@
     best, arms = plan.run(Path("runs/recipe"), stop, loss_of, print)
 
 Three arms train one shape on the same tokens, in the same order for a seed: the reference recipe fitted to the horizon, AdamW with the
-best of N settings, the fast recipe with the best of as many. Every arm anneals to its own end, so no point in the middle of a schedule is
+best of N settings, the fast recipe with the best of no more than that. Every arm anneals to its own end, so no point in the middle of a schedule is
 set against a finished run. The fast recipe has shorter horizons; the tokens at which it reaches another arm's loss are read off between
 them and never beyond. Tuning has a seed of its own. Losses are those of the exported folders in transformers, in fp32.
 
@@ -52,13 +52,13 @@ def fast(config: Config) -> Config:
 
 
 def tuning(config: Config) -> dict[str, Settings]:
-    """What is tried for each arm that is tuned, as many for one as for the other."""
+    """What is tried for each arm that is tuned; for AdamW never less than for the fast recipe."""
     if config.model.n_embd < 512:  # of a size for CPUs, where rates are higher
         return {
             "adamw": (
                 {"lr": 5e-4, "wte_lr": 0.006},
                 {"lr": 1e-3},
-                *({"lr": lr, "wte_lr": 0.006, "warmup_share": 0.1} for lr in (1e-3, 2e-3, 4e-3)),
+                *({"lr": lr, "wte_lr": 0.006, "warmup_share": 0.1} for lr in (1e-3, 2e-3, 4e-3, 8e-3)),
             ),
             "fast": tuple(
                 {"lr": 0.006, "muon_lr": muon, "wte_lr": wte}

@@ -3,7 +3,7 @@
     anew prepare my_texts/ --tokenizer train:8000 --out data/mine
     tokenizer = learn(documents, 8000)
 
-The learning is the `tokenizers` library's (pip install 'anew[vocabulary]'); using what it learnt takes no more than anew itself. Equal text
+The learning is the `tokenizers` library's (pip install -e '.[vocabulary]'); using what it learnt takes no more than anew itself. Equal text
 gives equal merges: ties between pairs are broken by their ids.
 """
 
@@ -22,7 +22,7 @@ def learn(documents: Iterable[bytes], n_vocab: int) -> Tokenizer:
         from tokenizers import Tokenizer as Learner
         from tokenizers import models, pre_tokenizers, trainers
     except ImportError as error:
-        raise UserError("learning a vocabulary needs the tokenizers package: pip install 'anew[vocabulary]'.") from error
+        raise UserError("learning a vocabulary needs the tokenizers package: pip install -e '.[vocabulary]'.") from error
     learner = Learner(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     learner.pre_tokenizer = byte_level

@@ -1,4 +1,4 @@
-"""Any task of EleutherAI's lm-evaluation-harness on our models: `pip install 'anew[eval]'`.
+"""Any task of EleutherAI's lm-evaluation-harness on our models: `pip install -e '.[eval]'`.
 
     anew evaluate runs/mine --task harness:arc_easy
     lm_eval.simple_evaluate(model=HarnessModel(model, tokenizer), tasks=["arc_easy"])
@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     from anew.config import UserError
 
-    raise UserError("tasks of lm-evaluation-harness need it: pip install 'anew[eval]'.") from error
+    raise UserError("tasks of lm-evaluation-harness need it: pip install -e '.[eval]'.") from error
 
 from anew.config import UserError
 from anew.evaluate.corpora import windows

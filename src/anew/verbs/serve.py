@@ -40,7 +40,7 @@ def run_serve(argv: list[str]) -> None:
         from anew.serve.app import app
         from anew.serve.engine import Engine
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}; pip install 'anew[serve]'.") from error
+        raise UserError(f"serving needs {error.name}; pip install -e '.[serve]'.") from error
     device = runtime.pick_device(a.device)
     precision, _ = runtime.pick_precision(a.precision, device)
     torch.set_float32_matmul_precision(runtime.MATMUL[precision])
