@@ -3,9 +3,9 @@
 #
 #   benchmarks/h200.sh results            # about 25 minutes on one H100 or H200; figures as JSON lines in results/figures.jsonl
 #   PART=1 benchmarks/h200.sh results     # or in parts of less than ten minutes: 1 correctness, 2 ladder and attention, 3 the step, 4 the rest,
-#                                         5 the fast recipe (not in all: 25 minutes in pieces, the same command until it ends; DATA=a data folder)
+#                                         5 the fast recipe (not in all: half an hour in pieces, the same command until it ends; DATA=a data folder)
 #
-# Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock, matplotlib and pytest must be there. The command line needs
+# Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock, matplotlib and pytest must be there (part 5: transformers). The command line needs
 # tyro, rich and loguru; where they are missing, wheels in the folder .whl are used (pip download --no-deps -d .whl tyro loguru typeguard ...).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -68,8 +68,10 @@ if wants 4; then
     rm -rf "$run"
 fi
 if [[ $part == 5 ]]; then # Muon's share of a step, then time to a loss at 50M tokens an arm
-    bench step-64-adamw train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone
-    bench step-64-muon train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone --optimizer muon
+    if ! grep -qs '"step-64-muon"' "$out/figures.jsonl"; then
+        bench step-64-adamw train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone
+        bench step-64-muon train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone --optimizer muon
+    fi
     LIMIT=580 LINES_SHOWN=30 bench recipe recipe gpt2-124m --data "${DATA:-fineweb-edu}" --steps 763 --batch-tokens 65536 --micro-batch 64 \
         --val-tokens 1048576 --minutes 7 --out runs/recipe-124m --picture "$out/recipe.png"
 fi

@@ -76,8 +76,9 @@ def test_a_run_learns_in_every_precision(precision: str, tmp_path: Path) -> None
     assert result.train_loss < 0.7 * train_losses(config.folder)[0]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    settings = {"device": DEVICE, "precision": "bf16", "deterministic": True, "steps": 20}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    settings = {"device": DEVICE, "precision": "bf16", "deterministic": True, "steps": 20, "optimizer": optimizer}
     whole, parts = tiny(tmp_path / "whole", **settings), tiny(tmp_path / "parts", **settings)
     train(whole)
 
@@ -92,8 +93,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @only_cuda
-def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
-    config = tiny(tmp_path / "run", device=DEVICE, precision="bf16", batch_tokens=1024)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", device=DEVICE, precision="bf16", batch_tokens=1024, optimizer=optimizer)
     state = State(config, runtime.start(config.run), "")
     batch = bench.text_batch(config, state.rt.device)
     stop = threading.Event()

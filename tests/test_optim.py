@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,18 @@ def test_muon_takes_query_key_and_value_as_three_matrices() -> None:
     grads = [torch.randn(16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     together = after(48, grads)
     torch.testing.assert_close(together, torch.cat([after(16, [g]) for g in grads], dim=1), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(("computes", "setting", "dtype"), [
+    (torch.bfloat16, "bf16", torch.bfloat16), (torch.bfloat16, "fp32", torch.float32), (torch.float32, "bf16", torch.float32),
+    (torch.float16, "bf16", torch.float32),
+])  # fmt: skip
+def test_newton_schulz_takes_bf16_only_where_the_run_does(computes: torch.dtype, setting: Any, dtype: torch.dtype) -> None:
+    """On a processor without bf16 instructions it is thirty times slower than fp32."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=64), computes)
+    [_, muon] = build(model, OptimConfig(optimizer="muon", newton_schulz=setting))
+    assert isinstance(muon, Muon)
+    assert muon.dtype == dtype
 
 
 def test_newton_schulz_brings_singular_values_near_one() -> None:

@@ -1,19 +1,23 @@
 """Experiments of many runs: whole trials, cut into pieces, as one person would run them."""
 
+import contextlib
 import json
 import math
 import multiprocessing
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from anew import time_to_loss
+from anew import checkpoint, optim, time_to_loss
 from anew import trials as trials_module
 from anew.config import Config, UserError
-from anew.preempt import Preempted
-from anew.time_to_loss import Arm, Plan, against, crossing
+from anew.preempt import Preempted, listening
+from anew.time_to_loss import Arm, Plan, Ratio, against, crossing
 from anew.train import train
 from anew.trials import Ended, Trial, ended, limited, run_all
 from anew.verbs import experiments
@@ -84,9 +88,30 @@ def test_a_folder_of_another_trial_is_refused(small: Config, tmp_path: Path) -> 
 
 
 def test_the_time_limit_is_a_real_signal(small: Config, tmp_path: Path) -> None:
-    with limited(0.5 / 60) as stop, pytest.raises(Preempted):
-        run_all([Trial(f"t-{i}", small.override(seed=i)) for i in range(1000)], tmp_path, stop, lambda *_: None)
-    assert stop.is_set() or (tmp_path / "t-0").exists()
+    with limited(1 / 60) as stop, pytest.raises(Preempted):
+        run_all([Trial("long", small.override(steps=100_000))], tmp_path, stop, lambda *_: None)
+    newest, _ = checkpoint.newest(tmp_path / "long")
+    assert newest is not None, "the run under way was asked to save"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_trial_whose_checkpoint_was_lost_is_run_again(small: Config, tmp_path: Path) -> None:
+    """The last validation is written down before the last checkpoint is whole."""
+    with limited(0) as stop:
+        run_all([Trial("one", small)], tmp_path, stop, lambda *_: None)
+        folder = checkpoint.folder_of(tmp_path / "one", 20)
+        shutil.rmtree(folder)
+        assert ended(Trial("one", small), tmp_path) is None
+        run_all([Trial("one", small)], tmp_path, stop, lambda *_: None)
+    assert folder.is_dir()
+
+
+def test_a_signal_that_comes_while_a_trial_ends_is_for_the_experiment() -> None:
+    with limited(0) as stop:
+        with listening() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert inner.is_set()
+        assert stop.is_set()
 
 
 def test_a_run_that_diverges_is_a_result_and_not_the_end(small: Config, tmp_path: Path) -> None:
@@ -111,6 +136,13 @@ def test_what_would_spoil_the_comparison_is_refused(small: Config, settings: dic
         experiments.recipe(small.override(**settings), "cpu", Wishes(), given)
 
 
+def test_a_run_that_diverged_is_no_point_of_a_curve() -> None:
+    assert crossing([(100.0, math.inf), (200.0, 4.9), (300.0, 4.0)], 4.9) == (200.0, "at most ")
+    assert crossing([(100.0, math.inf), (200.0, math.inf)], 4.9) == (200.0, "at least ")
+    assert str(Ratio.of([(2.0, "at least "), (3.0, "")])).startswith("at least 2.50")
+    assert str(Ratio.of([(2.0, "at least "), (3.0, "at most ")])).startswith("about 2.50")
+
+
 def test_tokens_at_a_loss_are_read_off_between_horizons_and_never_beyond() -> None:
     points = [(100.0, 5.0), (200.0, 4.0), (400.0, 3.5)]
     assert crossing(points, 4.0) == (pytest.approx(200), "")
@@ -122,9 +154,10 @@ def test_tokens_at_a_loss_are_read_off_between_horizons_and_never_beyond() -> No
     assert str(against(Arm("adamw", 800, (50.0, 50.0), (6.0, 4.0)), fast)).startswith("at least ")
 
 
-def test_the_protocol_is_fair(small: Config) -> None:
-    """AdamW has no fewer tuning runs, no arm has a seed that tuning has seen, the same tokens for a seed, and every arm annealed to its own end."""
-    config = small.override(steps=200)
+@pytest.mark.parametrize("width", [32, 768])
+def test_the_protocol_is_fair(small: Config, width: int) -> None:
+    """AdamW has no fewer tuning runs, no arm a seed that tuning has seen; a seed is the same tokens; every arm anneals to its own end."""
+    config = small.override(steps=200, n_embd=width)
     plan = Plan(config, (1, 2, 3), time_to_loss.tuning(config))
     assert len(plan.tuning["adamw"]) >= len(plan.tuning["fast"])
     best = {arm: settings[0] for arm, settings in plan.tuning.items()}
@@ -136,6 +169,7 @@ def test_the_protocol_is_fair(small: Config) -> None:
             assert (c.data, c.model.n_embd, c.optim.beta2) == (config.data, config.model.n_embd, config.optim.beta2)
             assert c.optim.optimizer == ("muon" if name == "fast" else "adamw")
             assert c.total_tokens == pytest.approx(share * config.total_tokens, rel=0.02)
+            assert optim.rate(c.run.steps, c.run.steps, c.optim) == pytest.approx(0.1 if name == "reference" else 0.0)
 
 
 def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -143,12 +177,15 @@ def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypat
     config = small.override(out=str(tmp_path / "out"), steps=30)
 
     class Wishes:
-        seeds, minutes, picture = 2, 0.0, str(tmp_path / "picture.png")
+        seeds, minutes, picture = 2, 1.5 / 60, str(tmp_path / "picture.png")
 
-    facts = experiments.recipe(config, "cpu", Wishes())
-    shown = capsys.readouterr().out
+    for _ in range(100):
+        with contextlib.suppress(Preempted):
+            facts = experiments.recipe(config, "cpu", Wishes())
+            break
+    assert _ > 0, "it was stopped at least once"
+    shown = capsys.readouterr().out.rpartition("runs in")[2]
     assert (tmp_path / "picture.png").stat().st_size > 5000
-    assert facts["against"]["adamw"]["tokens"]["mean"] > 0
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["tuned"] == facts["tuned"]
     assert [arm["name"] for arm in facts["arms"]] == ["reference", "adamw", *["fast"] * 3]
     assert all(len(line) <= 80 for line in shown.split("losses of the")[1].splitlines()), shown

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import statistics
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from anew import runtime
 from anew.attention import attend
 from anew.config import Config, UserError
 from anew.model import flops_per_token
+from anew.preempt import Stop
 from anew.probe import is_out_of_memory, peak_bytes, watch_peak
 from anew.state import State
 from anew.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
     if matmul:
         torch.set_float32_matmul_precision(matmul)
     watch_peak(rt.device)
-    state, stop = State(config, rt, ""), threading.Event()
+    state, stop = State(config, rt, ""), Stop()
     loss_of: Any = torch.compile(state.model, dynamic=False) if rt.compile else state.model
     batch = text_batch(config, rt.device)
     times, losses = [], []

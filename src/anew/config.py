@@ -93,7 +93,7 @@ class OptimConfig:
     muon_lr: float = setting(0.02, "peak learning rate of Muon; follows the same schedule")
     muon_warmup: int = setting(0, "steps in which Muon's momentum rises from 0.85 to 0.95")
     newton_schulz: Literal["bf16", "fp32"] = setting(
-        "bf16", "arithmetic of Muon's orthogonalisation; fp32: the same on any number of ranks"
+        "bf16", "arithmetic of Muon's orthogonalisation in a run that computes in bf16; fp32: the same on any number of ranks"
     )
     wte_lr: float = setting(0.0, "peak learning rate of `wte`; 0: lr")
     schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay after warm-up")
@@ -264,7 +264,7 @@ class Config:
             (o.lr <= 0 or o.muon_lr <= 0, f"learning rates must be above 0, not lr {o.lr:g} and muon_lr {o.muon_lr:g}."),
             (o.wte_lr < 0 or o.muon_warmup < 0, "wte_lr and muon_warmup cannot be negative."),
             (not 0 <= o.average < 1, f"average {o.average:g} is a share of the steps, from 0 to less than 1."),
-            (0 < o.average * r.steps < 0.5, f"average {o.average:g} of {r.steps} steps is not one step."),
+            (o.average > 0 and round(o.average * r.steps) < 1, f"average {o.average:g} of {r.steps} steps is not one step."),
             (not 0 < o.decay_share <= 1, f"decay_share {o.decay_share:g} is a share of the steps, above 0 and at most 1."),
             (not 0 <= o.min_lr <= o.lr, f"min_lr {o.min_lr:g} is not between 0 and lr {o.lr:g}."),
             (not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), f"beta1 {o.beta1} and beta2 {o.beta2} must lie in [0, 1)."),

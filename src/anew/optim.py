@@ -52,8 +52,8 @@ def build(model: nn.Module, config: OptimConfig, world: World = ALONE) -> list[O
     adamw = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=config.fused or None)
     optimizers: list[Optimizer] = [adamw]
     if block:
-        # MPS computes in fp32 throughout
-        dtype = torch.float32 if config.newton_schulz == "fp32" or next(model.parameters()).device.type == "mps" else torch.bfloat16
+        has_bf16 = getattr(model, "compute_dtype", torch.float32) == torch.bfloat16  # where it is slow, nothing computes in it
+        dtype = torch.bfloat16 if has_bf16 and config.newton_schulz == "bf16" else torch.float32
         optimizers.append(
             Muon([(n, named[n]) for n in sorted(block)], config.muon_lr, weight_decay=config.weight_decay, dtype=dtype, world=world)
         )

@@ -40,6 +40,8 @@ class Ramp:
                 raise UserError(f"batch_ramp {text}: the stage up to {until:g} of {steps} steps has none.")
             stages.append((round(first * steps), round(share * sequences)))
             first, last = until, share
+        if round(first * steps) >= steps:
+            raise UserError(f"batch_ramp {text}: after {first:g} of {steps} steps none is left for the whole batch.")
         return cls((*stages, (round(first * steps), sequences)))
 
     def check(self, ranks: int) -> None:

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import multiprocessing
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from anew.evaluate import runner
 from anew.evaluate.task import Example
 from anew.evaluate.tasks import TASKS
 from anew.export import write_gguf
+from anew.preempt import Stop
 from anew.state import State
 from anew.train import train_step
 from anew.versus import Step
@@ -46,7 +46,7 @@ def our_step(config: Any, device: str) -> Step:
     """The product's own runtime, model and train_step."""
     config = config.override(device=device)
     rt = runtime.start(config.run)
-    state, stop = State(config, rt, ""), threading.Event()
+    state, stop = State(config, rt, ""), Stop()
     loss_of: Any = torch.compile(state.model, dynamic=False) if rt.compile else state.model
     batch = bench.text_batch(config, rt.device)
     return lambda: train_step(loss_of, state, batch, 1.0, stop)

@@ -4,9 +4,9 @@
     best, arms = plan.run(Path("runs/recipe"), stop, loss_of, print)
 
 Three arms train one shape on the same tokens, in the same order for a seed: the reference recipe fitted to the horizon, AdamW with the
-best of N settings, the fast recipe with the best of no more than that. Every arm anneals to its own end, so no point in the middle of a schedule is
-set against a finished run. The fast recipe has shorter horizons; the tokens at which it reaches another arm's loss are read off between
-them and never beyond. Tuning has a seed of its own. Losses are those of the exported folders in transformers, in fp32.
+best of N settings, the fast recipe with the best of no more than that. Every arm anneals to its own end, so no point in the middle of a
+schedule is set against a finished run. The fast recipe has shorter horizons; the tokens at which it reaches another arm's loss are read off
+between them and never beyond. Tuning has a seed of its own. Losses are those of the exported folders in transformers, in fp32.
 
 What this cannot show is what was tried before: the settings in FAST were found on other runs of this size (docs/log.md, 12).
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from anew.config import Config
-from anew.preempt import Stop
+from anew.preempt import Preempted, Stop
 from anew.recipes import FAST
 from anew.trials import Ended, Trial, run_all
 
@@ -66,8 +66,8 @@ def tuning(config: Config) -> dict[str, Settings]:
             ),
         }
     return {
-        "adamw": ({"lr": 6e-4}, {"lr": 1.2e-3}, {"lr": 2.4e-3}),
-        "fast": ({"lr": 3.6e-3, "muon_lr": 1.8e-3}, {"lr": 3.6e-3, "muon_lr": 3.6e-3}, {"lr": 3.6e-3, "muon_lr": 3.6e-3, "wte_lr": 7.2e-3}),
+        "adamw": ({"lr": 1.8e-3}, {"lr": 1.2e-3, "wte_lr": 3.6e-3, "warmup_share": 0.1}),
+        "fast": ({"lr": 3.6e-3, "muon_lr": 1.8e-3}, {"lr": 3.6e-3, "muon_lr": 3.6e-3}),
     }
 
 
@@ -93,7 +93,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Against one arm: mean, smallest and largest over the seeds. `bound` is "" or says that the horizons did not reach further."""
+    """Against one arm: mean, smallest and largest over the seeds. `bound` is "" or says where the horizons did not reach."""
 
     mean: float
     low: float
@@ -103,7 +103,8 @@ class Ratio:
     @classmethod
     def of(cls, values: Sequence[tuple[float, str]]) -> "Ratio":
         numbers = [value for value, _ in values]
-        return cls(statistics.mean(numbers), min(numbers), max(numbers), next((bound for _, bound in values if bound), ""))
+        bounds = {bound for _, bound in values if bound}
+        return cls(statistics.mean(numbers), min(numbers), max(numbers), "about " if len(bounds) > 1 else "".join(bounds))
 
     def __str__(self) -> str:
         return f"{self.bound}{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -114,7 +115,9 @@ def crossing(points: Sequence[tuple[float, float]], loss: float) -> tuple[float,
 
     Outside of them the nearest end, and "at most " or "at least " for what is known of the true one.
     """
-    ordered = sorted(points)
+    ordered = sorted(point for point in points if math.isfinite(sum(point)))
+    if not ordered:
+        return max(amount for amount, _ in points), "at least "
     (first, highest), (last, lowest) = ordered[0], ordered[-1]
     if loss >= highest:
         return first, "at most "
@@ -182,5 +185,10 @@ class Plan:
         arms: list[Arm] = []
         for name, _, trials in planned:
             of_seeds = [ends[t.name] for t in trials]
-            arms.append(Arm(name, of_seeds[0].tokens, tuple(e.seconds for e in of_seeds), tuple(loss_of(e) for e in of_seeds)))
+            losses = []
+            for end in of_seeds:
+                if stop.is_set():
+                    raise Preempted(f"stopped before {end.folder.name} was scored; the same command goes on from there.")
+                losses.append(loss_of(end))
+            arms.append(Arm(name, trials[0].config.total_tokens, tuple(e.seconds for e in of_seeds), tuple(losses)))
         return best, arms

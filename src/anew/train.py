@@ -15,7 +15,6 @@ import hashlib
 import logging
 import math
 import struct
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -73,18 +72,20 @@ def train_step(
     state: State,
     micro_batches: Sequence[MicroBatch],
     rate: float,
-    stop: threading.Event,
+    stop: Stop,
     save: bool = False,
     limits: tuple[float, float] = NO_LIMITS,
+    compiling: bool = False,
 ) -> Outcome:
     """One optimizer step over this rank's `micro_batches` of (ids, targets), at `rate` of the peak learning rate.
 
     Weights and optimizer state stay as they are if the loss or the gradient is not finite or above its limit, on any rank, or if any
-    rank was asked to stop. `save` is this rank's wish for a checkpoint, of which the others learn.
+    rank was asked to stop. `save` is this rank's wish for a checkpoint, of which the others learn. While `compiling`, which may take a
+    minute, a signal breaks off the passes.
     """
     world, scaler, params = state.world, state.scaler, state.params
     sums = torch.zeros(3, device=state.rt.device)  # loss, ranks that shall stop, ranks that want a checkpoint
-    with contextlib.suppress(Interrupted):  # raised while a compiled run takes its first step
+    with contextlib.suppress(Interrupted), stop.breakable() if compiling else contextlib.nullcontext():
         for i, (ids, targets) in enumerate(micro_batches):
             if stop.is_set() and not state.is_sharded:  # there, all ranks are needed to the end
                 break
@@ -189,9 +190,8 @@ def _loop(run: Begun, stop: Stop, after_step: Callable[[metrics.Row], None]) -> 
             rate = smaller * optim.rate(step, r.steps, config.optim)
             limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
             micro_batch = len(micro_batches[0][0]) if micro_batches else 0
-            compiling = run.compiled and micro_batch != compiled_for
-            with stop.breakable() if compiling else contextlib.nullcontext():
-                outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits)
+            compiling = run.compiled and not state.is_sharded and micro_batch not in (0, compiled_for)
+            outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits, compiling)
             compiled_for = micro_batch
             if outcome.stop:
                 raise Interrupted
@@ -222,7 +222,7 @@ def _rolled_back(run: Begun, before: Counter[int]) -> bool:
         return False
     before[step] += 1
     if before[step] > ROLL_BACKS:
-        raise RuntimeError(f"the run went back to step {step:,} {ROLL_BACKS} times and spiked again; lower the learning rate.")
+        raise metrics.Diverged(f"the run went back to step {step:,} {ROLL_BACKS} times and spiked again; lower the learning rate.")
     run.saver.taken_step = step
     start, end = run.state.excluded[-1]
     log.warning(f"went back to step {step:,}; sequences {start:,} to {end - 1:,} are passed over for good")

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from anew import metrics
+from anew import checkpoint, metrics
 from anew.begin import settle
-from anew.config import Config
+from anew.config import Config, UserError
 from anew.preempt import Preempted, Stop, listening
 from anew.train import train
 
@@ -58,7 +58,8 @@ def ended(trial: Trial, out: Path) -> Ended | None:
     speeds = [row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row]
     if (folder / DIVERGED).is_file():
         return Ended(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
-    if not rows or rows[-1]["step"] != config.run.steps or rows[-1].get("val/precision") != "fp32":
+    last = checkpoint.folder_of(folder, config.run.steps)
+    if not rows or rows[-1]["step"] != config.run.steps or rows[-1].get("val/precision") != "fp32" or not last.is_dir():
         return None
     tokens, loss = int(rows[-1]["tokens"]), rows[-1]["val/loss"]
     return Ended(folder, config, tokens, tokens / statistics.median(speeds), math.inf if loss is None else float(loss))
@@ -102,7 +103,8 @@ def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
     except metrics.Diverged as error:  # a result as any other
         (folder / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
     found = ended(trial, out)
-    assert found is not None, f"{trial.name} ended without a validation loss"
+    if found is None:
+        raise UserError(f"{folder} ended without a validation loss, by which runs are compared; does the data hold any text out?")
     return found
 
 
@@ -110,16 +112,22 @@ def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
 def limited(minutes: float) -> Iterator[Stop]:
     """Set by the signals that ask a process to stop, one of which it sends itself when the time is over (0: never)."""
     with listening() as stop:
+        left = threading.Event()
 
         def end() -> None:
-            stop.set()  # a run that is just ending would take the signal for its own
-            os.kill(os.getpid(), signal.SIGTERM)
+            if left.wait(60 * minutes):
+                return
+            stop.set()
+            while not left.is_set():  # a run that begins just now has not heard the first
+                os.kill(os.getpid(), signal.SIGTERM)
+                left.wait(1.0)
 
-        timer = threading.Timer(60 * minutes, end)
-        timer.daemon = True
+        clock = threading.Thread(target=end, daemon=True, name="minutes")
         if minutes:
-            timer.start()
+            clock.start()
         try:
             yield stop
         finally:
-            timer.cancel()
+            left.set()
+            if minutes:
+                clock.join()  # before the signals mean what they meant

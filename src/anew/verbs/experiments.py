@@ -35,8 +35,8 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
     _check(config, a)
     if taken := sorted({*given} & {*time_to_loss.OWNED}):
         raise UserError(f"--{taken[0].replace('_', '-')} is what the arms differ in; leave it out.")
-    if config.recipe.endswith("-fast"):
-        raise UserError(f"the arms are made from the plain recipe; use anew bench recipe {config.recipe.removesuffix('-fast')}.")
+    if config.optim.optimizer != "adamw":
+        raise UserError(f"the arms are made from a recipe with AdamW, as gpt2-5m and gpt2-124m are; {config.recipe} has another.")
     if not rivals.is_installed("transformers"):
         raise UserError("losses are those of the exported folders in transformers; install transformers.")
     if a.seeds < 1:
@@ -56,12 +56,14 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
         with alone(end.folder / ".exported.lock"):
             if not kept.is_file():
                 folder = end.folder / "checkpoints" / f"step-{end.config.run.steps:08d}"
-                kept.write_text(json.dumps(rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)))
+                scored = rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)
+                kept.with_suffix(".part").write_text(json.dumps(scored))
+                kept.with_suffix(".part").replace(kept)
         return float(json.loads(kept.read_text()))
 
     with _quiet(), limited(a.minutes) as stop:
         best, arms = plan.run(out, stop, loss_of, lambda line: print(line, flush=True))
-    facts = _table(best, arms)
+    facts: dict[str, Any] = json.loads(json.dumps(_table(best, arms)), parse_constant=lambda _: None)  # JSON has no infinity
     (out / "recipe.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if a.picture:
         pictures.time_to_loss([(NAMES[arm.name], arm.tokens, arm.losses) for arm in arms], Path(a.picture))
@@ -83,7 +85,8 @@ def _quiet() -> Iterator[None]:
 
 def _table(best: dict[str, dict[str, Any]], arms: list[Arm]) -> dict[str, Any]:
     """The verdict, printed and as figures."""
-    print("\nlosses of the exported folders in transformers, fp32: mean and spread of seeds\n")
+    print("\nlosses of the exported folders in transformers, fp32: mean and spread of seeds;")
+    print("seconds compare if all ran on one machine, as many at a time\n")
     print("arm                     tokens   seconds  loss")
     for arm in arms:
         mean = sum(arm.losses) / len(arm.losses)
@@ -111,6 +114,8 @@ def sweep(config: Config, device: str, a: Any, given: Collection[str] = ()) -> d
     names = list(axes)
     grid = [dict(zip(names, values, strict=True)) for values in itertools.product(*axes.values())]
     trials = [Trial(",".join(f"{k}={v}" for k, v in point.items()), _at(config, point)) for point in grid]
+    for trial in trials:
+        _check(trial.config, a)
     print(f"{config.recipe}, {len(trials)} runs in {out}\n", flush=True)
     with _quiet(), limited(a.minutes) as stop:
         ends = run_all(
