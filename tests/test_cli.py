@@ -58,7 +58,7 @@ def test_train_then_sample_from_the_shell(capsys: pytest.CaptureFixture[str], te
     assert result["step"] == 4
     assert result["folder"] == str(out)
     assert result["val_loss"] > 0
-    assert "warm-up shortened from 50 to 0 steps" in stderr
+    assert "warm-up shortened from 55 to 0 steps" in stderr
     assert "vocabulary 257 padded to 384" in stderr
     code, stdout, _ = run(capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3", "--json")
     assert code == 0

@@ -198,4 +198,5 @@ def _shown(asked: wanted.Wanted, token: Token) -> dict[str, Any]:
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message.encode("utf-8", "backslashreplace").decode("utf-8")  # what was sent may hold half a surrogate pair, and is quoted
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers)
