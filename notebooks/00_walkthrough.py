@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import anew
 from anew import bench, runtime
 
-V, C, LAYERS, HEADS, T, B = 50257, 64, 4, 4, 64, 8
+V, C, LAYERS, HEADS, T, B = 50257, 64, 4, 4, 64, 4
 runtime.start(anew.recipe("demo").run)  # torch's settings as in training: memory that is freed is kept, results can be repeated
 tokenizer = anew.Tokenizer.named("gpt2")
 text = torch.tensor([i for path in bench.stdlib()[:40] for i in tokenizer.encode(path.read_text(encoding="utf-8"))])

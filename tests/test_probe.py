@@ -1,6 +1,7 @@
 """Memory: how many sequences fit is found before training, and too little is said in a sentence."""
 
 import contextlib
+import json
 import resource
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,14 @@ def limited(config: Config, more: int) -> str:
 
 
 def test_a_step_that_does_not_fit_says_so_and_auto_makes_it_fit(config: Config) -> None:
-    [(kind, text)] = run_ranks(1, limited, config.override(n_embd=64, seq_len=16, batch_tokens=65536, micro_batch=4096), GB)
+    """Logits of sixteen sequences of 256 tokens need 3 GB, and 2 are to be had, of which thread stacks and libraries reserve some."""
+    long = config.override(n_positions=256, seq_len=256, batch_tokens=4096, head="plain")
+    [(kind, text)] = run_ranks(1, limited, long.override(micro_batch=16), 2 * GB)
     assert kind == "UserError", text
-    assert "not enough memory for micro-batches of 4096; use --micro-batch auto" in text
-    [(kind, text)] = run_ranks(1, limited, config.override(out=f"{config.folder}-auto"), GB)
+    assert "not enough memory for micro-batches of 16; use --micro-batch auto" in text
+    [(kind, text)] = run_ranks(1, limited, long.override(out=f"{config.folder}-auto"), 2 * GB)
     assert kind == "ok", text
-    assert '"micro_batch": "auto"' not in text
+    assert 1 <= json.loads(text)["run"]["micro_batch"] < 16
 
 
 def of_rank(config: Config, rooms: list[int]) -> Any:

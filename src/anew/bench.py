@@ -115,7 +115,7 @@ def _measure(wire: Connection, config: Config, steps: int, matmul: str) -> None:
         wire.send(measure(config, steps, matmul))
     except UserError as error:
         wire.send(str(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         wire.send("out of memory")
@@ -206,7 +206,7 @@ def _attention(wire: Connection, config: Config, kind: str, T: int, rounds: int,
             q.grad.flatten()[:1].cpu()  # waits for the device
             times.append(time.perf_counter() - begin)
             q.grad = k.grad = v.grad = None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         wire.send("out of memory")

@@ -1,11 +1,12 @@
 """How many sequences fit into one forward and backward pass: `--micro-batch auto`.
 
 One sequence is tried, then two; what the second needed more is what each further one will need. The largest number that divides the batch
-and leaves a tenth of the memory free is taken, on a GPU after it was tried. Ranks take the smallest of their answers, so tokens a
+and leaves some memory free is tried too, then the next smaller, until one does. Ranks take the smallest of their answers, so tokens a
 step stay what they are, and so do the ids in them.
 """
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -19,14 +20,16 @@ except ImportError:  # Windows
 from anew.config import UserError
 from anew.state import State
 
-SHARE = 0.9  # of the memory: compiled code and copies on the way need some too
+# Of the memory. Compiled code and copies on the way need some too, and in a CPU's heap holes grow to a third (docs/log.md, 14).
+SHARE = {"cuda": 0.9, "cpu": 0.7}
+PASSES = 3  # blocks of a later pass may not fit into the holes that the one before has left
 MOST = {"cuda": 64, "cpu": 16}  # more is not faster
-MOMENT_BYTES, AVERAGE_BYTES = 8, 4  # a parameter
+WEIGHT_BYTES, MOMENT_BYTES, AVERAGE_BYTES = 4, 8, 4  # a parameter
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Is this torch's way of saying that there is no memory left, on a GPU or a CPU?"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Is this torch's or Python's way of saying that there is no memory left, on a GPU or a CPU?"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def find_micro_batch(state: State) -> tuple[int, str]:
@@ -34,43 +37,68 @@ def find_micro_batch(state: State) -> tuple[int, str]:
     device, world = state.rt.device, state.world
     share = state.config.batch_sequences // world.size
     choices = [n for n in range(1, min(MOST.get(device.type, 16), share) + 1) if share % n == 0]
-    room = _room(device)
+    room, usable = _room(device), SHARE.get(device.type, 0.7)
     if room is None or len(choices) == 1:
         return choices[-1], f"micro-batch {choices[-1]}" + " (memory cannot be measured here)" * (room is None)
     one, two = _peak(state, 1), _peak(state, 2)
-    parts = [p.to_local() if state.is_sharded else p for p in state.params]  # type: ignore[attr-defined]
-    to_come = (MOMENT_BYTES if not state.optimizers[0].state else 0) + (AVERAGE_BYTES if state.config.optim.average else 0)
-    moments = sum(p.numel() for p in parts) * to_come
-    needs = {1: (one or 0) + moments}
+    needs = {1: one or 0}
     if one is not None and two is not None:
-        needs = {n: one + (two - one) * (n - 1) + moments for n in choices}
-    fitting = [n for n in needs if needs[n] <= SHARE * room] or [1]
+        needs = {n: one + (two - one) * (n - 1) for n in choices}
+    fitting = [n for n in needs if needs[n] <= usable * room] or [1]
     found = min(world.gather(0 if one is None else fitting[-1]))
     if found == 0:
         none = UserError("not even one sequence fits into memory; lower --seq-len, choose a smaller model or --parallel fsdp.")
         none.everywhere = True
         raise none
-    while device.type == "cuda" and not all(world.gather(_peak(state, found) is not None)) and found > 1:
+    while found > 1:
+        peak = _peak(state, found)
+        needs[found] = peak or 0
+        if all(world.gather(peak is not None and needs[found] <= usable * room)):
+            break
         found = max(n for n in choices if n < found)
-    needed = f": needs about {needs[found] / 1e9:.1f} of {room / 1e9:.1f} GB" if found in needs else ""
-    return found, f"micro-batch {found}{needed}"
+    return found, f"micro-batch {found}: needs about {needs[found] / 1e9:.1f} of {room / 1e9:.1f} GB"
 
 
 def _peak(state: State, sequences: int) -> int | None:
-    """Most bytes in use during one forward and backward pass; None if there were not enough."""
+    """Most bytes in use during passes over `sequences`, beside all that a step holds; None if there were not enough."""
     device = state.rt.device
     ids = torch.zeros(sequences, state.config.data.seq_len, dtype=torch.int64, device=device)
+    held: list[torch.Tensor] = []
     watch_peak(device)
     try:
-        state.model(ids, ids).backward()
-    except RuntimeError as error:
+        for _ in range(PASSES):
+            state.model(ids, ids).backward()
+            held = held or _to_come(state)
+        return peak_bytes(device)
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None
     finally:
         for p in state.params:
             p.grad = None
-    return peak_bytes(device)
+        if device.type == "cpu":
+            del held
+            _give_back()
+
+
+def _to_come(state: State) -> list[torch.Tensor]:
+    """As much memory as the optimizer and the average will take and, on a CPU, the copy that a checkpoint is written from."""
+    average = AVERAGE_BYTES if state.config.optim.average else 0
+    held = average + (0 if state.optimizers[0].state else MOMENT_BYTES)
+    copied = WEIGHT_BYTES + MOMENT_BYTES + average if state.rt.device.type == "cpu" else 0
+    parts = [p.to_local() if state.is_sharded else p for p in state.params]  # type: ignore[attr-defined]
+    return [
+        torch.zeros(size, dtype=torch.uint8, device=state.rt.device)
+        for p, part in zip(state.params, parts, strict=True)
+        for size in (held * part.numel(), copied * p.numel())
+    ]
+
+
+def _give_back() -> None:
+    """Freed memory goes to Linux again, which `runtime` told glibc to keep: the next trial starts where this one did."""
+    with contextlib.suppress(OSError, AttributeError):  # musl and macOS have no malloc_trim
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def watch_peak(device: torch.device) -> None:

@@ -132,13 +132,16 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
     try:
         with contextlib.ExitStack() as stack:
             return _train(config, progress, stack)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"there is not enough memory for micro-batches of {config.run.micro_batch}; use --micro-batch auto, or a smaller one: "
-            "the tokens a step stay the same."
-        ) from error
+        micro = config.run.micro_batch
+        way = (
+            "the micro-batch that was found (log.txt says which); use --recompute"
+            if micro == "auto"
+            else f"micro-batches of {micro}; use --micro-batch auto"
+        )
+        raise UserError(f"there is not enough memory for {way}, or use a smaller one: the tokens a step stay the same.") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anew import pictures, rivals, time_to_loss
+from anew import checkpoint, pictures, rivals, time_to_loss
 from anew.config import Config, UserError
 from anew.report.run import Run
 from anew.spelling import bytes_of
@@ -55,7 +55,7 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
         kept = end.folder / f"exported_loss_{config.data.val_tokens}.json"
         with alone(end.folder / ".exported.lock"):
             if not kept.is_file():
-                folder = end.folder / "checkpoints" / f"step-{end.config.run.steps:08d}"
+                folder = checkpoint.folder_of(end.folder, end.config.run.steps)
                 scored = rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)
                 kept.with_suffix(".part").write_text(json.dumps(scored))
                 kept.with_suffix(".part").replace(kept)
