@@ -208,6 +208,18 @@ def test_a_sweep_shows_every_run_and_the_best(small: Config, tmp_path: Path, cap
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+def test_a_sweep_over_seeds_is_judged_by_the_mean(small: Config, tmp_path: Path, capsys: Any) -> None:
+    class Wishes:
+        over, minutes, picture = "lr=1e-3,4e-3 seed=1,2", 0.0, ""
+
+    facts = experiments.sweep(small.override(out=str(tmp_path / "out")), "cpu", Wishes())
+    *_, slow, fast = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("0.00")]
+    losses = [run["loss"] for run in facts["runs"]]
+    assert f"{sum(losses[2:]) / 2:.4f}*" in fast
+    assert f"{sum(losses[:2]) / 2:.4f}" in slow
+    assert (slow + fast).count("*") == 1
+
+
 @pytest.mark.parametrize("over", ["", "lr", "speed=1,2", "steps=ten", "lr=1 steps=2 seed=3"])
 def test_what_is_no_sweep_is_refused_in_words(small: Config, over: str) -> None:
     class Wishes:

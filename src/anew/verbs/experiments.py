@@ -123,11 +123,14 @@ def sweep(config: Config, device: str, a: Any, given: Collection[str] = ()) -> d
         )
     losses = [ends[trial.name].loss for trial in trials]
     columns = axes[names[1]] if len(names) > 1 else [""]
+    rows = [losses[i : i + len(columns)] for i in range(0, len(losses), len(columns))]
+    over_seeds = names[1:] == ["seed"]  # then settings are compared by their mean
+    marks = [statistics.mean(row) for row in rows] if over_seeds else losses
     print(f"\nvalidation loss; {names[0]} down" + (f", {names[1]} across" if len(names) > 1 else ""))
-    print(" " * 12 + "".join(f"{column!s:>10}" for column in columns))
-    for i, value in enumerate(axes[names[0]]):
-        row = losses[i * len(columns) : (i + 1) * len(columns)]
-        print(f"{value!s:>12}" + "".join(f"{loss:>9.4f}{'*' if loss == min(losses) else ' '}" for loss in row))
+    print(" " * 12 + "".join(f"{column!s:>10}" for column in [*columns, *(["mean"] if over_seeds else [])]))
+    for value, row in zip(axes[names[0]], rows, strict=True):
+        shown = [*row, statistics.mean(row)] if over_seeds else row
+        print(f"{value!s:>12}" + "".join(f"{loss:>9.4f}{'*' if loss == min(marks) else ' '}" for loss in shown))
     best = [end.folder for end in sorted(ends.values(), key=lambda end: end.loss)[:4]]
     if a.picture:
         pictures.progress([Run.read(folder) for folder in best], Path(a.picture))
