@@ -10,6 +10,7 @@ import anew
 from anew import bench, rivals, runtime, versus
 from anew.cli import main
 from anew.config import UserError
+from anew.preempt import Stop
 from anew.state import State
 from anew.train import train_step
 from tests.faults.common import tiny
@@ -50,16 +51,15 @@ def test_bottom_and_top_are_the_same_computation_in_fp32(tmp_path: Path) -> None
 
 
 def test_an_unfused_optimizer_keeps_weights_at_a_bad_step_too(tmp_path: Path) -> None:
-    import threading
 
     config = tiny(tmp_path / "run", fused=False)
     state = State(config, runtime.start(config.run), "")
     before = [p.detach().clone() for p in state.params]
     batch = bench.text_batch(config, torch.device("cpu"))
-    outcome = train_step(lambda x, y: state.model(x, y) * float("nan"), state, batch, 1.0, threading.Event())
+    outcome = train_step(lambda x, y: state.model(x, y) * float("nan"), state, batch, 1.0, Stop())
     assert not outcome.applied
     assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
-    assert train_step(state.model, state, batch, 1.0, threading.Event()).applied
+    assert train_step(state.model, state, batch, 1.0, Stop()).applied
 
 
 def test_attention_and_what_a_rung_cannot_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from anew.attention import attend
 from anew.devices import GPUS
 from anew.fast_decode import Graphed, Packed, pack
 from anew.generate import _prefill
+from anew.preempt import Stop
 from anew.state import State
 from anew.train import train, train_step
 from tests.conftest import ROOT
@@ -98,7 +98,7 @@ def test_a_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> Non
     config = tiny(tmp_path / "run", device=DEVICE, precision="bf16", batch_tokens=1024, optimizer=optimizer)
     state = State(config, runtime.start(config.run), "")
     batch = bench.text_batch(config, state.rt.device)
-    stop = threading.Event()
+    stop = Stop()
     for _ in range(2):
         train_step(state.model, state, batch, 1.0, stop)
     torch.cuda.set_sync_debug_mode("warn")

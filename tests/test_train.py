@@ -16,7 +16,7 @@ import torch
 
 import anew
 from anew import Config, UserError, checkpoint, metrics, runtime
-from anew.preempt import Preempted
+from anew.preempt import Preempted, Stop
 from anew.state import State
 from anew.train import _seed, train, train_step
 from tests.conftest import shared
@@ -256,10 +256,9 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.M
 
 
 def test_interrupted_accumulation_leaves_no_trace(tiny: Config) -> None:
-    import threading
 
     state = State(tiny, runtime.start(tiny.run), "")
-    stop, ids = threading.Event(), torch.arange(8)[None]
+    stop, ids = Stop(), torch.arange(8)[None]
     before = [p.clone() for p in state.params]
 
     def loss_of(i: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
