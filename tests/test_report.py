@@ -133,9 +133,11 @@ def test_a_verdict_is_against_the_same_windows(run: Path, tmp_path: Path) -> Non
     weights.save_model(untrained, GPT(config.model, seed=9), Tokenizer.named("bytes"))
     loss = baseline.score(Run.read(run), str(untrained))
     assert loss == pytest.approx(5.55, abs=0.1)
-    text = read(page.page([Run.read(run)])).text
-    assert "PASS 1 of 1 figures" in text
-    assert f"{loss:.4f}" in text
+    html = page.page([Run.read(run)])
+    assert "PASS 1 of 1 figures" in read(html).text
+    assert f"on the same windows, {loss:.4f}</text>" in html, "its level is drawn through the curves"
+    both = read(page.page([Run.read(run)] * 2)).text
+    assert "PASS 2 of 2 figures" in both, "each run of several has its verdict"
     longer = tiny(tmp_path / "longer", steps=400, data=config.data.data)
     train(longer)
     assert baseline.score(Run.read(run), str(longer.folder)) < Run.read(run).final_loss[0]
@@ -178,8 +180,23 @@ def test_gpt2s_published_figures_get_a_verdict_and_other_peoples_losses_do_not(t
     assert "expected at 10B tokens: 3.0" in running
     assert not re.search("PASS|FAIL", running), "no verdict on a part of a run"
     assert re.search(r"expected at 10B tokens: (29|30)\.\d% ± ", running)
+    assert '<polygon class="band"' in page.page([Run.read(tmp_path / "running")])
     early = read(page.page([like_gpt2(tmp_path / "early", 0.03)])).text
     assert "expected at" not in early
+
+
+def test_a_folder_of_tokens_says_what_it_was_made_from(tmp_path: Path) -> None:
+    (tmp_path / "edu").mkdir()
+    (tmp_path / "edu" / "index.json").write_text(json.dumps({"source": "HuggingFaceFW/fineweb-edu:sample-10BT"}))
+    assert reference.data_of(RECIPES["gpt2-124m"][1]) == "FineWeb-Edu"
+    assert reference.data_of(RECIPES["gpt2-124m"][1].override(data=str(tmp_path / "edu"))) == "FineWeb-Edu"
+    assert reference.data_of(RECIPES["gpt2-124m"][1].override(data=str(tmp_path / "nothing"))) == ""
+
+
+def test_levels_of_hellaswag_are_those_of_the_size() -> None:
+    assert [name for name, _ in reference.hellaswag_levels("124M")] == ["GPT-2 124M", "GPT-3 124M"]
+    assert reference.hellaswag_levels("1558M") == [("GPT-2 1558M", 0.4893)]
+    assert reference.hellaswag_levels("774M") == []
 
 
 def test_a_projection_holds_on_runs_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:

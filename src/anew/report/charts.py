@@ -28,12 +28,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Whisker:
-    """A value that is expected at x, and how far it may be off."""
+    """A value that is expected at x, and how far it may be off; with `start`, (x, value) of what is known, a band leads there."""
 
     name: str
     x: float
     value: float
     plus_minus: float
+    start: tuple[float, float] | None = None
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
@@ -133,6 +134,11 @@ def line_chart(
     ]  # fmt: skip
     marks = [_level(line, sy(line.points[0][1]), width) for line in drawn if line.kind == "level"]
     marks += [_curve(line.kind, [(sx(x), sy(y)) for x, y in line.points]) for line in moving]
+    marks += [
+        f'<polygon class="band" points="{sx(w.start[0]):.1f},{sy(w.start[1]):.1f} {sx(w.x):.1f},{sy(w.value - w.plus_minus):.1f} '
+        f'{sx(w.x):.1f},{sy(w.value + w.plus_minus):.1f}"/>'
+        for w in whiskers if w.start
+    ]  # fmt: skip
     marks += [_whisker(sx(w.x) - 3, sy(w.value), sy(w.value - w.plus_minus), sy(w.value + w.plus_minus)) for w in whiskers]
     legend = [f'<li class="{line.kind}">{escape(line.name)}</li>' for line in moving if not line.kind.startswith("faint")]
     legend += [f'<li class="whisker">{escape(w.name)}</li>' for w in whiskers]

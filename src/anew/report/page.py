@@ -48,8 +48,8 @@ def _body(runs: Sequence[Run], price: float | None) -> Iterator[str]:
     first = runs[0]
     yield f"<h1>{escape(' and '.join(run.name for run in runs))}</h1>"
     yield f'<p class="soft">{escape(_subtitle(first)) if len(runs) == 1 else f"{len(runs)} runs side by side"}</p>'
+    yield _verdict(runs)
     if len(runs) == 1:
-        yield _verdict(first)
         yield _facts(first, price)
     else:
         yield _table(["run", "model", "steps", "tokens", "validation loss", "time"], [_summary(run) for run in runs])
@@ -57,7 +57,8 @@ def _body(runs: Sequence[Run], price: float | None) -> Iterator[str]:
     yield f"<p>{_loss_words(first)}</p>"
     yield f'<div class="charts wide">{_loss_chart(runs)}</div>'
     if scored := _task_charts(runs):
-        yield f'<h2>Tasks</h2><p>Scored while training, each as its own publication does.</p><div class="charts">{scored}</div>'
+        wide = " wide" if len(first.tasks) == 1 else ""
+        yield f'<h2>Tasks</h2><p>Scored while training, each as its own publication does.</p><div class="charts{wide}">{scored}</div>'
     yield '<h2>How training went</h2><div class="charts">'
     yield from _process_charts(runs)
     yield "</div>"
@@ -76,12 +77,43 @@ def _subtitle(run: Run) -> str:
     size = size_of(run.config.model)
     m = run.config.model
     shape = f"GPT-2 {size}" if size else f"GPT-2 with {m.n_layer} layers of {m.n_embd}"
-    return f"{shape}, {short(count_parameters(m))} parameters, on {run.config.data.data} as {run.config.data.tokenizer} tokens"
+    kind = run.config.data.tokenizer.partition(":")[0]
+    tokens = {"bytes": "bytes", "train": f"{m.vocab_size:,} tokens learnt from it"}.get(kind, f"{kind}'s tokens")
+    return f"{shape}, {short(count_parameters(m))} parameters, on {run.config.data.data} as {tokens}"
 
 
-def _verdict(run: Run) -> str:
+def _unit(run: Run) -> str:
+    return "byte" if run.config.data.tokenizer == "bytes" else "token"
+
+
+def _verdict(runs: Sequence[Run]) -> str:
     """What can be said in one look, and no more than that."""
-    rows: list[tuple[str, float, str, float, str, str]] = []
+    rows = [(run, *row) for run in runs for row in _compared(run)]
+    judged = [row[5] for row in rows if row[5]]
+    if judged:
+        good = judged.count("PASS")
+        state = "pass" if good == len(judged) else "fail"
+        words = f"{good} of {len(judged)} figures are not worse than what they are compared with, within the tolerance"
+        head = f'<strong><b class="{state}">{state.upper()}</b> {words}</strong>'
+    else:
+        state, head = "", "".join(f"<strong>{_name(run, runs)}{_without_verdict(run)}</strong><br>" for run in runs)
+    cells = [
+        [_name(run, runs) + escape(name), f"{ours:.4f}", escape(f"{other}{'; ' + note if note else ''}"), f"{theirs:.4f}",
+         f'<span class="{verdict.lower()}"><b>{verdict or "context"}</b></span>']
+        for run, name, ours, other, theirs, verdict, note in rows
+    ]  # fmt: skip
+    table = _table(["figure", "here", "compared with", "there", "verdict"], cells) if rows else ""
+    why = "".join(f"<p><small>{_name(run, runs)}{_why_no_baseline(run)}</small></p>" for run in runs if not run.baseline)
+    return f'<section class="verdict {state}">{head}{table}{why}</section>'
+
+
+def _name(run: Run, runs: Sequence[Run]) -> str:
+    return f"{escape(run.name)}: " if len(runs) > 1 else ""
+
+
+def _compared(run: Run) -> list[tuple[str, float, str, float, str, str]]:
+    """(figure, here, compared with, there, PASS or FAIL or nothing, note) of all that has something beside it."""
+    rows = []
     final = run.final_loss
     if run.baseline and final:
         theirs = float(run.baseline["loss"])
@@ -91,21 +123,7 @@ def _verdict(run: Run) -> str:
     for c in run.comparisons():
         name = f"{c.published.task} {c.published.figure}"
         rows.append((name, c.ours, f"OpenAI's GPT-2: {c.published.source}", c.theirs, c.verdict, c.published.note))
-    judged = [row[4] for row in rows if row[4]]
-    if judged:
-        good = judged.count("PASS")
-        state = "pass" if good == len(judged) else "fail"
-        words = f"{good} of {len(judged)} figures are not worse than what they are compared with, within the tolerance"
-        head = f'<strong><b class="{state}">{state.upper()}</b> {words}</strong>'
-    else:
-        state, head = "", f"<strong>{_without_verdict(run)}</strong>"
-    table = _table(
-        ["figure", "here", "compared with", "there", "verdict"],
-        [[escape(name), f"{ours:.4f}", escape(f"{other}{'; ' + note if note else ''}"), f"{theirs:.4f}",
-          f'<span class="{verdict.lower()}"><b>{verdict or "context"}</b></span>'] for name, ours, other, theirs, verdict, note in rows],
-    ) if rows else ""  # fmt: skip
-    why = "" if run.baseline else f"<p><small>{_why_no_baseline(run)}</small></p>"
-    return f'<section class="verdict {state}">{head}{table}{why}</section>'
+    return rows
 
 
 def _without_verdict(run: Run) -> str:
@@ -115,7 +133,7 @@ def _without_verdict(run: Run) -> str:
     if final is None:
         where = f"Step {run.last['step']:,} of {run.config.run.steps:,}"
         return f"{where}: training loss {run.train_loss}, nothing held out was scored yet"
-    unit = "byte" if run.config.data.tokenizer == "bytes" else "token"
+    unit = _unit(run)
     return (
         f"{final[0]:.3f} nats a {unit} on held-out text: as unsure as between {math.exp(final[0]):,.3g} {unit}s "
         f"(knowing nothing is {chance:.2f}, all {run.config.model.vocab_size:,})"
@@ -171,12 +189,12 @@ def _summary(run: Run) -> list[str]:
 def _loss_words(run: Run) -> str:
     data = reference.data_of(run.config)
     words = (
-        "Mean cross-entropy in nats a token: the thin line is the training batch of each step, the thick ones are means and held-out text."
+        f"Mean cross-entropy in nats a {_unit(run)}: the thin line is the training batch of each step, the thick ones are means and "
+        "held-out text."
     )
     if data and size_of(run.config.model) == "124M":
-        words += (
-            f" Grey lines are public runs on {data}, each on its own validation text; the dashed level is OpenAI's GPT-2 124M there, "
-            f"measured by {reference.BASELINES[data][1]}."
+        words += f" Grey lines are public runs on {data}, each on its own validation text; the dashed level is OpenAI's GPT-2 124M " + (
+            "on this run's own windows." if run.baseline else f"there, measured by {reference.BASELINES[data][1]}."
         )
     return words
 
@@ -194,32 +212,40 @@ def _loss_chart(runs: Sequence[Run]) -> str:
         projection = reference.project(val) if reference.is_like_them(run.config) and run.status != "complete" else None
         if projection:
             name = f"{prefix}expected at 10B tokens: {projection.value:.3f} ± {projection.plus_minus:.3f}"
-            whiskers.append(Whisker(name, reference.HORIZON, projection.value, projection.plus_minus))
+            whiskers.append(Whisker(name, reference.HORIZON, projection.value, projection.plus_minus, val[-1]))
     data, size = reference.data_of(runs[0].config), size_of(runs[0].config.model)
     if data and size == "124M":
         reach = max((x for line in lines for x, _ in line.points), default=math.inf) if not whiskers else math.inf
         curves = [c for c in reference.CURVES if c.data == data]
         lines += [Line(c.name, [p for p in c.losses if 0 < p[0] <= reach], f"context-{n}") for n, c in enumerate(curves, start=1)]
-        lines.append(Line(f"OpenAI's GPT-2 124M, {reference.BASELINES[data][0]}", [(0.0, reference.BASELINES[data][0])], "level"))
-    return line_chart("Loss", lines, "nats a token", whiskers=whiskers, settled=True, wide=True)
+        if not runs[0].baseline:
+            lines.append(Line(f"OpenAI's GPT-2 124M, {reference.BASELINES[data][0]}", [(0.0, reference.BASELINES[data][0])], "level"))
+    if runs[0].baseline:
+        theirs = float(runs[0].baseline["loss"])
+        lines.append(Line(f"{runs[0].baseline['model']} on the same windows, {theirs:.4f}", [(0.0, theirs)], "level"))
+    return line_chart("Loss", lines, f"nats a {_unit(runs[0])}", whiskers=whiskers, settled=True, wide=True)
 
 
 def _task_charts(runs: Sequence[Run]) -> str:
-    charts = []
+    charts: list[str] = []
     for task, figures in runs[0].tasks.items():
         figure = next((f for f in ("acc_norm", "acc") if f in figures), figures[0])
         key = f"eval/{task}/{figure}"
         lines = [Line(run.name if len(runs) > 1 else "this run", run.points(key), f"own-{i}") for i, run in enumerate(runs, 1)]
         whiskers = []
         if task == "hellaswag" and figure == "acc_norm":
-            lines += [Line(f"{name}, {100 * value:g}%", [(0.0, value)], "level") for name, (value, _) in reference.HELLASWAG.items()]
-            if size_of(runs[0].config.model) == "124M":
+            size = size_of(runs[0].config.model)
+            lines += [Line(f"{name}, {100 * value:g}%", [(0.0, value)], "level") for name, value in reference.hellaswag_levels(size)]
+            if size == "124M":
                 curves = [c for c in reference.CURVES if c.hellaswag]
                 lines += [Line(c.name, [p for p in c.hellaswag if p[0] > 0], f"context-{n}") for n, c in enumerate(curves, start=1)]
             whiskers = _hellaswag_whisker(runs[0])
         charts.append(
-            line_chart(f"{task} {figure}", lines, "share right" if "acc" in figure else figure, whiskers=whiskers, percent="acc" in figure)
-        )
+            line_chart(
+                f"{task} {figure}", lines, "share right" if "acc" in figure else figure,
+                whiskers=whiskers, percent="acc" in figure, wide=len(runs[0].tasks) == 1,
+            )
+        )  # fmt: skip
     return "".join(charts)
 
 
@@ -229,7 +255,7 @@ def _hellaswag_whisker(run: Run) -> list[Whisker]:
     if not found:
         return []
     name = f"expected at 10B tokens: {100 * found.value:.1f}% ± {100 * found.plus_minus:.1f}"
-    return [Whisker(name, reference.HORIZON, found.value, found.plus_minus)]
+    return [Whisker(name, reference.HORIZON, found.value, found.plus_minus, run.points("eval/hellaswag/acc_norm")[-1])]
 
 
 def _process_charts(runs: Sequence[Run]) -> Iterator[str]:

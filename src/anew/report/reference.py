@@ -4,12 +4,15 @@ Losses are on each run's own validation text: FineWeb-Edu's, FineWeb's and OpenW
 curve is context on a page, never the same measurement.
 """
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
 from anew.config import Config
-from anew.evaluate.published import size_of
+from anew.evaluate.published import FIGURES, size_of
 
 TOKENS_A_STEP = 524_288
 HORIZON = 19_072 * TOKENS_A_STEP  # 10B tokens, where the runs of build-nanogpt's recipe end
@@ -97,9 +100,20 @@ HELLASWAG = {"GPT-2 124M": (0.2955, "build-nanogpt hellaswag.py"), "GPT-3 124M":
 
 
 def data_of(config: Config) -> str:
-    """Which of the texts above a run reads; empty for any other."""
-    found = [name for name in BASELINES if name.lower() in config.data.data.lower()]
+    """Which of the texts above a run reads, by its name or by what its folder says it was made from; empty for any other."""
+    text = config.data.data
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        text += str(json.loads((Path(text) / "index.json").read_text(encoding="utf-8"))["source"])
+    found = [name for name in BASELINES if name.lower() in text.lower()]
     return max(found, key=len, default="")
+
+
+def hellaswag_levels(size: str | None) -> list[tuple[str, float]]:
+    """GPT-2 of this size where it was published; the smallest GPT-2 and GPT-3 for a shape that OpenAI did not release."""
+    if size in (None, "124M"):
+        return [(name, value) for name, (value, _) in HELLASWAG.items()]
+    [published] = [f for f in FIGURES if (f.task, f.figure) == ("hellaswag", "acc_norm")]
+    return [(f"GPT-2 {size}", published.values[size])] if size in published.values else []
 
 
 def at(points: Points, x: float) -> float:
@@ -128,7 +142,7 @@ def project(losses: Points) -> Projection | None:
     """The validation loss at 10B tokens, from a part of such a run: each reference curve, moved up or down to where this one is.
 
     A power law through the same points is off by 0.05 to 0.2 up to the middle of a run, since the falling learning rate bends the curve
-    (docs/log.md, 10). None before 5% of the run, or from fewer than three points.
+    (docs/log.md, 11). None before 5% of the run, or from fewer than three points.
     """
     own = [(x, y) for x, y in losses if x > 0]
     if not own or own[-1][0] < 0.05 * HORIZON:
