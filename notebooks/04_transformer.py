@@ -114,23 +114,40 @@ plt.show()
 # "Attention is all you need" had an encoder and a decoder, norms behind each sublayer, sines for positions and ReLU. GPT-2 keeps the decoder alone, norms in
 # front (so the residual stream is a plain sum from the first block to the last), learnt positions and GELU. Norm in front is why deep stacks train
 # without tricks: each block adds to the stream, and `c_proj` starts 1/sqrt(2 L) smaller so that the sum does not grow with depth.
+#
+# First the parameters: a decoder of 2017 has a second attention in each block, to the encoder, and the encoder beside it. Then the stream at initialisation:
+# norms behind set it to 1 again after every sublayer, so nothing of it passes through unchanged; in front, it is a sum.
 
 # %%
+base = torch.nn.Transformer(512, 8, 6, 6, 2048, batch_first=True, device="meta")
+table = 37_000 * 512
+both = sum(p.numel() for p in base.parameters())
+alone = sum(p.numel() for name, p in base.decoder.named_parameters() if "multihead_attn" not in name and "norm2" not in name)
+print(f"the base model of 2017, 6 + 6 layers of 512: {both + table:,} (the paper says 65M); its decoder as GPT-2 has it: {alone + table:,}")
+assert abs((both + table) / 65e6 - 1) < 0.05
+
 stds = {}
-for scaled in (True, False):
+for name in ("norms in front, c_proj scaled by 1/sqrt(2 layers)", "norms in front, not scaled", "norms behind, 2017"):
     model = anew.GPT(anew.GPTConfig(n_layer=24, n_head=4, n_embd=128, n_positions=64, vocab_size=257), seed=3)
     with torch.no_grad():
-        if not scaled:
-            for name, p in model.named_parameters():
-                if name.endswith("c_proj.weight"):
+        if "not scaled" in name:
+            for parameter, p in model.named_parameters():
+                if parameter.endswith("c_proj.weight"):
                     p.mul_(math.sqrt(2 * 24))
         x, found = model.transformer.wte(torch.randint(257, (4, 64))) + model.transformer.wpe.weight, []
         for block in model.transformer.h:
-            x = block(x)
+            if "behind" in name:
+                x = block.ln_1(x + block.attn(x))
+                x = block.ln_2(x + block.mlp(x))
+            else:
+                x = block(x)
             found.append(x.std().item())
-    stds[scaled] = found
-    plt.plot(range(1, 25), found, label="c_proj scaled by 1/sqrt(2 layers)" if scaled else "not scaled")
-assert stds[False][-1] > 3 * stds[True][-1]
+    stds[name] = found
+    plt.plot(range(1, 25), found, label=name)
+scaled, unscaled, behind = stds.values()
+assert unscaled[-1] > 3 * scaled[-1]
+assert all(abs(std - 1) < 1e-3 for std in behind)
+plt.yscale("log")
 plt.xlabel("block")
 plt.ylabel("std of the residual stream")
 plt.legend()
@@ -142,5 +159,5 @@ plt.show()
 # ## Exercises
 #
 # 1. Replace `gelu` by `F.gelu` above: which assert fails, and by how much?
-# 2. Put the norms behind the sublayers as in 2017 and draw the last picture again.
+# 2. Train both forms with 24 layers, with and without a warm-up. Which needs it?
 # 3. GPT-2's `wpe` is learnt. Load OpenAI's weights and plot a few of its columns: what do you see?

@@ -56,7 +56,8 @@ assert abs(weights[torch.float32].item() - 1.1) < 1e-4
 # %% [markdown]
 # ## What autocast does
 #
-# Products in bf16, sums that need it in fp32. This project writes the same out: `compute_dtype` is the dtype of the activations.
+# Products in bf16, sums that need it in fp32; which those are depends on the device: a CPU's autocast leaves softmax and norms in bf16, as printed here, a GPU's
+# takes them to fp32. This project writes the same out: `compute_dtype` is the dtype of the activations.
 
 # %%
 a, b = torch.randn(4, 8), torch.randn(8, 8)
@@ -100,7 +101,7 @@ for parts in (2, 4, 8):
 # ## Two processes
 #
 # Each has a copy of the model and half of the batch; gradients are averaged before the step. `torchrun` starts the processes, they meet over gloo (NCCL on
-# GPUs). Here with accumulation in each, both together: still the same gradient.
+# GPUs). First alone, then with accumulation in each, both together: still the same gradient.
 
 # %%
 import subprocess
@@ -121,8 +122,9 @@ rank, size = dist.get_rank(), dist.get_world_size()
 config = GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=257)
 ids = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(2)).chunk(size)[rank]  # this rank's share
 model = GPT(config, seed=1)
-for part in ids.chunk(2):  # and two micro-batches of it
-    (model(part[:, :-1], part[:, 1:]) / 2).backward()
+parts = ids.chunk(int(sys.argv[2]))  # in as many micro-batches
+for part in parts:
+    (model(part[:, :-1], part[:, 1:]) / len(parts)).backward()
 for p in model.parameters():
     dist.all_reduce(p.grad)
     p.grad /= size
@@ -133,12 +135,13 @@ dist.destroy_process_group()
     encoding="utf-8",
 )
 file = script.with_name("gradient.pt")
-command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(file)]
-subprocess.run(command, check=True, capture_output=True)
-ranks = torch.load(file, weights_only=True)
-off = ((ranks - whole).norm() / whole.norm()).item()
-print(f"2 processes x 2 micro-batches x 2 sequences against 8 sequences at once: {off:.1e}")
-assert off < 1e-6
+torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+for parts in (1, 2):
+    subprocess.run([*torchrun, str(script), str(file), str(parts)], check=True, capture_output=True)
+    ranks = torch.load(file, weights_only=True)
+    off = ((ranks - whole).norm() / whole.norm()).item()
+    print(f"2 processes x {parts} micro-batches x {4 // parts} sequences against 8 sequences at once: {off:.1e}")
+    assert off < 1e-6
 
 # %% [markdown]
 # ## The learning rate

@@ -5,6 +5,7 @@
 # learn the shape of the curve, and you will know the mistake when you meet it.
 
 # %%
+import dataclasses
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -41,6 +42,7 @@ def train(
     divide: bool = True,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    settings: OptimConfig = settings,
     **shape: float,
 ) -> dict[str, list[float]]:
     """Losses and gradient norms of a run, and the loss on held-out text every 25 steps."""
@@ -150,6 +152,7 @@ averaged = train(accumulate=4)
 print(f"first loss: averaged {averaged['loss'][0]:.2f}, only added {added['loss'][0]:.2f}")
 assert abs(averaged["loss"][-1] - right["loss"][-1]) < 0.05
 assert abs(added["loss"][0] / averaged["loss"][0] - 4) < 0.01
+draw("Gradient norm before clipping", "norm", averaged=averaged, only_added=added)
 share = [sum(norm > 1.0 for norm in run["norm"]) / STEPS for run in (averaged, added)]
 print(f"steps that are clipped: {100 * share[0]:.0f}% against {100 * share[1]:.0f}%")
 assert share[1] > share[0]
@@ -157,8 +160,11 @@ assert share[1] > share[0]
 # %% [markdown]
 # ## Too good to be true
 #
-# The targets are not shifted, so the model learns to copy; or the mask is missing, so it looks at the answer. Both give a training loss that no language model
-# can have. If a loss of text falls below 1 bit a byte within minutes, distrust it and write something with the model.
+# The targets are not shifted, so the model learns to copy; or the mask is missing, so it learns to look at the answer. Both give a training loss that no
+# language model can have. If a loss of text falls below 1 bit a byte within minutes, distrust it and write something with the model.
+#
+# The second hides for a while: with AdamW nothing can be seen of it in these 150 steps but a held-out loss that is a little too high. Here it is trained with
+# Muon, which finds the answer soon.
 
 
 # %%
@@ -174,13 +180,14 @@ def no_mask(model: GPT, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 copying = train(loss_of=lambda model, x, y: model(x, x))
-seeing = train(loss_of=no_mask)
+seeing = train(loss_of=no_mask, settings=dataclasses.replace(settings, optimizer="muon", muon_lr=0.05))
 draw("Training loss", targets_not_shifted=copying, no_mask=seeing)
 print(
     f"held out, asked honestly: right {right['held out'][-1]:.2f}, copying {copying['held out'][-1]:.2f}, seeing {seeing['held out'][-1]:.2f}"
 )
 assert copying["loss"][-1] < 0.1
-assert copying["held out"][-1] > right["held out"][-1] + 1
+assert seeing["loss"][-1] < 0.5 * right["loss"][-1]
+assert min(copying["held out"][-1], seeing["held out"][-1]) > right["held out"][-1] + 1
 
 # %% [markdown]
 # ## Exercises

@@ -78,7 +78,7 @@ def _subtitle(run: Run) -> str:
     m = run.config.model
     shape = f"GPT-2 {size}" if size else f"GPT-2 with {m.n_layer} layers of {m.n_embd}"
     kind = run.config.data.tokenizer.partition(":")[0]
-    tokens = {"bytes": "bytes", "train": f"{m.vocab_size:,} tokens learnt from it"}.get(kind, f"{kind}'s tokens")
+    tokens = {"bytes": "bytes", "train": f"{m.vocab_size:,} tokens learnt from it", "gpt2": "GPT-2's tokens"}.get(kind, f"{kind}'s tokens")
     return f"{shape}, {short(count_parameters(m))} parameters, on {run.config.data.data} as {tokens}"
 
 
