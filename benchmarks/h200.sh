@@ -3,7 +3,7 @@
 #
 #   benchmarks/h200.sh results            # about 25 minutes on one H100 or H200; figures as JSON lines in results/figures.jsonl
 #   PART=1 benchmarks/h200.sh results     # or in parts of less than ten minutes: 1 correctness, 2 ladder and attention, 3 the step, 4 the rest,
-#                                         5 the fast recipe (not in all: half an hour in pieces, the same command until it ends; DATA=a data folder)
+#                                         5 the fast recipe (not in all: about 25 minutes in pieces, the same command until it ends; DATA=a data folder)
 #
 # Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock, matplotlib and pytest must be there (part 5: transformers). The command line needs
 # tyro, rich and loguru; where they are missing, wheels in the folder .whl are used (pip download --no-deps -d .whl tyro loguru typeguard ...).

@@ -1,6 +1,6 @@
 """The pages in a real browser: what people see, touch and wait for. Skipped where Debian's chromium is not there.
 
-ANEW_PICTURES=docs/pictures python -m pytest tests/test_browser.py      # also writes the screenshots of the documentation
+ANEW_PICTURES=DIR python -m pytest tests/test_browser.py      # also writes what it saw; docs/screenshots.py makes the documentation's
 """
 
 import os

@@ -244,6 +244,13 @@ def test_a_visitor_who_leaves_frees_the_place(address: str, models: list[Path]) 
         time.sleep(0.2)
 
 
+def test_without_a_seed_two_answers_differ_and_with_one_they_are_the_same(client: openai.OpenAI) -> None:
+    model = client.models.list().data[0].id
+    asked = [client.completions.create(model=model, prompt="It", max_tokens=20, seed=seed).choices[0].text for seed in (None, None, 7, 7)]
+    assert asked[0] != asked[1]
+    assert asked[2] == asked[3]
+
+
 def test_places_are_counted_and_come_back() -> None:
     engine = Engine([Served("m", GPT(CONFIG).eval(), Tokenizer.named("bytes"))], waiting=1)
     first, second = engine.take_place(), engine.take_place()

@@ -51,7 +51,9 @@ class GPTConfig:
         "flash", "flash: torch's fused kernel; cudnn: NVIDIA's, on its GPUs; plain: the formula, for reading and comparison"
     )
     head: Literal["chunked", "plain"] = setting("chunked", "loss: in chunks of rows, never all logits at once; plain: all, for comparison")
-    zero_init: bool = setting(False, "residual projections begin at zero instead of 0.02/sqrt(2 x layers)")
+    zero_init: bool = setting(
+        False, "residual projections begin at zero instead of 0.02/sqrt(2 x layers); in no recipe: it did not pay (docs/log.md, 13)"
+    )
     recompute: bool = setting(
         False, "keep each block's input only and compute the rest again going backward: less memory, a third more work", may_change=True
     )

@@ -41,8 +41,8 @@ class Text {
     rules.n_tokens = Math.max(1, rules.n_tokens - this.tokens.length);
     const prompt = this.promptIds ? [...this.promptIds, ...this.tokens.map(t => t.id)] : this.promptText;
     this.leaving = new AbortController();
-    const began = performance.now();
-    let count = 0;
+    let began = 0, count = 0;  // the clock starts with the first token: texts are written one after the other
+    this.note.textContent = "waiting for its turn";
     try {
       const answer = await fetch("api/write", { method: "POST", signal: this.leaving.signal, headers: { "content-type": "application/json" },
         body: JSON.stringify({ model: this.model, prompt, ...rules }) });
@@ -51,7 +51,9 @@ class Text {
         if (token.error) throw new Error(token.error.message);
         if (token.prompt_ids) { this.promptIds ??= token.prompt_ids; continue; }
         this.add(token);
-        this.note.textContent = `${++count} tokens, ${(1000 * count / (performance.now() - began)).toFixed(0)} a second`;
+        began ||= performance.now();
+        const speed = count++ ? `, ${(1000 * (count - 1) / (performance.now() - began)).toFixed(0)} a second` : "";
+        this.note.textContent = `${count} token${count === 1 ? "" : "s"}${speed}`;
       }
     } catch (error) {
       this.leaving.abort();
@@ -103,7 +105,7 @@ function offer(text, index, span) {
     row.addEventListener("click", () => { close(); text.branch(index, choice); });
     return row;
   });
-  const said = token.end ? "The text ended here" : `Taken: ${visible(token.text)}, ${percent(token.log_p)}`;
+  const said = token.end ? "The text ended here" : `Taken: “${visible(token.text)}”, ${percent(token.log_p)}`;
   box.replaceChildren(make("p", { textContent: `${said}. The ten likeliest; choose one to go on from it:` }), ...rows);
   box.hidden = false;
   const at = span.getBoundingClientRect();

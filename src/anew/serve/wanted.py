@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def playground(engine: Engine, body: dict[str, Any]) -> Wanted:
 def _rules(body: dict[str, Any], n_tokens: int, name: str) -> Rules:
     return Rules(
         _whole(body, name, n_tokens, 0, 1_000_000), _number(body, "temperature", 1.0, 0, 100), _whole(body, "top_k", 0, 0, 10**9),
-        _number(body, "top_p", 1.0, 0, 1), _whole(body, "seed", 0, -(2**63), 2**63 - 1) & (2**63 - 1),
+        _number(body, "top_p", 1.0, 0, 1), _whole(body, "seed", secrets.randbits(32), -(2**63), 2**63 - 1) & (2**63 - 1),
     )  # fmt: skip
 
 
