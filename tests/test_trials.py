@@ -187,7 +187,7 @@ def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypat
     shown = capsys.readouterr().out.rpartition("runs in")[2]
     assert (tmp_path / "picture.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["tuned"] == facts["tuned"]
-    assert [arm["name"] for arm in facts["arms"]] == ["reference", "adamw", *["fast"] * 4]
+    assert [arm["name"] for arm in facts["arms"]] == ["reference", "adamw", *["fast"] * len(time_to_loss.SHARES)]
     assert all(len(line) <= 80 for line in shown.split("losses of the")[1].splitlines()), shown
     for arm in facts["arms"]:
         for seed, loss in zip((1, 2), arm["losses"], strict=True):

@@ -14,7 +14,7 @@ from anew import checkpoint, pictures, rivals, time_to_loss
 from anew.config import Config, UserError
 from anew.report.run import Run
 from anew.spelling import bytes_of
-from anew.time_to_loss import Arm, Plan, against
+from anew.time_to_loss import Arm, Plan, Ratio, against
 from anew.trials import Ended, Trial, alone, limited, run_all
 
 NAMES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}
@@ -98,11 +98,14 @@ def _table(best: dict[str, dict[str, Any]], arms: list[Arm]) -> dict[str, Any]:
     facts: dict[str, Any] = {"tuned": best, "arms": [vars(arm) for arm in arms], "against": {}}
     for arm in (arm for arm in arms if arm.name != "fast"):
         tokens, time = against(arm, fast), against(arm, fast, seconds=True)
-        speed = statistics.mean(f.tokens / statistics.mean(f.seconds) for f in fast) * statistics.mean(arm.seconds) / arm.tokens
+        speed = Ratio.of([
+            (statistics.mean(f.tokens / f.seconds[i] for f in fast) * arm.seconds[i] / arm.tokens, "") for i in range(len(arm.seconds))
+        ])  # fmt: skip
         print(f"\nthe fast recipe against {NAMES[arm.name]}, to the same loss:")
         print(f"  {tokens} times fewer tokens")
-        print(f"  {time} times less time, at {speed:.2f} times the tokens a second")
-        facts["against"][arm.name] = {"tokens": vars(tokens), "time": vars(time), "speed": speed}
+        print(f"  {time} times less time")
+        print(f"  {speed} times the tokens a second")
+        facts["against"][arm.name] = {"tokens": vars(tokens), "time": vars(time), "speed": vars(speed)}
     return facts
 
 
