@@ -54,7 +54,7 @@ def _body(runs: Sequence[Run], price: float | None) -> Iterator[str]:
     else:
         yield _table(["run", "model", "steps", "tokens", "validation loss", "time"], [_summary(run) for run in runs])
     yield "<h2>Loss</h2>"
-    yield f"<p>{_loss_words(first)}</p>"
+    yield f"<p>{_loss_words(runs)}</p>"
     yield f'<div class="charts wide">{_loss_chart(runs)}</div>'
     if scored := _task_charts(runs):
         wide = " wide" if len(first.tasks) == 1 else ""
@@ -82,8 +82,8 @@ def _subtitle(run: Run) -> str:
     return f"{shape}, {short(count_parameters(m))} parameters, on {run.config.data.data} as {tokens}"
 
 
-def _unit(run: Run) -> str:
-    return "byte" if run.config.data.tokenizer == "bytes" else "token"
+def _unit(*runs: Run) -> str:
+    return " or ".join(sorted({"byte" if run.config.data.tokenizer == "bytes" else "token" for run in runs}))
 
 
 def _verdict(runs: Sequence[Run]) -> str:
@@ -186,10 +186,11 @@ def _summary(run: Run) -> list[str]:
             _time(run.last["seconds"])]  # fmt: skip
 
 
-def _loss_words(run: Run) -> str:
+def _loss_words(runs: Sequence[Run]) -> str:
+    run = runs[0]
     data = reference.data_of(run.config)
     words = (
-        f"Mean cross-entropy in nats a {_unit(run)}: the thin line is the training batch of each step, the thick ones are means and "
+        f"Mean cross-entropy in nats a {_unit(*runs)}: the thin line is the training batch of each step, the thick ones are means and "
         "held-out text."
     )
     if data and size_of(run.config.model) == "124M":
@@ -223,7 +224,7 @@ def _loss_chart(runs: Sequence[Run]) -> str:
     if runs[0].baseline:
         theirs = float(runs[0].baseline["loss"])
         lines.append(Line(f"{runs[0].baseline['model']} on the same windows, {theirs:.4f}", [(0.0, theirs)], "level"))
-    return line_chart("Loss", lines, f"nats a {_unit(runs[0])}", whiskers=whiskers, settled=True, wide=True)
+    return line_chart("Loss", lines, f"nats a {_unit(*runs)}", whiskers=whiskers, settled=True, wide=True)
 
 
 def _task_charts(runs: Sequence[Run]) -> str:
