@@ -27,8 +27,8 @@ def bars(rows: Sequence[tuple[str, float]], unit: str, title: str, path: Path) -
     _save(plt, figure, path)
 
 
-def time_to_loss(arms: Sequence[tuple[str, int, Sequence[float]]], path: Path) -> None:
-    """Where each arm ended, (name, tokens, a loss for each seed): runs of one name on a line, seeds as points."""
+def time_to_loss(arms: Sequence[tuple[str, int, Sequence[float]]], what: str, unit: str, path: Path) -> None:
+    """Where each arm ended, (name, tokens, a loss for each seed): runs of one name on a line, seeds as points. `what`: model and text."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, colour in zip(dict.fromkeys(name for name, _, _ in arms), COLOURS, strict=False):
@@ -43,9 +43,9 @@ def time_to_loss(arms: Sequence[tuple[str, int, Sequence[float]]], path: Path) -
     ticks = sorted({tokens for _, tokens, _ in arms})
     axes.set_xticks(ticks, [f"{tokens / 1e6:.3g}M" for tokens in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("tokens of the whole run")
-    axes.set_ylabel("validation loss, nats a token")
-    axes.set_title("Every point is a run that annealed to its own end", loc="left", fontsize=11)
+    axes.set_xlabel(f"{unit}s of the whole run (logarithmic)")
+    axes.set_ylabel(f"validation loss, nats a {unit}")
+    axes.set_title(f"{what}: every point is a run that annealed to its own end", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e3e5ea", linewidth=0.7)
     axes.legend(frameon=False)

@@ -66,7 +66,9 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
     facts: dict[str, Any] = json.loads(json.dumps(_table(best, arms)), parse_constant=lambda _: None)  # JSON has no infinity
     (out / "recipe.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if a.picture:
-        pictures.time_to_loss([(NAMES[arm.name], arm.tokens, arm.losses) for arm in arms], Path(a.picture))
+        points = [(NAMES[arm.name], arm.tokens, arm.losses) for arm in arms]
+        unit = "byte" if config.data.tokenizer == "bytes" else "token"
+        pictures.time_to_loss(points, f"{config.recipe} on {Path(config.data.data).name}", unit, Path(a.picture))
     return facts
 
 
