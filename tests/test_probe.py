@@ -31,22 +31,41 @@ def state_of(config: Config) -> State:
         return State(config, runtime.start(config.run), folder.identity)
 
 
-def test_less_memory_means_smaller_micro_batches_down_to_one(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_limit_means_the_largest_no_room_means_one_and_the_state_stays(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With true measurements, which are not exact: the process holds more or less from before."""
     state = state_of(config)
     before = [p.detach().clone() for p in state.params]
-    one, two = (probe._peak(state, n) for n in (1, 2))
-    assert one is not None
-    assert two is not None
-    found = []
-    for room in (64 * GB, one + 20 * (two - one + 5_000_000), one, 1):
+    for room, found in ((64 * GB, 16), (1, 1)):
         monkeypatch.setattr(probe, "_room", lambda _, room=room: room)
-        found.append(probe.find_micro_batch(state)[0])
-    assert found == sorted(found, reverse=True)
-    assert (found[0], found[-1]) == (16, 1)
-    assert all(32 % n == 0 for n in found)
+        assert probe.find_micro_batch(state)[0] == found
     assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
     assert all(p.grad is None for p in state.params)
     assert not state.optimizers[0].state
+
+
+def test_each_sequence_more_needs_memory_that_is_there(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of 100 MB and 10 MB a sequence: the largest divisor of 32 under `room` is found, and tried."""
+    state, tried = state_of(config), []
+    monkeypatch.setattr(probe, "SHARE", {"cpu": 1.0})
+
+    def peak(_: State, sequences: int) -> int:
+        tried.append(sequences)
+        return 100_000_000 + 10_000_000 * sequences
+
+    monkeypatch.setattr(probe, "_peak", peak)
+    for megabytes, found in ((1000, 16), (260, 16), (259, 8), (180, 8), (179, 4), (120, 2), (119, 1), (1, 1)):
+        monkeypatch.setattr(probe, "_room", lambda _, room=megabytes: room * 1_000_000)
+        tried.clear()
+        assert probe.find_micro_batch(state)[0] == found, megabytes
+        assert tried == ([1, 2, found] if found > 1 else [1, 2])
+
+
+def test_what_was_found_and_does_not_fit_makes_room_for_the_next_smaller(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above four sequences memory runs out, which two trials could not tell."""
+    state = state_of(config)
+    monkeypatch.setattr(probe, "_peak", lambda _, n: None if n > 4 else 1_000_000 * n)
+    monkeypatch.setattr(probe, "_room", lambda _: 64 * GB)
+    assert probe.find_micro_batch(state) == (4, "micro-batch 4: needs about 0.0 of 68.7 GB")
 
 
 def test_when_only_one_fits_it_is_one_and_when_none_does_all_ranks_say_so(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
