@@ -58,7 +58,7 @@ def test_train_then_sample_from_the_shell(capsys: pytest.CaptureFixture[str], te
     assert result["step"] == 4
     assert result["folder"] == str(out)
     assert result["val_loss"] > 0
-    assert "warm-up shortened from 55 to 0 steps" in stderr
+    assert "warm-up shortened from 20 to 0 steps" in stderr
     assert "vocabulary 257 padded to 384" in stderr
     code, stdout, _ = run(capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3", "--json")
     assert code == 0
@@ -84,7 +84,7 @@ WRONG = [
     (["train", "shakespeare", "--data", "{tmp}/empty.txt"], "is empty"),
     (["train", "shakespeare", "--data", "{tmp}/short.txt"], r"needs seq_len \+ 1 = 129 tokens"),
     (["train", "shakespeare", "--lr", "nan"], "lr is nan"),
-    (["train", "shakespeare", "--micro-batch", "3"], "choose a --micro-batch that divides 16"),
+    (["train", "shakespeare", "--micro-batch", "3"], "choose a --micro-batch that divides 32"),
     (["train", "shakespeare", "--device", "cuda"], "has no cuda"),
     (["train", "shakespeare", "--precision", "tf32"], "tf32 needs an NVIDIA GPU"),
     (["train", "gpt2-124m"], "hub cannot be reached for HuggingFaceFW/fineweb-edu"),

@@ -124,6 +124,17 @@ def test_chunked_loss_and_gradients_are_those_of_float64(rows: int, monkeypatch:
         torch.testing.assert_close(3 * p.grad, q.grad.float(), rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_the_loss_of_a_chunk_in_place_and_in_one_pass_are_the_same() -> None:
+    logits, targets = 5 * torch.randn(50, 384, generator=torch.Generator().manual_seed(1)), torch.arange(50) * 5
+    targets[::7] = -100
+    loss, by_one_pass = head.fused_chunk_loss(logits, targets, 257, training=True)
+    again, in_place = head.chunk_loss(logits.clone(), targets, 257, training=True)
+    torch.testing.assert_close(loss, again)
+    torch.testing.assert_close(by_one_pass, in_place)
+    assert in_place[::7].count_nonzero() == in_place[:, 257:].count_nonzero() == 0
+    assert head.chunk_loss(logits, targets, 257, training=False) == (again, None)
+
+
 def test_gradient_of_a_scaled_loss_is_scaled() -> None:
     model, ids = GPT(SMALL), ids_for(SMALL, 2, 9)
     model(ids, ids).backward()

@@ -46,4 +46,4 @@ def test_a_stage_that_ranks_cannot_share_is_refused() -> None:
 
 def test_tokens_of_the_run_are_those_of_its_steps() -> None:
     config = anew.recipe("shakespeare", steps=100, batch_ramp="0.25:0.5")
-    assert config.total_tokens == 50 * 512 + 50 * 2048
+    assert config.total_tokens == 50 * 1024 + 50 * 4096

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anew.toolchain import missing_for_triton
 
-# Rows of logits alive at once, whatever the batch. Eager code holds several fp32 copies of them (206 MB each at 1024); compiled code
+# Rows of logits alive at once, whatever the batch. Eager code holds an fp32 copy of them (206 MB at 1024); compiled code
 # holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step. The GPU's kernel needs no copy, and each chunk costs it a
 # round of `wte`'s gradient through memory (1.6 GB at 16,384).
 CHUNK, CHUNK_COMPILED, CHUNK_KERNEL = 1024, 4096, 16_384
@@ -64,7 +64,24 @@ class HeadLoss(torch.autograd.Function):
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one chunk and, in training, the gradient of that sum by its logits (padding columns zero)."""
+    """Summed loss of one chunk and, in training, the gradient of that sum by its logits (padding columns zero), in their place."""
+    if torch.compiler.is_compiling():
+        return fused_chunk_loss(logits, targets, vocab_size, training)
+    scored = targets != -100
+    index = targets.clamp(min=0)[:, None]
+    log_p = torch.log_softmax(logits[:, :vocab_size], dim=1, dtype=torch.float32)
+    of_target = log_p.gather(1, index)
+    loss = -(of_target.squeeze(1) * scored).sum()
+    if not training:
+        return loss, None
+    d_logits = log_p.exp_().scatter_(1, index, of_target.exp() - 1)
+    logits[:, :vocab_size] = d_logits.mul_(scored[:, None])
+    logits[:, vocab_size:] = 0
+    return loss, logits
+
+
+def fused_chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
+    """The same without writes in place, which keep a compiler from making one pass of it."""
     real = torch.arange(logits.size(1), device=logits.device) < vocab_size
     scored = targets != -100
     index = targets.clamp(min=0)[:, None]
