@@ -51,7 +51,6 @@ def test_bottom_and_top_are_the_same_computation_in_fp32(tmp_path: Path) -> None
 
 
 def test_an_unfused_optimizer_keeps_weights_at_a_bad_step_too(tmp_path: Path) -> None:
-
     config = tiny(tmp_path / "run", fused=False)
     state = State(config, runtime.start(config.run), "")
     before = [p.detach().clone() for p in state.params]

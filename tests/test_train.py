@@ -256,7 +256,6 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.M
 
 
 def test_interrupted_accumulation_leaves_no_trace(tiny: Config) -> None:
-
     state = State(tiny, runtime.start(tiny.run), "")
     stop, ids = Stop(), torch.arange(8)[None]
     before = [p.clone() for p in state.params]
