@@ -82,6 +82,11 @@ class DataConfig:
     val_tokens: int = setting(10_485_760, "score at most this many tokens of the validation split", may_change=True)
     one_batch: bool = setting(False, "train on the first batch for ever: the classic check that a model can learn")
 
+    @property
+    def unit(self) -> str:
+        """What a loss is a mean over, in a word."""
+        return "byte" if self.tokenizer == "bytes" else "token"
+
 
 @dataclass(frozen=True)
 class OptimConfig:

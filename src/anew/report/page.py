@@ -83,7 +83,7 @@ def _subtitle(run: Run) -> str:
 
 
 def _unit(*runs: Run) -> str:
-    return " or ".join(sorted({"byte" if run.config.data.tokenizer == "bytes" else "token" for run in runs}))
+    return " or ".join(sorted({run.config.data.unit for run in runs}))
 
 
 def _verdict(runs: Sequence[Run]) -> str:

@@ -67,8 +67,7 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
     (out / "recipe.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if a.picture:
         points = [(NAMES[arm.name], arm.tokens, arm.losses) for arm in arms]
-        unit = "byte" if config.data.tokenizer == "bytes" else "token"
-        pictures.time_to_loss(points, f"{config.recipe} on {Path(config.data.data).name}", unit, Path(a.picture))
+        pictures.time_to_loss(points, f"{config.recipe} on {Path(config.data.data).name}", config.data.unit, Path(a.picture))
     return facts
 
 
