@@ -243,6 +243,12 @@ def test_a_signal_saves_exits_75_and_the_same_command_finishes(text_file: Path, 
     stopped.wait()
 
 
+def test_the_last_words_are_ours(text_file: Path, tmp_path: Path) -> None:
+    """Libraries that find their objects alive when Python ends complain about it, below what a run has to say."""
+    _, stderr = command("train", "shakespeare", *TINY, "--data", text_file, "--out", tmp_path / "run").communicate()
+    assert stderr.splitlines()[-1].startswith("step 4: val loss "), stderr
+
+
 def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
     process = command("sample", model, "--tokens", "3000")
     assert process.stdout is not None

@@ -7,8 +7,6 @@
 Exit codes: 0 complete; 2 the input is wrong (one sentence, no traceback); 75 stopped by a signal after a save; 1 anything else.
 """
 
-import atexit
-import gc
 import logging
 import os
 import sys
@@ -48,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run one verb and leave with its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    atexit.register(gc.freeze)  # leaving, Python would look through torch's million objects for cycles, for a second
     for stream_, errors in ((sys.stdin, "replace"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream_, "reconfigure"):  # a model may write any character, and Windows pipes are not UTF-8 by themselves
             stream_.reconfigure(encoding="utf-8", errors=errors)
