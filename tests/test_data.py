@@ -187,23 +187,38 @@ def test_permute_shuffles_and_keys_differ() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(2, 90), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 99))
-def test_an_epoch_reads_every_window_once(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], T: int, seed: int) -> None:
+@given(st.lists(st.integers(2, 90), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 99), st.booleans())
+def test_an_epoch_reads_every_window_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], T: int, seed: int, recut: bool
+) -> None:
     made = make_shards(tmp_path_factory.mktemp("shards"), lengths)
     windows = sum((n - 1) // T for n in lengths)
     if windows == 0:
         with pytest.raises(UserError, match="too short"):
             Batches(made, T, seed)
         return
-    batches = Batches(made, T, seed)
-    expected = [s.tokens[w * T : w * T + T + 1].tolist() for s in made for w in range((s.n_tokens - 1) // T)]
-    for epoch in range(3):
+    batches = Batches(made, T, seed, recut=recut)
+    for epoch, shift in enumerate([0, int(0.618 * T), int(0.236 * T)] if recut else [0, 0, 0]):
+        starts = [(s, min(w * T + shift, s.n_tokens - 1 - T)) for s in made for w in range((s.n_tokens - 1) // T)]
         rows = batches.rows(epoch * windows, windows).tolist()
-        assert sorted(rows) == sorted(expected)
+        assert sorted(rows) == sorted(s.tokens[start : start + T + 1].tolist() for s, start in starts)
     first = batches.rows(0, windows)[:, 0]
     boundaries = np.cumsum(lengths)
     owners = np.searchsorted(boundaries, first, side="right")
     assert (np.diff(owners) >= 0).all()  # the first epoch goes through the shards in source order
+
+
+def test_a_token_that_comes_again_has_another_context(tmp_path: Path) -> None:
+    batches = Batches(make_shards(tmp_path, [1025, 2048]), 64, seed=3)
+    places = {}  # of a token's number: where in its window it stood, in each of ten epochs
+    for epoch in range(10):
+        for row in batches.rows(epoch * batches.epoch_sequences, batches.epoch_sequences):
+            for place, token in enumerate(row[:-1]):
+                places.setdefault(int(token), []).append(place)
+    inside = [stood for token, stood in places.items() if 64 <= token < 960]
+    assert {len(stood) for stood in inside} == {10}, "each token of a shard's inside is an input once an epoch"
+    assert all(len(set(stood)) == 10 for stood in inside), "and never twice at the same distance from its window's start"
+    assert all(max(np.diff([0, *sorted(stood), 63])) <= 12 for stood in inside), "its places are spread evenly"
 
 
 def test_batches_do_not_depend_on_how_they_are_divided(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
     world.everywhere(lambda: _own(run, stack) if world.rank == 0 else None)
     folder = world.everywhere(lambda: _open(config, world, stop), first=lambda w: w.local_rank == 0)
     stack.enter_context(folder)
-    batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed, folder.more(stop))
+    batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed, folder.more(stop), config.data.recut)
     state = State(config, rt, folder.identity, world)
     found = world.everywhere(lambda: state.begin(run) if world.rank == 0 else [])
     state.share()

@@ -80,6 +80,7 @@ class DataConfig:
     seq_len: int = setting(1024, "tokens a training sequence (T); at most n_positions")
     disk_budget: str = setting("0", "web data: most bytes of disk, e.g. 30GB; shards behind kept checkpoints go", may_change=True)
     val_tokens: int = setting(10_485_760, "score at most this many tokens of the validation split", may_change=True)
+    recut: bool = setting(True, "cut sequences elsewhere in each epoch: better on unseen text. --no-recut learns by heart sooner")
     one_batch: bool = setting(False, "train on the first batch for ever: the classic check that a model can learn")
 
     @property

@@ -212,8 +212,9 @@ def describe_data(config: Config, train_tokens: int, val_tokens: int, epoch_sequ
     epochs = config.ramp.before(config.run.steps) / epoch_sequences
     yield f"data:  {config.data.data} as {config.data.tokenizer}"
     yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
-    yield f"       {epoch_sequences:,} sequences an epoch, {epochs:.2f} epochs in all"
-    yield f"       {dropped:,} tokens at the ends of shards are left out of an epoch"
+    cut = ", each cut elsewhere" if config.data.recut and epochs > 1 else ""
+    yield f"       {epoch_sequences:,} sequences an epoch, {epochs:.2f} epochs in all{cut}"
+    yield f"       {dropped:,} tokens at the ends of shards are left out of the first epoch"
 
 
 def _count(n: int) -> str:

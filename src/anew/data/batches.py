@@ -1,13 +1,15 @@
 """Which tokens a step sees: a pure function of (seed, step), and nothing else.
 
 The windows of T inputs (stride T, one target further) of a shard are read in a permuted order; shards come in source order in the first
-epoch and in a seeded order after. Sequence number s is therefore the same tokens on any number of ranks and at any micro-batch
-size, and the whole resume state of the data is the step.
+epoch and in a seeded order after. From the second epoch on the windows of a shard are cut elsewhere (`recut`), so a token that comes
+again has another context. Sequence number s is therefore the same tokens on any number of ranks and at any micro-batch size, and the whole
+resume state of the data is the step.
 
     batches = Batches(shards, seq_len=1024, seed=1337)
     batches.rows(first=step * 512, count=512)           # (512, 1025) int64: inputs and, one to the right, targets
 """
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,8 @@ from anew.data.shards import Shard
 Pairs = tuple[np.ndarray, np.ndarray]
 More = Callable[[int], tuple[list[Shard], bool]]
 T = TypeVar("T")
+
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are spread evenly however many there are
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
@@ -52,9 +56,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Batches:
     """Numbered training sequences over `shards`."""
 
-    def __init__(self, shards: Sequence[Shard], seq_len: int, seed: int, more: More | None = None) -> None:
+    def __init__(self, shards: Sequence[Shard], seq_len: int, seed: int, more: More | None = None, recut: bool = True) -> None:
         """`more(known)` waits for shards behind the `known` ones: all there are then, and whether that is all there will be."""
-        self.seq_len, self.seed, self.more = seq_len, seed, more
+        self.seq_len, self.seed, self.more, self.recut = seq_len, seed, more, recut
         self._take(shards)
 
     def _take(self, shards: Sequence[Shard]) -> None:
@@ -71,12 +75,12 @@ class Batches:
             )
 
     def locate(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and window of each sequence number. While preparation goes on it is the first epoch, as far as it goes."""
+        """Shard and first token of each sequence number. While preparation goes on it is the first epoch, as far as it goes."""
         while self.more is not None and int(sequences.max(initial=0)) >= self.epoch_sequences:
             shards, complete = self.more(len(self.shards))
             self._take(shards)
             self.more = None if complete else self.more
-        shard, window = np.empty_like(sequences), np.empty_like(sequences)
+        shard, start = np.empty_like(sequences), np.empty_like(sequences)
         for epoch in np.unique(sequences // self.epoch_sequences):
             order = np.arange(len(self.shards))
             if epoch > 0:
@@ -86,18 +90,21 @@ class Batches:
             position = sequences[here] % self.epoch_sequences
             turn = np.searchsorted(ends, position, side="right")
             shard[here] = order[turn]
-            window[here] = position - (ends - self.windows[order])[turn]
+            window = position - (ends - self.windows[order])[turn]
+            shift = int(epoch * GOLDEN % 1 * self.seq_len) if self.recut else 0
             for s in np.unique(shard[here]):
-                of_shard = here & (shard == s)
-                window[of_shard] = permute(window[of_shard], int(self.windows[s]), (self.seed, int(epoch), int(s)))
-        return shard, window
+                of_shard = shard[here] == s
+                shuffled = permute(window[of_shard], int(self.windows[s]), (self.seed, int(epoch), int(s)))
+                last = self.shards[s].n_tokens - 1 - self.seq_len  # where the shard's last window reaches back to
+                start[here & (shard == s)] = np.minimum(shuffled * self.seq_len + shift, last)
+        return shard, start
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Sequences first .. first + count - 1 as (count, T + 1) int64."""
-        shard, window = self.locate(np.arange(first, first + count, dtype=np.int64))
+        shard, start = self.locate(np.arange(first, first + count, dtype=np.int64))
         rows = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        for i, (s, w) in enumerate(zip(shard, window, strict=True)):
-            rows[i] = self.shards[s].tokens[w * self.seq_len : (w + 1) * self.seq_len + 1]
+        for i, (s, token) in enumerate(zip(shard, start, strict=True)):
+            rows[i] = self.shards[s].tokens[token : token + self.seq_len + 1]
         return rows
 
 
