@@ -20,8 +20,8 @@ _SMALL: dict[str, Any] = {
 }  # fmt: skip
 # What a minute can teach most (docs/log.md, 13, 15, 16): two narrow layers see nearly three times the text that four wider ones would.
 _SHAKESPEARE: dict[str, Any] = {
-    "data": "tinyshakespeare", "n_layer": 2, "n_head": 3, "n_embd": 96, "batch_tokens": 4096, "micro_batch": 32, "warmup_steps": 20,
-    "beta2": 0.99, "weight_decay": 0.2,
+    "data": "tinyshakespeare", "n_layer": 2, "n_head": 3, "n_embd": 96, "batch_tokens": 4096, "micro_batch": 32, "steps": 950,
+    "warmup_steps": 20, "beta2": 0.99, "weight_decay": 0.2, "evaluate_every": 1000,
 }  # fmt: skip
 # To know a text by heart takes room and repetition: more width, longer windows (the first tokens of a window cannot be known), 25 epochs.
 _BY_HEART: dict[str, Any] = {
