@@ -26,7 +26,7 @@ def test_the_reference_run_costs_what_can_be_worked_out_by_hand(capsys: pytest.C
     by_hand = 19_073 * (524_288 * 798_087_168 / (8 * 0.38 * 989e12) + 1.75 * 4 * 124_475_904 / 450e9) / 3600
     assert facts["hours"] == pytest.approx(by_hand, rel=1e-3)
     assert facts["dollars"] == pytest.approx(by_hand * 8 * 2.5, rel=1e-3)
-    assert facts["memory"]["state"] == 16 * 124_475_904
+    assert facts["memory"]["state"] + facts["memory"]["gradients"] == 16 * 124_475_904
     assert facts["fits"]
     assert "*         16           4 " in out
     assert "half     4 x H100: 8 accumulated" in out
@@ -59,7 +59,7 @@ def test_memory_grows_with_the_micro_batch_and_fsdp_cuts_the_state() -> None:
     big = anew.recipe("gpt2-1558m")
     N = count_parameters(big.model)
     whole, cut = (plan.memory_of(big.override(parallel=p), 1, 4, "bf16") for p in ("ddp", "fsdp"))
-    assert (whole.state, cut.state) == (16 * N, 4 * N)
+    assert (whole.state + whole.gradients, cut.state + cut.gradients) == (16 * N, (3 + 4) * N)
     assert whole.total > 24e9, "not on a card of 24 GB"
     card = devices.find("3090")
     assert plan.largest_micro_batch(big, card, 4, "bf16") == 0

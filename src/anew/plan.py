@@ -6,8 +6,8 @@
 | what | how |
 |---|---|
 | FLOPs | counted from the matrix products, causal attention (`model.flops_per_token`) |
-| weights, gradients, moments | 4 + 4 + 8 bytes a parameter, divided over the GPUs with fsdp |
-| activations | 17 x the width a token and layer, 13 compiled (the GELU is computed again), 2 bytes each in bf16 |
+| weights, gradients, moments | 4 + 4 + 8 bytes a parameter; with fsdp, weights and moments divided over the GPUs |
+| activations | 17 x the width a token and layer, 16.2 compiled, 2 bytes each in bf16 (below: `saved_values`) |
 | speed | the datasheet's peak times the share that good plain trainers reach with GPT-2 (`devices.GPU.mfu`), or measured |
 | gradients | 2 (n - 1) / n x 4 bytes a parameter over the link, after the backward pass |
 """
@@ -33,7 +33,9 @@ MUON_BYTES = 12.2  # an element of the matrices of one shape while they are orth
 class Memory:
     """Bytes on each GPU."""
 
-    state: float  # weights, gradients, moments
+    state: float  # weights and moments
+    gradients: float
+    held_at_loss: bool  # gradients of earlier micro-batches, or the buckets for them, are there during a forward pass
     copies: float  # weights in the precision of the products, and gradients under way between GPUs
     activations: float
     logits: float
@@ -41,7 +43,10 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.state + self.copies + max(self.activations + self.logits, self.update) + LIBRARY_BYTES
+        """The larger of two moments: the loss, when all activations are there, and the update, when all gradients are."""
+        at_loss = self.activations + self.logits + (self.gradients if self.held_at_loss else 0.0)
+        at_update = self.gradients + self.update
+        return self.state + self.copies + max(at_loss, at_update) + LIBRARY_BYTES
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,30 @@ def memory_of(config: Config, micro_batch: int, ranks: int, precision: str, comp
     m, N, size = config.model, count_parameters(config.model), 4 if precision in ("fp32", "tf32") else 2
     cut = ranks if config.run.parallel == "fsdp" else 1
     tokens = micro_batch * config.data.seq_len
-    values = 13.0 if compiled else 17.0
+    values = saved_values(compiled)
     if m.recompute:  # each block's input, and all of one block
         values = 1 + values / m.n_layer
-    copies = (N * size if size == 2 else 0) + (3 * 64e6 if ranks > 1 else 0)
+    copies = N * size if size == 2 else 0
+    accumulates = config.batch_sequences > micro_batch * ranks
+    gradients = 4.0 * N
     if cut > 1:  # one block whole at a time, and the next on its way, beside the embeddings
-        copies += 2 * 4 * (12 * m.n_embd**2) + 4 * m.padded_vocab_size * m.n_embd
+        copies = 2 * size * (12 * m.n_embd**2) + (4 + size) * m.padded_vocab_size * m.n_embd
+        if not accumulates:  # otherwise they are summed over the ranks only after the last micro-batch
+            gradients /= cut
     logits = min(tokens, CHUNK_KERNEL) * m.padded_vocab_size * size + 2 * 4 * m.padded_vocab_size * m.n_embd
-    state = checkpoint_bytes(config) + 4 * N  # the gradients
+    held_at_loss = accumulates or (ranks > 1 and cut == 1)
     update = MUON_BYTES * m.n_layer * 4 * m.n_embd**2 if config.optim.optimizer == "muon" else 0.0
-    return Memory(state / cut, copies, tokens * m.n_layer * m.n_embd * values * size, logits, update)
+    activations = tokens * m.n_layer * m.n_embd * values * size
+    return Memory(checkpoint_bytes(config) / cut, gradients, held_at_loss, copies, activations, logits, update)
+
+
+def saved_values(compiled: bool) -> float:
+    """What a block keeps for its backward pass, in multiples of the width a token.
+
+    Compiled: its input, q, k and v, the attention's output, the sum behind it, both layer norms (8), and 4 each before and behind
+    the GELU, as in the code that Inductor generates for an H200; 0.2 are statistics. Eager code also keeps a projection's output.
+    """
+    return 16.2 if compiled else 17.0
 
 
 def checkpoint_bytes(config: Config) -> float:
@@ -152,7 +171,8 @@ def lines(plan: Plan) -> Iterator[str]:
         mark = "*" if micro == c.micro_batches(n)[0] else " "
         over = "" if _fits(m, gpu) else "  no"
         yield (
-            f"      {mark}{micro:>11} {share // micro:>11} {m.state / 1e9:>7.2f} {m.copies / 1e9:>7.2f} {m.activations / 1e9:>11.2f}"
+            f"      {mark}{micro:>11} {share // micro:>11} {(m.state + m.gradients) / 1e9:>7.2f} {m.copies / 1e9:>7.2f}"
+            f" {m.activations / 1e9:>11.2f}"
             f" {m.logits / 1e9:>7.2f} {m.total / 1e9:>7.2f}{over}"
         )
     if not plan.fits:
