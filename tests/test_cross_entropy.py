@@ -52,8 +52,8 @@ def test_the_model_trains_the_same_with_it(compiled: bool, monkeypatch: pytest.M
     targets = ids.roll(-1, 1)
     targets[0, :7] = -100
     results = []
-    for found in (None, kernel.cross_entropy_):
-        monkeypatch.setattr("anew.head.kernel_for", lambda device, found=found: found)
+    for by_kernel in (False, True):
+        monkeypatch.setattr("anew.head.has_kernel", torch.compiler.assume_constant_result(lambda device, found=by_kernel: found))
         monkeypatch.setattr("anew.head.CHUNK_KERNEL", 64)
         model = GPT(config, seed=2).to(DEVICE)
         loss = (torch.compile(model, dynamic=False) if compiled else model)(ids, targets)
@@ -61,7 +61,7 @@ def test_the_model_trains_the_same_with_it(compiled: bool, monkeypatch: pytest.M
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
         torch._dynamo.reset()
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # cuBLAS sums products of 64 and of 100 rows in different orders
 
 
 def test_for_a_gpu_it_reads_and_writes_16_bytes_at_a_time() -> None:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from anew import Config, checkpoint, metrics
-from anew.parallel import joined
 from anew.train import train
 from tests.ranks import free_port, run_ranks
 
@@ -179,19 +177,6 @@ def test_three_ranks_resume_bit_for_bit(alone: tuple[Config, list[dict[str, Any]
     assert both[1] is not None
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (both[0] / name).read_bytes() == (both[1] / name).read_bytes()
-
-
-def summed(values: list[float]) -> list[float]:
-    with joined("cpu", 20) as world:
-        tensors = [torch.full((n,), float(world.rank + i)) for i, n in enumerate((3, 1, 5_000_000, 20_000_000, 2))]
-        world.add_up(tensors)
-        assert all(bool((t == t[0]).all()) for t in tensors)
-        return [t[0].item() for t in tensors]
-
-
-def test_sums_over_buckets_are_sums() -> None:
-    found = ok(run_ranks(3, summed, []))  # type: ignore[arg-type]
-    assert found[0] == found[1] == found[2] == [3 + 3 * i for i in range(5)]
 
 
 @pytest.mark.parametrize(("environment", "words"), [

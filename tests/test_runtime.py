@@ -1,8 +1,23 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from anew import UserError, runtime, toolchain
+from anew.attention import kernels_for
 from anew.config import RunConfig
+from anew.files import replace
+from anew.preempt import listening, signal_this_process
+from anew.probe import is_out_of_memory
+from anew.train import train
+from tests.faults.common import tiny
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -34,12 +49,139 @@ def test_no_compiler_means_eager_with_one_plain_line(monkeypatch: pytest.MonkeyP
     assert runtime.pick_compile("auto", torch.device("mps"))[0] is False
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert runtime.pick_device("auto").type == "mps"
-    with pytest.raises(UserError, match="has no cuda"):
+def pretend(monkeypatch: pytest.MonkeyPatch, accelerator: str, count: int = 1) -> None:
+    """Make torch say that it has `count` devices of this type."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator != "cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(accelerator))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+
+def test_the_device_is_the_accelerator_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for accelerator in ("cuda", "mps", "xpu", "cpu"):
+        pretend(monkeypatch, accelerator)
+        assert runtime.pick_device("auto").type == accelerator
+        assert runtime.pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="has no cuda; use --device cpu"):
         runtime.pick_device("cuda")
+
+
+def test_each_rank_has_a_gpu_or_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, local_rank, index in ((4, "3", 3), (1, "0", 0), (1, "3", 0)):  # a launcher may show each process a single GPU
+        pretend(monkeypatch, "cuda", visible)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert runtime.pick_device("auto") == torch.device("cuda", index)
+    pretend(monkeypatch, "cuda", 2)
+    with pytest.raises(UserError, match=r"rank 3 of this machine has no GPU: 2 are visible; .*--nproc-per-node 2"):
+        runtime.pick_device("cuda")
+
+
+def test_a_gpu_that_torch_cannot_use_is_never_replaced_by_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "cpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(Path, "exists", lambda self: self == Path("/dev/nvidia0"))
+    for version, words in (("13.0", "driver"), (None, "build without CUDA")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(UserError, match=rf"{words}.* or use --device cpu"):
+            runtime.pick_device("auto")
+    assert runtime.pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert runtime.pick_device("auto").type == "cpu", "hidden on purpose"
+
+
+def test_importing_anew_does_not_initialise_cuda() -> None:
+    """A process that has initialised CUDA cannot be forked, and has memory on GPU 0 whichever GPU it is to use."""
+    script = """
+import os
+import torch
+def refuse(*arguments):
+    raise AssertionError("CUDA was asked for at import")
+torch.cuda.is_available = lambda: True
+torch.cuda._lazy_init = refuse
+torch._C._cuda_getDeviceCount = lambda: 1
+import anew, anew.train, anew.bench, anew.plan, anew.cli
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def seen_by_process_group(run: Path) -> str:
+    """NCCL_ALGO as it is when the process group is made."""
+    from torch import distributed
+
+    real, seen = distributed.init_process_group, []
+
+    def watched(*arguments: Any, **named: Any) -> None:
+        seen.append(os.environ.get("NCCL_ALGO", ""))
+        real(*arguments, **named)
+
+    distributed.init_process_group = watched
+    train(tiny(run, steps=3, deterministic=True))
+    return seen[0]
+
+
+def test_a_deterministic_run_switches_nvls_off_before_nccl_starts(tmp_path: Path) -> None:
+    assert run_ranks(2, seen_by_process_group, tmp_path / "run") == [("ok", "^NVLS")] * 2
+
+
+def test_sums_of_half_precision_products_are_kept_in_fp32() -> None:
+    runtime.start(RunConfig(device="cpu", precision="fp32", compile="off"))
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
+def test_a_signal_to_this_process_reaches_its_handler_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, os.kill ends the process without a word."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("os.kill ends a Windows process"))
+    with listening() as stop:
+        signal_this_process(signal.SIGTERM)
+        assert stop.is_set()
+
+
+def test_a_rename_waits_on_windows_until_nobody_has_the_file_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, target = tmp_path / "new", tmp_path / "old"
+    source.write_text("new")
+    target.write_text("old")
+    real, refusals = os.replace, [PermissionError(13, "in use")] * 3
+
+    def busy(a: Path, b: Path) -> None:
+        if refusals:
+            raise refusals.pop()
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(PermissionError):
+        replace(source, target)  # elsewhere it is a fault, and said at once
+    monkeypatch.setattr(sys, "platform", "win32")
+    replace(source, target)
+    assert target.read_text() == "new"
+    assert not refusals
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    RuntimeError("CUDA error: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+])  # fmt: skip
+def test_every_way_of_saying_that_memory_is_short_is_known(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("out of memory is a subject of this text"))
+
+
+def test_evaluation_never_asks_cudnn_for_a_plan() -> None:
+    """`flash` is FlashAttention, `cudnn` is cuDNN, `auto` leaves the choice to torch; without gradients cuDNN is not among them."""
+    flash, cudnn, cudnn_backend = SDPBackend.FLASH_ATTENTION, kernels_for("cudnn", True), SDPBackend.CUDNN_ATTENTION
+    assert kernels_for("flash", True)[0] == flash
+    assert cudnn[0] == cudnn_backend
+    assert kernels_for("auto", True) == []
+    assert cudnn_backend not in kernels_for("flash", True)
+    for kind in ("auto", "flash", "cudnn"):
+        assert kernels_for(kind, False)[0] == flash
+        assert cudnn_backend not in kernels_for(kind, False)
 
 
 def test_peak_is_measured_where_no_datasheet_is_known() -> None:

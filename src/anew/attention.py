@@ -13,16 +13,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TILE = 256  # keys a tile: 53 ms a layer of 124M at 4 x 1024 tokens, 58 with 128, 63 with 512, and 74 in torch's kernel
 
-CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *WITHOUT_CUDNN]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, kind: str) -> Tensor:
-    """Attention of queries to keys: causal from the first position on, or where `mask` (B, 1, T, S) is true, or to all."""
+    """Attention of queries to keys: causal from the first position on, or where `mask` (B, 1, T, S) is true, or to all.
+
+    `kind` names the kernel: `plain` is the formula; on NVIDIA GPUs `flash` is FlashAttention, `cudnn` is cuDNN's, and `auto` is what
+    torch chooses, which since torch 2.11 is cuDNN's on the H100 and H200. A mask of floating-point numbers is added to the scores.
+    """
     if kind == "plain":
         return plain_attention(q, k, v, mask, dropout, causal)
-    if kind == "cudnn" and q.device.type == "cuda":
-        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+    if q.device.type == "cuda" and (kernels := kernels_for(kind, torch.is_grad_enabled())):
+        with sdpa_kernel(kernels, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    if q.device.type == "mps":  # torch 2.11 returns wrong values there for permuted tensors (pytorch 181133)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.size(2) == 1 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         return one_query(q, k, v, mask)
     in_tiles = causal and mask is None and dropout == 0.0 and q.size(2) % TILE == 0 and q.size(2) > TILE
@@ -31,15 +38,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
+def kernels_for(kind: str, training: bool) -> list[SDPBackend]:
+    """The kernels that torch may use on an NVIDIA GPU, the preferred one first; none named means that torch chooses.
+
+    cuDNN makes an execution plan for each new shape, which takes 55 to 400 ms (flashinfer PR 5245, sglang PR 4650). Training has one
+    shape; evaluation and serving have a new one with almost every batch, so they do without cuDNN.
+    """
+    if not training or kind == "flash":
+        return WITHOUT_CUDNN
+    return CUDNN_FIRST if kind == "cudnn" else []
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
     """The formula as the paper writes it: the reference that the others are tested against."""
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, heads, T, S)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:  # added, which costs nothing backward; filled in, it is a third of this function's time on a CPU
-        scores = scores + torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+        scores = scores + as_added(mask, q.dtype)
     weights = F.softmax(scores, dim=-1)  # sums in fp32 in every precision
     return F.dropout(weights, dropout) @ v  # (B, heads, T, head_dim)
+
+
+def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores: 0 where it is true, and minus infinity elsewhere."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

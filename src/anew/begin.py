@@ -7,7 +7,6 @@ Whatever is wrong is said here, on one rank for all, before an hour is lost. Not
 
 import contextlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from anew.data.batches import Batches
 from anew.data.open import open_data
 from anew.data.shards import DataFolder
 from anew.evaluate.during import Evaluator
+from anew.files import replace
 from anew.parallel import World, joined, preflight
 from anew.preempt import Stop
 from anew.probe import find_micro_batch
@@ -50,9 +50,10 @@ class Begun:
 def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
     """Start or take up the run that `config` describes."""
     device = runtime.pick_device(config.run.device)
+    runtime.before_process_group(config.run)
     world = stack.enter_context(joined(device.type, config.run.timeout_seconds))
     if world.rank != 0:
-        log.setLevel(logging.ERROR)  # one voice is enough
+        log.setLevel(logging.ERROR)  # rank 0 writes the log
     config = world.everywhere(lambda: settle(config), first=_is_first)
     rt = world.everywhere(lambda: runtime.start(config.run))
     micro, _ = config.micro_batches(world.size)  # refuses what cannot be shared out
@@ -86,13 +87,24 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
         log.info(line)
     recorder.run_state.update(environment=runtime.environment(rt) | {"ranks": world.size})
     evaluator = Evaluator(config, state, recorder, saver, folder.splits, tokenizer, micro, stop)
-    loss_of: Any = state.model
-    if rt.compile and state.is_sharded:
-        for block in state.model.transformer.h:
-            block.compile(dynamic=False)
-    elif rt.compile:
-        loss_of = torch.compile(state.model, dynamic=False)
+    loss_of = training_loss(state)
     return Begun(config, state, folder, batches, evaluator, recorder, saver, loss_of, rt.compile, peak * world.size)
+
+
+def training_loss(state: State) -> Any:
+    """The function of (ids, targets) that returns the mean loss: the model, compiled if the run compiles.
+
+    A single process compiles the whole model as one graph. Its gradients all become ready at the end of the backward pass, so with
+    several ranks nothing could be exchanged meanwhile: there each block is compiled by itself (one graph serves all), and the loss.
+    """
+    if not state.rt.compile:
+        return state.model
+    if state.world.size == 1:
+        return torch.compile(state.model, dynamic=False)
+    for block in state.model.transformer.h:
+        block.compile(dynamic=False)
+    state.model.head_loss = torch.compile(state.model.head_loss, dynamic=False)
+    return state.model
 
 
 def settle(config: Config) -> Config:
@@ -152,4 +164,4 @@ def write_config(run: Path, config: Config) -> None:
     """RUN/config.json, whole."""
     temporary = run / ".config.json.tmp"
     temporary.write_text(config.to_json(), encoding="utf-8")
-    os.replace(temporary, run / "config.json")
+    replace(temporary, run / "config.json")

@@ -22,6 +22,7 @@ import torch
 
 from anew import runtime
 from anew.attention import attend
+from anew.begin import training_loss
 from anew.config import Config, UserError
 from anew.model import flops_per_token
 from anew.preempt import Stop
@@ -128,7 +129,7 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
         torch.set_float32_matmul_precision(matmul)
     watch_peak(rt.device)
     state, stop = State(config, rt, ""), Stop()
-    loss_of: Any = torch.compile(state.model, dynamic=False) if rt.compile else state.model
+    loss_of = training_loss(state)
     batch = text_batch(config, rt.device)
     times, losses = [], []
     for _ in range(steps + 1):

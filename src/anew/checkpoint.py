@@ -18,6 +18,7 @@ from pathlib import Path
 
 from anew.config import UserError
 from anew.data.shards import sha256_of
+from anew.files import replace
 
 MANIFEST = "manifest.json"
 
@@ -62,7 +63,7 @@ def publish(temporary: Path, final: Path) -> None:
     _flush(temporary)
     if final.exists():  # a resumed run reached the step of a broken checkpoint again
         shutil.rmtree(final)
-    os.replace(temporary, final)
+    replace(temporary, final)
     _flush(final.parent)
 
 
@@ -112,7 +113,7 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
             if keep_every and int(folder.name[5:]) % keep_every == 0:
                 continue
             leftover = folder.with_name(f".{folder.name}.tmp")  # killed half-way this is for `clean`, and not a damaged checkpoint
-            os.replace(folder, leftover)
+            replace(folder, leftover)
             shutil.rmtree(leftover)
             continue
         with contextlib.suppress(UserError):

@@ -47,8 +47,10 @@ class GPTConfig:
     layer_norm_epsilon: float = setting(1e-5, "added to the variance in layer norm", flag=False)
     dropout: float = setting(0.0, "share of activations dropped in training; GPT-2 reproductions use none")
     wpe_std: float = setting(0.01, "initial std of the position embedding; OpenAI's is 0.01, many reproductions use 0.02")
-    attention: Literal["flash", "cudnn", "plain"] = setting(
-        "flash", "flash: torch's fused kernel; cudnn: NVIDIA's, on its GPUs; plain: the formula, for reading and comparison"
+    attention: Literal["auto", "flash", "cudnn", "plain"] = setting(
+        "auto",
+        "kernel on NVIDIA GPUs: flash: FlashAttention; cudnn: cuDNN's; auto: torch's choice; plain, on any device: the formula",
+        may_change=True,
     )
     head: Literal["chunked", "plain"] = setting("chunked", "loss: in chunks of rows, never all logits at once; plain: all, for comparison")
     zero_init: bool = setting(
@@ -136,7 +138,9 @@ class RunConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = setting(
         "auto", "arithmetic of the forward and backward pass; auto: the fastest that is safe on the device"
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute; auto: cuda, else mps, else cpu", may_change=True)
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = setting(
+        "auto", "where to compute; auto: the accelerator that torch finds, else cpu; cuda is also AMD's in a ROCm build", may_change=True
+    )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "torch.compile for the training step; auto: where a compiler is at hand", may_change=True
     )

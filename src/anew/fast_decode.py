@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anew.attention import as_added
 from anew.config import rounded_up
 from anew.model import GPT, Block, Cache
 from anew.runtime import cache_folder
@@ -88,60 +89,88 @@ class Graphed(Packed):
 
     What is recorded has fixed shapes and addresses: attention over the next multiple of 128 slots of a cache of its own, of which each row
     sees its own tokens. The cache of a text is copied into it at the text's first step, so recordings serve one text after the other.
+    There is a recording for each number of rows and of slots. All use the same cache, so fewer rows need no memory of their own.
     """
 
     SLOTS = 128
 
     def __init__(self, model: GPT) -> None:
         super().__init__(model)
-        self.own: Cache | None = None
+        self.own: Cache | None = None  # for as many rows and slots as any text has needed
         self.text: weakref.ref[Cache] | None = None  # the cache that was copied last
-        self.recordings: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # by slots: the graph, its ids, its logits
+        # By rows and slots: the graph, its ids, its lengths, its logits.
+        self.recordings: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257), until the next step, after one more id a row; the cache is one token longer."""
         with torch.cuda.device(cache.lengths.device):
-            own = self._copied(cache)
+            own, rows = self._copied(cache), len(ids)
             slots = min(own.keys.size(3), rounded_up(cache.used + 1, self.SLOTS))
-            if slots not in self.recordings:
-                self.recordings[slots] = self._record(slots, own)
-            graph, static_ids, logits = self.recordings[slots]
+            if (rows, slots) not in self.recordings:
+                self.recordings[rows, slots] = self._record(slots, rows, own)
+            graph, static_ids, static_lengths, logits = self.recordings[rows, slots]
             static_ids.copy_(torch.tensor(ids)[:, None])
+            static_lengths.copy_(cache.lengths)
             graph.replay()
-            own.lengths += 1
-        cache.lengths, cache.used = own.lengths.clone(), cache.used + 1
+        cache.lengths, cache.used = cache.lengths + 1, cache.used + 1
         return logits
 
     def fixed(self, ids: Tensor, lengths: Tensor, slots: int, cache: Cache) -> Tensor:
         """One step over `slots` slots of the cache's tensors: ids (B, 1), lengths (B,) -> logits (B, 50257). Moves no counter."""
-        view = Cache(cache.keys, cache.values, lengths, used=slots - 1, ragged=True)
+        rows = len(ids)
+        view = SlotCache(cache.keys[:, :rows], cache.values[:, :rows], lengths, used=slots - 1, ragged=True)
         return self.head(self.hidden(ids, view)[:, -1])
 
     def _copied(self, cache: Cache) -> Cache:
-        """The cache that recordings are of, with what `cache` holds in it."""
+        """The cache that recordings are of, with what `cache` holds in its first rows."""
         rows, capacity = cache.keys.size(1), rounded_up(cache.keys.size(3), self.SLOTS)
-        if self.own is None or self.own.keys.size(1) != rows or self.own.keys.size(3) < cache.keys.size(3):
+        if self.text is None or self.text() is not cache:
+            self._give_back()
+        own = self.own
+        if own is None or own.keys.size(1) < rows or own.keys.size(3) < cache.keys.size(3):
+            if own is not None:  # what was large enough for an earlier text stays large enough
+                rows, capacity = max(rows, own.keys.size(1)), max(capacity, own.keys.size(3))
             self.recordings.clear()
-            self.own = Cache.empty(self, rows, min(capacity, self.config.n_positions))
+            own = self.own = Cache.empty(self, rows, min(capacity, self.config.n_positions))
             self.text = None
         if self.text is None or self.text() is not cache:
-            self.own.keys[:, :, :, : cache.used] = cache.keys[:, :, :, : cache.used]
-            self.own.values[:, :, :, : cache.used] = cache.values[:, :, :, : cache.used]
-            self.own.lengths.copy_(cache.lengths)
+            _copy_slots(cache, own, len(cache.lengths), cache.used)
             self.text = weakref.ref(cache)
-        return self.own
+        return own
 
-    def _record(self, slots: int, own: Cache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        ids = torch.zeros(len(own.lengths), 1, dtype=torch.long, device=own.lengths.device)
+    def _give_back(self) -> None:
+        """Copy the slots of the text that was decoded last into its own cache: it may go on after another text."""
+        text = self.text() if self.text is not None else None
+        if text is not None and self.own is not None:
+            _copy_slots(self.own, text, len(text.lengths), text.used)
+
+    def _record(self, slots: int, rows: int, own: Cache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        ids = torch.zeros(rows, 1, dtype=torch.long, device=own.lengths.device)
+        lengths = torch.full((rows,), slots - 1, device=own.lengths.device)  # the trial below writes into slots that are not read
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once for real: libraries allocate what may not be allocated while recording
-            self.fixed(ids, own.lengths, slots, own)
+            self.fixed(ids, lengths, slots, own)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.fixed(ids, own.lengths, slots, own)
-        return graph, ids, logits
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+            logits = self.fixed(ids, lengths, slots, own)
+        return graph, ids, lengths, logits
+
+
+def _copy_slots(source: Cache, target: Cache, rows: int, used: int) -> None:
+    """Copy the first `used` slots of the first `rows` rows, in every layer."""
+    target.keys[:, :rows, :, :used] = source.keys[:, :rows, :, :used]
+    target.values[:, :rows, :, :used] = source.values[:, :rows, :, :used]
+
+
+class SlotCache(Cache):
+    """A cache whose mask is the one that attention kernels add to the scores: made once a step instead of once a layer."""
+
+    def mask(self, T: int) -> Tensor | None:
+        """As Cache.mask: (B, 1, T, used + T), zero where a token may look and minus infinity elsewhere."""
+        visible = super().mask(T)
+        return None if visible is None else as_added(visible, self.keys.dtype)
 
 
 class Rows:

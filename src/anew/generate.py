@@ -23,21 +23,21 @@ WORTH_PACKING = 16  # tokens: packing the weights of 124M costs as much as five 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """(B, vocabulary) logits -> (B,) ids on the CPU. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep all.
 
-    The draw itself is made on the CPU in fp32, so that a seed means the same choice rule on every device.
+    The likeliest token and the `top_k` likeliest are found on the logits' device, so that no more than those are copied. The draw
+    itself is made on the CPU in fp32, so that a seed means the same choice rule on every device.
     """
-    logits = logits.float().cpu()
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
+        return logits.argmax(dim=-1).cpu()
+    among: Tensor | None = None
     if 0 < top_k < logits.size(-1):
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = logits.softmax(dim=-1)
+        logits, among = logits.topk(top_k)  # each (B, top_k)
+    probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)
     if top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the token that crosses top_p stays
         probabilities = probabilities.scatter(1, index, ordered.masked_fill(outside, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return choice.squeeze(1) if among is None else among.cpu().gather(1, choice).squeeze(1)
 
 
 def stream(model: GPT, prompts: Sequence[Sequence[int]], n_tokens: int, *rules: float, **named: float | bool) -> Iterator[list[int]]:

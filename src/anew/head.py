@@ -6,7 +6,8 @@ The logits of a 50k vocabulary are the biggest tensor of a training step: 3.3 GB
 copy that autograd keeps. Here a chunk of them lives at a time, and since the loss is the end of the graph, its gradient is taken at once.
 """
 
-import contextlib
+import functools
+import importlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,11 +21,6 @@ from anew.toolchain import missing_for_triton
 # holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step. The GPU's kernel needs no copy, and each chunk costs it a
 # round of `wte`'s gradient through memory (1.6 GB at 16,384).
 CHUNK, CHUNK_COMPILED, CHUNK_KERNEL = 1024, 4096, 16_384
-
-KERNEL: Any = None
-if torch.cuda.is_available() and not missing_for_triton():
-    with contextlib.suppress(ImportError):
-        from anew.kernels.cross_entropy import cross_entropy_ as KERNEL
 
 
 class HeadLoss(torch.autograd.Function):
@@ -41,13 +37,15 @@ class HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if training else None
         d_wte: Tensor | None = None
-        kernel = kernel_for(hidden.device)
-        for rows in _chunks(hidden.size(0), kernel is not None):
+        by_kernel = has_kernel(hidden.device)
+        d_logits: Tensor | None
+        for rows in _chunks(hidden.size(0), by_kernel):
             logits = hidden[rows] @ weight.t()
-            if kernel is None:
-                loss, d_logits = chunk_loss(logits, targets[rows], vocab_size, training)
+            if by_kernel:
+                losses = torch.ops.anew.cross_entropy_(logits, targets[rows], vocab_size, training)
+                loss, d_logits = losses.sum(), logits
             else:
-                loss, d_logits = kernel(logits, targets[rows], vocab_size, training).sum(), logits
+                loss, d_logits = chunk_loss(logits, targets[rows], vocab_size, training)
             total = total + loss
             if d_hidden is not None and d_logits is not None:
                 d_hidden[rows] = d_logits @ weight
@@ -95,9 +93,28 @@ def fused_chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training:
     return loss, d_logits.to(logits.dtype)
 
 
-def kernel_for(device: torch.device) -> Any:
-    """The GPU's kernel for the loss of a chunk; None elsewhere, and where Triton or what it compiles with is missing."""
-    return KERNEL if device.type == "cuda" else None
+def has_kernel(device: torch.device) -> bool:
+    """Is there a GPU kernel for the loss of a chunk? Not on other devices, nor where Triton or what it compiles with is missing.
+
+    The kernel is imported at its first use, because `import anew` must not initialise CUDA: a process that did could not be forked,
+    and every rank would occupy memory on GPU 0.
+    """
+    return device.type == "cuda" and _kernel_is_loaded(device)
+
+
+# What torch.compiler.assume_constant_result does. That function would import the compiler, for seconds, in every process.
+has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _kernel_is_loaded(device: torch.device) -> bool:
+    if missing_for_triton(device):
+        return False
+    try:
+        importlib.import_module("anew.kernels.cross_entropy")  # registers torch.ops.anew.cross_entropy_
+    except ImportError:
+        return False
+    return True
 
 
 def _chunks(n: int, by_kernel: bool) -> Iterator[slice]:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from anew.config import Config
+from anew.files import replace
 from anew.model import count_parameters, flops_per_token
 from anew.preempt import Preempted
 
@@ -67,7 +68,7 @@ class RunState:
             self.facts |= {**facts, "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
             temporary = self.path.with_name(".run_state.json.tmp")
             temporary.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
+            replace(temporary, self.path)
 
 
 class Recorder:

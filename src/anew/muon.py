@@ -65,7 +65,7 @@ class Muon(Optimizer):
         """The updates of matrices of one shape, at a rate of 1. Those that are cut over ranks are put together, and cut again."""
         stacked = torch.stack([part for matrix in matrices for part in _square_parts(whole(matrix))])
         is_wide = stacked.size(1) <= stacked.size(2)
-        done = self.world.divide(stacked if is_wide else stacked.mT, lambda share: orthogonalise(share, dtype=self.dtype))
+        done = self.world.divide(stacked if is_wide else stacked.mT, lambda share: orthogonalise(share, dtype=self.dtype), self.dtype)
         done = done.to(torch.float32, copy=True).mul_(0.2 * math.sqrt(max(stacked.shape[1:])))
         parts = (done if is_wide else done.mT).split(len(stacked) // len(matrices))
         return [cut_like(matrix, torch.cat(tuple(own), dim=1)) for matrix, own in zip(matrices, parts, strict=True)]

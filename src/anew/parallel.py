@@ -1,11 +1,9 @@
-"""Many processes as one: who is here, what they share, and what is wrong before an hour is lost.
+"""The processes of one job (ranks): how they find each other, and what they exchange.
 
     torchrun --standalone --nproc-per-node 8 -m anew train gpt2-124m
 
-Each process (a rank) computes its share of every batch; once a step gradients, loss and wishes (to stop, to save) are added up over all
-ranks, in buckets of a fixed size and order. That is an explicit all-reduce instead of DistributedDataParallel's hooks, because DDP lays its
-buckets out anew after a process's first step: from three ranks on a resumed run would add in another order than the run it goes on
-with. What is given up is that the last micro-batch's backward pass hides part of the transfer.
+Each rank computes its share of every batch. Once a step, gradients (`gradient_buckets`), the loss and
+the requests to stop or to save are summed over all ranks.
 """
 
 import contextlib
@@ -18,9 +16,9 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from anew.config import UserError
+from anew.preempt import signal_this_process
 
 T = TypeVar("T")
 
@@ -37,47 +36,42 @@ class LostRank(RuntimeError):
     """Another process of this job has ended or does not answer, so that this one cannot go on."""
 
 
-BUCKET_BYTES = 64 << 20
+PREFLIGHT_BYTES = 64 << 20  # exchanged once before training, to measure the link
 PARENT_SECONDS = 1.0
+START_UP_TIMEOUT = datetime.timedelta(hours=12)  # downloading and tokenising the first shard may take long
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share one job; `gather` brings one value of each to all, in rank order. Alone, nothing communicates."""
+    """The processes that share one job; `gather` collects one value of each rank on all, in rank order. One rank exchanges nothing."""
 
     rank: int = 0
     size: int = 1
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     local_rank: int = 0
+    gather_patiently: Callable[[Any], list[Any]] = lambda value: [value]  # where others work for long, such as preparing data
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks: the same bits on every rank, and every time. Raises LostRank."""
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over the ranks, the same bits on every rank. Raises LostRank."""
         if self.size == 1:
             return
-        with _together(self.rank):
-            self._add_up(tensors)
+        with naming_lost_ranks(self.rank):
+            distributed.all_reduce(tensor)
 
-    def _add_up(self, tensors: Sequence[Tensor]) -> None:
-        under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
-        for bucket in _buckets(tensors):
-            flat = torch.cat([t.reshape(-1) for t in bucket])
-            under_way.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
-            if len(under_way) > 2:
-                _arrive(*under_way.popleft())
-        while under_way:
-            _arrive(*under_way.popleft())
+    def divide(self, rows: Tensor, work: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """`work(rows)` in `dtype`, each rank doing its share of the rows; `work` keeps their shape and treats each by itself.
 
-    def divide(self, rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-        """`work(rows)`, each rank doing its share of the rows; `work` keeps their shape and treats each by itself. Raises LostRank."""
+        The results are exchanged in `dtype`, which is that of `work`'s result. Raises LostRank.
+        """
         if self.size == 1:
             return work(rows)
         share = -(-len(rows) // self.size)
         mine = rows[self.rank * share : (self.rank + 1) * share]
-        done = torch.zeros_like(rows[:1]).repeat(share, *[1] * (rows.ndim - 1))  # ranks behind the last row send zeros
+        done = torch.zeros(share, *rows.shape[1:], dtype=dtype, device=rows.device)  # ranks behind the last row send zeros
         if len(mine):
             done[: len(mine)] = work(mine)
-        every = torch.empty(self.size * share, *rows.shape[1:], dtype=done.dtype, device=rows.device)
-        with _together(self.rank):
+        every = torch.empty(self.size * share, *rows.shape[1:], dtype=dtype, device=rows.device)
+        with naming_lost_ranks(self.rank):
             distributed.all_gather_into_tensor(every, done)
         return every[: len(rows)]
 
@@ -91,7 +85,8 @@ class World:
                     done.append(work())
                 except UserError as error:
                     problem = str(error)
-            if problems := [p for p in self.gather(problem) if p]:
+            gather = self.gather_patiently if first else self.gather
+            if problems := [p for p in gather(problem) if p]:
                 common = UserError(problems[0])
                 common.everywhere = True
                 raise common
@@ -116,28 +111,9 @@ def cut_like(tensor: Tensor, full: Tensor, source: int | None = None) -> Tensor:
     return distribute_tensor(full, part.device_mesh, part.placements, src_data_rank=source)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        size += tensor.numel() * tensor.element_size()
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-def _arrive(bucket: list[Tensor], flat: Tensor, work: Any) -> None:
-    work.wait()
-    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
 @contextlib.contextmanager
-def _together(rank: int) -> Iterator[None]:
-    """What torch raises where ranks meet says that one of them did not come."""
+def naming_lost_ranks(rank: int) -> Iterator[None]:
+    """Turn what torch raises in a collective into LostRank, a sentence that says what happened."""
     try:
         yield
     except RuntimeError as error:
@@ -174,7 +150,7 @@ def _store(size: int, timeout: datetime.timedelta) -> Store | None:
 def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World]:
     """The world that torchrun started, for as long as the block runs; a single process is a world of one.
 
-    Tensors on a `device` "cuda" travel by NCCL; plain values by gloo, which takes them from anywhere. A rank that the others have waited
+    Tensors are exchanged by the backend of their `device` (NCCL for "cuda"), plain values by gloo. A rank that the others have waited
     for `timeout_seconds` is taken for lost.
     """
     size = _environment()
@@ -186,9 +162,10 @@ def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         store = _store(size, timeout)
-        backend, rank = "nccl" if device == "cuda" else "gloo", int(os.environ["RANK"])
+        backend, rank = distributed.get_default_backend_for_device(device), int(os.environ["RANK"])
         distributed.init_process_group(backend, timeout=timeout, rank=rank, world_size=size, store=store)
         control = distributed.new_group(backend="gloo", timeout=timeout)
+        start_up = distributed.new_group(backend="gloo", timeout=max(timeout, START_UP_TIMEOUT))
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         what = str(error).splitlines()[0]
         raise UserError(
@@ -196,14 +173,15 @@ def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World
             "the machines, and were all ranks started?"
         ) from error
 
-    def gather(value: Any) -> list[Any]:
+    def gather_in(group: Any, value: Any) -> list[Any]:
         values: list[Any] = [None] * size
-        with _together(rank):
-            distributed.all_gather_object(values, value, group=control)
+        with naming_lost_ranks(rank):
+            distributed.all_gather_object(values, value, group=group)
         return values
 
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
     try:
-        yield World(rank, size, gather, int(os.environ.get("LOCAL_RANK", rank)))
+        yield World(rank, size, partial(gather_in, control), local_rank, partial(gather_in, start_up))
     finally:
         distributed.destroy_process_group()
 
@@ -230,14 +208,14 @@ def _end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal_this_process(signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def preflight(world: World, device: torch.device, facts: dict[str, str], gradient_bytes: int) -> str:
     """Refuse ranks that do not fit together; a line that says what sharing the gradients costs. `facts` must be the same on all ranks."""
-    mine = {**facts, "device": f"{socket.gethostname()} {device}"}
+    mine = {**facts, "machine": socket.gethostname(), "device": identity_of(device)}
     all_ranks = world.gather(mine)
     for key in facts:
         if len({found[key] for found in all_ranks}) > 1:
@@ -245,16 +223,22 @@ def preflight(world: World, device: torch.device, facts: dict[str, str], gradien
             raise UserError(f"the ranks differ in {key}: {listed}; start all of them with the same command and the same software.")
     if device.type == "cuda":
         devices = [found["device"] for found in all_ranks]
-        if twice := {d for d in devices if devices.count(d) > 1}:
-            raise UserError(f"several ranks have the same GPU ({min(twice)}); start as many ranks a machine as it has GPUs.")
-    tensor = torch.zeros(min(gradient_bytes, BUCKET_BYTES) // 4, device=device)
-    seconds = min(_seconds(lambda: world.add_up([tensor]), tensor) for _ in range(3))
+        twice = [rank for rank, found in enumerate(devices) if devices.count(found) > 1]
+        if twice:
+            raise UserError(f"ranks {twice[0]} and {twice[1]} have the same GPU; start as many ranks a machine as it has GPUs.")
+    tensor = torch.zeros(min(gradient_bytes, PREFLIGHT_BYTES) // 4, device=device)
+    seconds = min(_seconds(lambda: world.all_reduce(tensor), tensor) for _ in range(3))
     speed = tensor.numel() * 4 / seconds
-    machines = len({found["device"].split()[0] for found in all_ranks})
+    machines = len({found["machine"] for found in all_ranks})
     return (
         f"{world.size} ranks on {machines} machine{'s' * (machines > 1)}; sharing gradients of "
         f"{gradient_bytes / 1e6:,.0f} MB takes about {gradient_bytes / speed:.2f} s a step ({speed / 1e9:.2f} GB/s)"
     )
+
+
+def identity_of(device: torch.device) -> str:
+    """A name that no other GPU has, on any machine: containers may share a host name."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else str(device)
 
 
 def _seconds(work: Callable[[], None], tensor: Tensor) -> float:

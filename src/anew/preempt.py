@@ -75,6 +75,14 @@ class Stop(threading.Event):
                     os._exit(75)
 
 
+def signal_this_process(number: int) -> None:
+    """Send this process a signal that its handler sees, from any thread. On Windows, os.kill would end the process at once."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        os.kill(os.getpid(), number)
+
+
 @contextmanager
 def listening() -> Iterator[Stop]:
     """A Stop that signals set, as long as the block runs. Only the main thread can listen."""

@@ -18,18 +18,24 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 from anew.config import UserError
+from anew.sharded import after_failed_pass
 from anew.state import State
 
 # Of the memory. Compiled code and copies on the way need some too, and in a CPU's heap holes grow to a third (docs/log.md, 14).
 SHARE = {"cuda": 0.9, "cpu": 0.7}
 PASSES = 3  # blocks of a later pass may not fit into the holes that the one before has left
 MOST = {"cuda": 64, "cpu": 16}  # more is not faster
+# As PyTorch's CPU allocator says it; CUDA's runtime, NCCL and MPS; and cuBLAS.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
 WEIGHT_BYTES, MOMENT_BYTES, AVERAGE_BYTES = 4, 8, 4  # a parameter
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Is this torch's or Python's way of saying that there is no memory left, on a GPU or a CPU?"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
 
 
 def find_micro_batch(state: State) -> tuple[int, str]:
@@ -77,6 +83,7 @@ def _peak(state: State, sequences: int) -> int | None:
     finally:
         for p in state.params:
             p.grad = None
+        after_failed_pass(state.model)
         if device.type == "cpu":
             del held
             _give_back()

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from anew import GPT, Tokenizer, bench, generate, runtime
+from anew.begin import training_loss
 from anew.config import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
 from anew.data.batches import evaluation_windows
@@ -47,7 +48,7 @@ def our_step(config: Any, device: str) -> Step:
     config = config.override(device=device)
     rt = runtime.start(config.run)
     state, stop = State(config, rt, ""), Stop()
-    loss_of: Any = torch.compile(state.model, dynamic=False) if rt.compile else state.model
+    loss_of = training_loss(state)
     batch = bench.text_batch(config, rt.device)
     return lambda: train_step(loss_of, state, batch, 1.0, stop)
 

@@ -1,13 +1,14 @@
-"""Weights, gradients and moments cut over the ranks (torch's FSDP2), for models that do not fit on one card: `--parallel fsdp`.
+"""Weights, gradients and moments sharded over the ranks (torch's FSDP2), for models that do not fit on one card: `--parallel fsdp`.
 
-    shard(model)                        # each parameter is now a DTensor, of which this rank holds a part
-    with gathered(model): ...           # inside, whole weights on every rank, which may go their own ways
-    parallel.whole(parameter)           # all of it, on every rank
+    shard(model, torch.bfloat16)        # each parameter is now a DTensor, of which this rank holds a shard
+    with whole_model(model) as whole: ...       # whole weights in fp32 on every rank, without any exchange inside
+    parallel.whole(parameter)           # one whole parameter, on every rank
 
 GPT-2 1558M needs 25 GB for fp32 weights, gradients and AdamW's moments on one card, and 6.2 GB a card on four. What a checkpoint holds
 is the same in both modes, so a run may change from one to the other.
 """
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,41 +17,75 @@ import torch
 from torch import Tensor, distributed, nn
 
 from anew.model import GPT
-from anew.parallel import World, cut_like
+from anew.parallel import World, cut_like, whole
 
 
-def shard(model: GPT) -> None:
-    """Cut each block on its own (it is put together only while it computes), then what is around the blocks."""
-    from torch.distributed.fsdp import fully_shard  # takes 0.7 s, so not for everybody
+def shard(model: GPT, dtype: torch.dtype) -> None:
+    """Shard each block by itself (it is gathered only while it computes), then what is around the blocks.
 
+    Blocks are gathered in `dtype`, in which they compute in any case: half the bytes in bf16. Their layer norms see weights rounded
+    to it. The embeddings, whose rows are added in fp32, are gathered in fp32; so are all gradients.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes 0.7 s, so it is imported only here
+
+    gathered = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block)
+        fully_shard(block, mp_policy=policy)
     fully_shard(model)
 
 
+def reduce_gradients(model: nn.Module, wanted: bool) -> None:
+    """Should the next backward passes sum gradients over the ranks? Before the last micro-batch of a step they need not."""
+    part: Any = model
+    part.set_requires_gradient_sync(wanted)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Has `shard` been here?"""
+    """Has `shard` been applied to this model?"""
     return hasattr(model, "reshard")
 
 
+def after_failed_pass(model: nn.Module) -> None:
+    """Make a model usable again after an error in a forward or backward pass, such as too little memory."""
+    part: Any = model
+    if is_sharded(model):
+        part.reset_iter_state()
+        part.reshard()
+
+
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank, without any exchange inside the block; costs a whole model's memory."""
-    parts: list[Any] = [module for module in model.modules() if is_sharded(module)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)
-            part.reshard()
+def whole_model(model: GPT) -> Iterator[GPT]:
+    """The model with whole weights in fp32, to evaluate and to sample with, each rank for itself.
+
+    A sharded model is copied, which costs the memory of a whole model and exchanges nothing inside the block. FSDP's own modules
+    remember the order of forward passes, so ranks that evaluate different amounts would exchange different things in the next step.
+    Compiled blocks run eagerly inside: each shape of batch would otherwise be compiled anew.
+    """
+    with _eager_blocks(model):
+        if not is_sharded(model):
+            yield model
+            return
+        with torch.device("meta"):
+            copy = GPT(model.config, model.compute_dtype, seed=None)
+        for name, parameter in model.named_parameters():
+            module, _, kind = name.rpartition(".")
+            value = nn.Parameter(whole(parameter.detach()), requires_grad=False)
+            setattr(copy.get_submodule(module), kind, value)
+        copy.train(model.training)
+        yield copy
+
+
+def _eager_blocks(model: GPT) -> contextlib.AbstractContextManager[Any]:
+    """Inside, blocks that were compiled one by one run as they are written; importing the compiler for others would take seconds."""
+    if model.transformer.h[0]._compiled_call_impl is None:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @torch.no_grad()
 def fill(target: Tensor, value: Tensor | None, world: World) -> None:
-    """Give `target`, cut or not, the `value` that rank 0 has."""
+    """Give `target`, sharded or not, the `value` that rank 0 has."""
     if world.size == 1:
         target.copy_(cast(Tensor, value))
         return

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from anew import checkpoint, optim, sharded, weights
 from anew.config import Config, UserError
+from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.model import GPT
 from anew.parallel import ALONE, World, whole
 from anew.runtime import Runtime
@@ -63,15 +64,28 @@ class State:
         self.model = GPT(self.config.model, self.rt.dtype, self.config.run.seed).to(self.rt.device)
         self.is_sharded = self.config.run.parallel == "fsdp" and self.world.size > 1
         if self.is_sharded:
-            sharded.shard(self.model)
+            sharded.shard(self.model, self.rt.dtype)
         self.loaded: dict[str, Tensor] = {}  # what was read and not yet put in place
         self.optimizers = optim.build(self.model, self.config.optim, self.world)
         self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=self.rt.precision == "fp16")
+        self.buckets: GradientBuckets | None = None
+        if self.world.size > 1 and not self.is_sharded:
+            self.buckets = GradientBuckets(gradient_groups(self.model), self.world)
 
     @property
     def params(self) -> list[torch.nn.Parameter]:
         """Every parameter, in one order."""
         return list(self.model.parameters())
+
+    def prepare_backward(self, is_last: bool, may_be_interrupted: bool) -> None:
+        """Arrange what the next backward pass exchanges with other ranks: nothing, unless it is the last of the step.
+
+        A pass that a signal may interrupt starts no exchange, so that all ranks start the same ones.
+        """
+        if self.is_sharded:
+            sharded.reduce_gradients(self.model, is_last)
+        elif self.buckets is not None and is_last and not may_be_interrupted:
+            self.buckets.start_when_ready()
 
     def clock(self) -> dict[str, float]:
         """What every row of metrics.jsonl starts with."""

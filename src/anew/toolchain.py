@@ -16,6 +16,8 @@ def missing_for_compile(device: torch.device) -> str:
         return "torch.compile is not reliable on MPS"
     if device.type == "cuda":
         return missing_for_triton(device)
+    if device.type == "xpu" and not find_spec("triton"):
+        return "Triton is not installed"
     return _missing_compiler(*(("cl",) if sys.platform == "win32" else ("g++", "clang++")))
 
 

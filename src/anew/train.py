@@ -58,12 +58,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one step, the same on every rank: mean loss, gradient norm before clipping, and whether it was applied."""
+    """The result of one step, the same on every rank: mean loss, gradient norm before clipping, and whether it was applied."""
 
     loss: float
     norm: float
     applied: bool
-    stop: bool = False  # somebody was asked to stop: nothing has changed
+    stop: bool = False  # a rank was asked to stop: weights and optimizer state are unchanged
     save: bool = False
 
 
@@ -76,50 +76,104 @@ def train_step(
     save: bool = False,
     limits: tuple[float, float] = NO_LIMITS,
     compiling: bool = False,
+    while_device_works: Callable[[], None] | None = None,
 ) -> Outcome:
     """One optimizer step over this rank's `micro_batches` of (ids, targets), at `rate` of the peak learning rate.
 
-    Weights and optimizer state stay as they are if the loss or the gradient is not finite or above its limit, on any rank, or if any
-    rank was asked to stop. `save` is this rank's wish for a checkpoint, of which the others learn. While `compiling`, which may take a
-    minute, a signal breaks off the passes.
+    Weights, optimizer and loss scale stay as they are if the loss or the gradient is not finite or above its limit on any rank, or
+    if any rank was asked to stop. `save` is this rank's request for a checkpoint, which all ranks learn of. While `compiling`, which
+    may take a minute, a signal interrupts the passes. `while_device_works` is called once the first micro-batch is under way.
     """
-    world, scaler, params = state.world, state.scaler, state.params
-    sums = torch.zeros(3, device=state.rt.device)  # loss, ranks that shall stop, ranks that want a checkpoint
+    loss = accumulate_gradients(loss_of, state, micro_batches, stop, compiling, while_device_works)
+    stop_here = stop.is_set()
+    loss, stop_requests, save_requests = all_reduce_gradients(state, loss, stop_here, save)
+    if must_leave_early(state, stop_here, stop_requests):
+        drop_gradients(state)
+        return Outcome(math.nan, math.nan, applied=False, stop=True)
+    norm = clip_gradients(state)
+    skip = ~(norm + loss).isfinite() | (loss > limits[0]) | (norm > limits[1]) | (stop_requests > 0)
+    apply_update(state, skip, rate)
+    drop_gradients(state)
+    results = torch.stack([loss, norm, skip.float(), stop_requests, save_requests])
+    loss_, norm_, skipped, stop_, save_ = results.tolist()  # the only point where the host waits for the device
+    return Outcome(loss_, norm_, applied=not skipped, stop=stop_ > 0, save=save_ > 0)
+
+
+def accumulate_gradients(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    state: State,
+    micro_batches: Sequence[MicroBatch],
+    stop: Stop,
+    compiling: bool,
+    while_device_works: Callable[[], None] | None,
+) -> Tensor:
+    """Forward and backward over this rank's micro-batches; returns their mean loss, on the device."""
+    config, scaler = state.config, state.scaler
+    loss_sum = torch.zeros((), device=state.rt.device)
+    if state.buckets is not None:
+        state.buckets.start_step()
     with contextlib.suppress(Interrupted), stop.breakable() if compiling else contextlib.nullcontext():
-        for i, (ids, targets) in enumerate(micro_batches):
-            if stop.is_set() and not state.is_sharded:  # there, all ranks are needed to the end
+        for index, (ids, targets) in enumerate(micro_batches):
+            if stop.is_set() and not state.is_sharded:  # sharded weights need every rank to the end of the step
                 break
-            torch.manual_seed(_seed(state.config.run.seed, state.step, i, world.rank))
+            if config.model.dropout > 0:
+                torch.manual_seed(_seed(config.run.seed, state.step, index, state.world.rank))
+            state.prepare_backward(is_last=index == len(micro_batches) - 1, may_be_interrupted=compiling)
             loss = loss_of(ids, targets) / len(micro_batches)
             scaler.scale(loss).backward()
-            sums[0] += loss.detach()
-    sums[1], sums[2] = float(stop.is_set()), float(save)
-    if world.size > 1:
-        gradients = [] if state.is_sharded else [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
-        world.add_up([*gradients, sums])
-        torch._foreach_div_([*gradients, sums[:1]], world.size)
-    elif stop.is_set():
-        _drop_gradients(state)
-        return Outcome(math.nan, math.nan, False, stop=True)
+            loss_sum += loss.detach()
+            if index == 0 and while_device_works is not None:
+                while_device_works()
+    return loss_sum
+
+
+def all_reduce_gradients(state: State, loss: Tensor, stop: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Average the gradients over all ranks; returns the mean loss and the numbers of ranks that want to stop and to save."""
+    shared = torch.zeros(3, device=loss.device)
+    shared[0], shared[1], shared[2] = loss, float(stop), float(save)
+    if state.buckets is not None:  # sharded gradients were summed by the backward pass
+        state.buckets.all_reduce()
+    state.world.all_reduce(shared)
+    return shared[0] / state.world.size, shared[1], shared[2]
+
+
+def must_leave_early(state: State, stop_here: bool, stop_requests: Tensor) -> bool:
+    """Must the step end before the optimizer, because a rank was asked to stop?
+
+    A single process knows without asking its device. Of several, only those with a GradScaler ask: unscaling needs a scale, which a
+    rank without a micro-batch does not have, and the scaler's update would change the scale after a step that was broken off. All
+    others go on, with `skip` set.
+    """
+    if state.world.size == 1:
+        return stop_here
+    return state.scaler.is_enabled() and stop_requests.item() > 0
+
+
+def clip_gradients(state: State) -> Tensor:
+    """Scale the gradients down to the largest allowed global norm; returns the norm before that, on the device."""
     for optimizer in state.optimizers:
-        scaler.unscale_(optimizer)
-    norm = whole(nn.utils.clip_grad_norm_(params, state.config.optim.clip))
-    optim.set_rate(state.optimizers, rate, optim.momentum(state.step, state.config.optim))
-    bad = ~(norm + sums[0]).isfinite() | (sums[0] > limits[0]) | (norm > limits[1]) | (sums[1] > 0)
-    # Not all optimizers honour found_inf: those on MPS, of cut parameters, and the unfused.
-    host_must_look = scaler.is_enabled() or state.is_sharded or bad.device.type == "mps" or not state.config.optim.fused
-    if not (host_must_look and bad.item()):
+        state.scaler.unscale_(optimizer)
+    return whole(nn.utils.clip_grad_norm_(state.params, state.config.optim.clip))
+
+
+def apply_update(state: State, skip: Tensor, rate: float) -> None:
+    """Update the weights at `rate` of the peak learning rate, or leave weights and optimizer state as they are if `skip` is true."""
+    scaler, config = state.scaler, state.config.optim
+    optim.set_rate(state.optimizers, rate, optim.momentum(state.step, config))
+    # Fused AdamW and Muon read `found_inf` on the device. The optimizers on MPS, of sharded parameters, and the unfused do not.
+    host_must_look = scaler.is_enabled() or state.is_sharded or skip.device.type == "mps" or not config.fused
+    if not (host_must_look and skip.item()):
         for optimizer in state.optimizers:
             if not host_must_look:
-                optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+                optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
             scaler.step(optimizer)
     scaler.update()
-    _drop_gradients(state)
-    loss_, stop_, save_, norm_, bad_ = torch.cat([sums, torch.stack([norm, bad.float()])]).tolist()  # the step's one wait for the device
-    return Outcome(loss_, norm_, not bad_, stop_ > 0, save_ > 0)
 
 
-def _drop_gradients(state: State) -> None:
+def drop_gradients(state: State) -> None:
+    """Release the gradients of a step that is over."""
+    if state.buckets is not None:
+        state.buckets.drop()
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
 
@@ -240,7 +294,7 @@ def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]
 
     def load(step: int) -> tuple[int, list[MicroBatch]]:
         share = config.ramp.sequences(step) // world.size
-        micro = max(n for n in range(1, most + 1) if share % n == 0)
+        micro = _micro_batch_of(share, most)
         first = 0 if config.data.one_batch else state.first_sequence(step)
         rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
         if device.type == "cuda":
@@ -250,8 +304,22 @@ def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]
 
     try:
         yield from prefetch(load, steps)
-    except Stopped:  # in data that is still being prepared; the other ranks are told with this step's sum
-        yield state.step, []
+    except Stopped:  # this rank was asked to stop while it waited for data; the other ranks learn of it with this step's loss
+        yield state.step, _blank_micro_batches(run) if state.is_sharded else []
+
+
+def _blank_micro_batches(run: Begun) -> list[MicroBatch]:
+    """As many micro-batches as the other ranks compute in this step. Sharded weights need every rank; the step is not applied."""
+    share = run.config.ramp.sequences(run.state.step) // run.state.world.size
+    most, _ = run.config.micro_batches(run.state.world.size)
+    micro = _micro_batch_of(share, most)
+    blank = torch.zeros(micro, run.config.data.seq_len, dtype=torch.int64, device=run.state.rt.device)
+    return [(blank, blank)] * (share // micro)
+
+
+def _micro_batch_of(share: int, most: int) -> int:
+    """Sequences in a micro-batch: the largest divisor of a rank's share of the batch that is at most `most`."""
+    return max(n for n in range(1, most + 1) if share % n == 0)
 
 
 def _remove_used_shards(run: Begun) -> None:

@@ -10,7 +10,6 @@ several terminals, on several machines that share a disk: each takes runs that n
 
 import contextlib
 import math
-import os
 import signal
 import statistics
 import threading
@@ -23,7 +22,7 @@ import torch
 from anew import checkpoint, metrics
 from anew.begin import settle
 from anew.config import Config, UserError
-from anew.preempt import Preempted, Stop, listening
+from anew.preempt import Preempted, Stop, listening, signal_this_process
 from anew.train import train
 
 DIVERGED = "diverged.txt"  # in the folder of a run that was given up
@@ -119,7 +118,7 @@ def limited(minutes: float) -> Iterator[Stop]:
                 return
             stop.set()
             while not left.is_set():  # a run that begins just now has not heard the first
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal_this_process(signal.SIGTERM)
                 left.wait(1.0)
 
         clock = threading.Thread(target=end, daemon=True, name="minutes")

@@ -5,6 +5,7 @@ format of llm.c, which its tools read as it is. Each document starts with end-of
 their sha256; it is written last, so a folder that has one is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from anew.config import UserError
+from anew.files import replace
 from anew.spelling import TOKENIZERS
 
 MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -143,7 +145,7 @@ class SplitWriter:
     def __post_init__(self) -> None:
         part, final = self._part, self._part.with_suffix("")
         if not part.exists() and final.exists():  # killed between finishing this shard and remembering it
-            os.replace(final, part)
+            replace(final, part)
         for path in self.folder.glob(f"{self.split}-*.bin*"):
             if path != part and path.name not in {entry["name"] for entry in self.entries}:
                 path.unlink()
@@ -206,7 +208,7 @@ class SplitWriter:
         self.file.close()
         part = self._part
         entry = {"name": part.stem, "split": self.split, "tokens": self.unfinished, "sha256": sha256_of(part)}
-        os.replace(part, part.with_suffix(""))
+        replace(part, part.with_suffix(""))
         self.entries.append(entry)
         self.unfinished = 0
 
@@ -231,7 +233,9 @@ def consume(shards: Sequence[Shard], count: int) -> None:
     if count > consumed(folder):
         write_json(folder / CONSUMED, count)
         for shard in shards[:count]:
-            shard.path.unlink(missing_ok=True)
+            shard.__dict__.pop("tokens", None)  # Windows does not remove a file that is mapped into memory
+            with contextlib.suppress(PermissionError):  # still mapped by a reader: removed with the next shard
+                shard.path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -241,7 +245,7 @@ def write_json(path: Path, content: Any) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace(temporary, path)
 
 
 def disk_bytes(folder: Path) -> int:

@@ -14,9 +14,10 @@ from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS
 from anew.generate import generate
 from anew.metrics import Recorder
+from anew.model import GPT
 from anew.runtime import DTYPES, matmul_precision
 from anew.saver import Saver
-from anew.sharded import gathered
+from anew.sharded import whole_model
 from anew.state import State
 from anew.tokenizer import Tokenizer
 
@@ -54,22 +55,22 @@ class Evaluator:
         sample = r.sample_every > 0 and step > 0 and step % r.sample_every == 0
         if validate or sample:
             self.saver.save(self.state)
-            with self.state.averaged(), gathered(self.state.model):
+            with self.state.averaged(), whole_model(self.state.model) as model:
                 if validate:
-                    self.validate("val", self.state.rt.precision)
-                    self.score_tasks(self.state.rt.precision)
+                    self.validate(model, "val", self.state.rt.precision)
+                    self.score_tasks(model, self.state.rt.precision)
                 if sample:
-                    self.sample()
+                    self.sample(model)
         return time.perf_counter() - began
 
-    def validate(self, split: str, precision: str) -> float | None:
+    def validate(self, model: GPT, split: str, precision: str) -> float | None:
         """Mean loss over the fixed windows of a split, written down as <split>/loss with the precision it was computed in."""
         limit = min(self.config.data.val_tokens, sum(s.n_tokens for s in self.splits[split]))
         if limit < 2:
             return None
         with matmul_precision(precision):
             shards, seq_len, dtype = self.splits[split], self.config.data.seq_len, DTYPES[precision]
-            loss = mean_loss(self.state.model, shards, seq_len, limit, dtype, self.batch, self.state.world, self.stop)
+            loss = mean_loss(model, shards, seq_len, limit, dtype, self.batch, self.state.world, self.stop)
         name = "val" if split == "val" else "train_text"
         self.recorder.evaluation({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
         log.info(
@@ -78,11 +79,11 @@ class Evaluator:
         )
         return loss
 
-    def score_tasks(self, precision: str) -> None:
+    def score_tasks(self, model: GPT, precision: str) -> None:
         """Each task's figures, written down as eval/<task>/<figure>."""
         for task, examples in self.tasks:
-            with matmul_precision(precision), computing_in(self.state.model, DTYPES[precision]):
-                report = run(self.state.model, task, examples, self.state.world, stop=self.stop)
+            with matmul_precision(precision), computing_in(model, DTYPES[precision]):
+                report = run(model, task, examples, self.state.world, stop=self.stop)
             figures = {name: value for name, value in report.figures.items() if isinstance(value, float)}
             row = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
             how = {f"eval/{task.name}/examples": report.examples, f"eval/{task.name}/precision": precision}
@@ -90,20 +91,20 @@ class Evaluator:
             said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             log.info(f"step {self.state.step:,}: {task.name} {said}, {report.examples:,} examples, {precision}")
 
-    def sample(self) -> None:
+    def sample(self, model: GPT) -> None:
         """One sample text from the current weights."""
-        r = self.config.run
         if self.state.world.rank != 0:
             return
+        r = self.config.run
         prompt = self.tokenizer.encode(r.sample_prompt) or [self.tokenizer.end_of_text]
-        rows = generate(self.state.model, [prompt], r.sample_tokens, self.tokenizer.end_of_text, temperature=0.8, seed=r.seed)
+        rows = generate(model, [prompt], r.sample_tokens, self.tokenizer.end_of_text, temperature=0.8, seed=r.seed)
         self.recorder.sample(self.state.step, r.sample_prompt, self.tokenizer.decode(rows[0]))
 
     def finish(self) -> tuple[float | None, float | None]:
         """The last word on a run: losses on held-out and (if asked for) on training text, in true fp32, and a sample if wanted."""
-        with self.state.averaged(), gathered(self.state.model):
+        with self.state.averaged(), whole_model(self.state.model) as model:
             if self.config.run.sample_every:
-                self.sample()
-            self.score_tasks("fp32")
-            held_out = None if self.config.data.one_batch else self.validate("val", "fp32")
-            return held_out, self.validate("train", "fp32") if self.config.run.evaluate_train else None
+                self.sample(model)
+            self.score_tasks(model, "fp32")
+            held_out = None if self.config.data.one_batch else self.validate(model, "val", "fp32")
+            return held_out, self.validate(model, "train", "fp32") if self.config.run.evaluate_train else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anew.evaluate.published import size_of
+from anew.files import replace
 from anew.model import count_parameters
 from anew.report import reference
 from anew.report.charts import Line, Points, Whisker, line_chart, short, smoothed
@@ -29,7 +30,7 @@ def write(folders: Sequence[Path], out: Path, price: float | None = None) -> Pat
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
+    replace(temporary, out)
     return out
 
 
