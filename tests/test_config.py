@@ -14,7 +14,8 @@ def test_the_reference_recipe_carries_the_published_figures() -> None:
     assert (c.optim.beta1, c.optim.beta2, c.optim.eps, c.optim.weight_decay, c.optim.clip) == (0.9, 0.95, 1e-8, 0.1, 1.0)
     assert (c.optim.lr, c.optim.warmup_steps, c.optim.schedule) == (6e-4, 715, "cosine")
     assert c.optim.min_lr == pytest.approx(6e-5)
-    assert (c.run.batch_tokens, c.run.micro_batch, c.data.seq_len, c.run.steps) == (524_288, 16, 1024, 19_073)
+    assert (c.run.batch_tokens, c.run.micro_batch, c.data.seq_len, c.run.steps) == (524_288, "auto", 1024, 19_073)
+    assert c.micro_batches(4) == (16, 8), "as the reference runs on four GPUs, before it is known what fits"
     assert c.run.steps * c.run.batch_tokens == pytest.approx(10e9, rel=1e-4)
     assert recipe("gpt2-124m-openwebtext").run.steps == 90_000
 
@@ -63,7 +64,9 @@ def test_unknown_recipe_and_missing_init() -> None:
 
 def test_settings_that_follow_from_others_move_and_say_so() -> None:
     config, said = (
-        dataclasses.replace(RECIPES["gpt2-124m"][1], recipe="x").override(steps=20, batch_tokens=4096).adapted({"steps", "batch_tokens"})
+        dataclasses.replace(RECIPES["gpt2-124m"][1], recipe="x")
+        .override(steps=20, batch_tokens=4096, micro_batch=16)
+        .adapted({"steps", "batch_tokens"})
     )
     assert config.optim.warmup_steps == 2
     assert config.run.micro_batch == 4

@@ -78,6 +78,23 @@ def test_when_only_one_fits_it_is_one_and_when_none_does_all_ranks_say_so(config
     assert all("not even one sequence fits" in text for _, text in found)
 
 
+def test_a_resumed_run_keeps_the_micro_batch_that_it_found(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would add in another order, and memory may not be free in the same way again."""
+    monkeypatch.setattr(probe, "_room", lambda _: 64 * GB)
+
+    def stop(row: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop)
+    monkeypatch.setattr(probe, "_room", lambda _: 1)  # by this, one sequence would be all that fits
+    train(config)
+    log = (config.folder / "log.txt").read_text()
+    assert "micro-batch 16, as this run found it before" in log
+    train(config.override(out=f"{config.folder}-new"))
+    assert "micro-batch 1: needs about" in (config.folder.parent / f"{config.folder.name}-new" / "log.txt").read_text()
+
+
 def of_starved_rank(config: Config) -> Any:
     """The second rank has no memory at all; the first must not wait for it."""
     import os

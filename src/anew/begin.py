@@ -6,6 +6,7 @@ Whatever is wrong is said here, on one rank for all, before an hour is lost. Not
 """
 
 import contextlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,11 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
     found = world.everywhere(lambda: state.begin(run) if world.rank == 0 else [])
     state.share()
     if config.run.micro_batch == "auto":
-        micro, why = find_micro_batch(state)
+        earlier = world.gather(earlier_micro_batch(config, rt, world.size))[0]
+        if earlier:
+            micro, why = earlier, f"micro-batch {earlier}, as this run found it before"
+        else:
+            micro, why = find_micro_batch(state)
         found.append(why)
         config = state.config = config.override(micro_batch=micro)
     tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
@@ -105,6 +110,22 @@ def training_loss(state: State) -> Any:
         block.compile(dynamic=False)
     state.model.head_loss = torch.compile(state.model.head_loss, dynamic=False)
     return state.model
+
+
+def earlier_micro_batch(config: Config, rt: runtime.Runtime, ranks: int) -> int:
+    """The micro-batch that an earlier start of this run found on the same device and number of ranks; 0 if there is none.
+
+    A resumed run is the same bit for bit only at the same micro-batch, and another trial might find another one.
+    """
+    try:
+        facts = json.loads((config.folder / "run_state.json").read_text(encoding="utf-8"))["environment"]
+        before = Config.read(config.folder / "config.json").run.micro_batch
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    here = runtime.environment(rt) | {"ranks": ranks}
+    same = all(facts.get(name) == here[name] for name in ("device", "ranks", "precision", "compiled"))
+    fits = isinstance(before, int) and config.batch_sequences % (ranks * before) == 0
+    return before if same and fits and isinstance(before, int) else 0
 
 
 def settle(config: Config) -> Config:

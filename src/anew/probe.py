@@ -24,7 +24,8 @@ from anew.state import State
 # Of the memory. Compiled code and copies on the way need some too, and in a CPU's heap holes grow to a third (docs/log.md, 14).
 SHARE = {"cuda": 0.9, "cpu": 0.7}
 PASSES = 3  # blocks of a later pass may not fit into the holes that the one before has left
-MOST = {"cuda": 64, "cpu": 16}  # more is not faster
+MOST = {"cuda": 64, "cpu": 16}  # sequences; more is not faster
+MOST_CPU_TOKENS = 8192  # nor is this many tokens, of which a trial takes half a minute at 124M
 # As PyTorch's CPU allocator says it; CUDA's runtime, NCCL and MPS; and cuBLAS.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
 WEIGHT_BYTES, MOMENT_BYTES, AVERAGE_BYTES = 4, 8, 4  # a parameter
@@ -42,7 +43,10 @@ def find_micro_batch(state: State) -> tuple[int, str]:
     """(sequences a micro-batch, a line that says why); the same on every rank. Weights and optimizer are left as they are."""
     device, world = state.rt.device, state.world
     share = state.config.batch_sequences // world.size
-    choices = [n for n in range(1, min(MOST.get(device.type, 16), share) + 1) if share % n == 0]
+    most = MOST.get(device.type, 16)
+    if device.type == "cpu":
+        most = max(1, min(most, MOST_CPU_TOKENS // state.config.data.seq_len))
+    choices = [n for n in range(1, min(most, share) + 1) if share % n == 0]
     room, usable = _room(device), SHARE.get(device.type, 0.7)
     if room is None or len(choices) == 1:
         return choices[-1], f"micro-batch {choices[-1]}" + " (memory cannot be measured here)" * (room is None)

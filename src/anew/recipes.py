@@ -9,7 +9,9 @@ from typing import Any
 from anew.config import Config, DataConfig, RunConfig, UserError
 
 _GPT2_STEPS = 19_073  # 10e9 / 524,288: one pass over FineWeb-Edu's sample-10BT
-_GPT2 = Config(data=DataConfig(data="fineweb-edu"), run=RunConfig(steps=_GPT2_STEPS, save_every=1000, sample_every=1000))
+# Validation every 500 steps is 2% of a run on one H200. The micro-batch is what fits, whatever the GPU.
+_GPT2_RUN = RunConfig(steps=_GPT2_STEPS, micro_batch="auto", save_every=1000, sample_every=1000, evaluate_every=500)
+_GPT2 = Config(data=DataConfig(data="fineweb-edu"), run=_GPT2_RUN)
 # A GPT-2 that learns within a minute on two CPU cores. Found by measurement (docs/log.md): at 128 tokens the plain softmax is faster
 # on a CPU than the fused kernel, two heads are faster than four and as good, and compiling takes longer than it gives back.
 _SMALL: dict[str, Any] = {

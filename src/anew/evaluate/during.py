@@ -51,8 +51,7 @@ class Evaluator:
         """Validate and sample if `step` asks for it; the checkpoint of the step is saved first. Returns the seconds it took."""
         began = time.perf_counter()
         r = self.config.run
-        validate = r.evaluate_every > 0 and step > 0 and step % r.evaluate_every == 0
-        sample = r.sample_every > 0 and step > 0 and step % r.sample_every == 0
+        validate, sample = (_is_multiple(step, every) for every in (r.evaluate_every, r.sample_every))
         if validate or sample:
             self.saver.save(self.state)
             with self.state.averaged(), whole_model(self.state.model) as model:
@@ -62,6 +61,10 @@ class Evaluator:
                 if sample:
                     self.sample(model)
         return time.perf_counter() - began
+
+    def is_due(self, step: int) -> bool:
+        """Does `step` ask for a validation or a sample?"""
+        return _is_multiple(step, self.config.run.evaluate_every) or _is_multiple(step, self.config.run.sample_every)
 
     def validate(self, model: GPT, split: str, precision: str) -> float | None:
         """Mean loss over the fixed windows of a split, written down as <split>/loss with the precision it was computed in."""
@@ -108,3 +111,8 @@ class Evaluator:
             self.score_tasks(model, "fp32")
             held_out = None if self.config.data.one_batch else self.validate(model, "val", "fp32")
             return held_out, self.validate(model, "train", "fp32") if self.config.run.evaluate_train else None
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    """Is `step` one of those that come `every` so many steps? The first step and 0 never are."""
+    return every > 0 and step > 0 and step % every == 0
