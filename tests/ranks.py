@@ -3,14 +3,17 @@
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["anew", "torch.distributed.tensor", "torch.utils.tensorboard", "tests.ranks"])
+# A fork of a process that has initialised CUDA cannot use it, so nothing that is preloaded here may do so. Windows has no fork.
+CONTEXT: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+if sys.platform != "win32":
+    CONTEXT.set_forkserver_preload(["anew", "torch.distributed.tensor", "torch.utils.tensorboard", "tests.ranks"])
 
 
 def free_port() -> int:

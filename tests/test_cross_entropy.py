@@ -77,13 +77,15 @@ fixed = {"VOCABULARY": 50257, "COLUMNS": 50304, "TRAINING": True, "BLOCK": BLOCK
 for generation in (80, 90, 100):
     source = ASTSource(_kernel, types | dict.fromkeys(fixed, "constexpr"), fixed, {(i,): [["tt.divisibility", 16]] for i in range(4)})
     ptx = triton.compile(source, GPUTarget("cuda", generation, 32), {"num_warps": WARPS}).asm["ptx"]
-    print(generation, *sorted(set(re.findall(r"(?:ld|st)\\.global[.\\w]*", ptx))))
+    narrow = re.findall(r"(?:ld|st)\\.global\\.b16", ptx)
+    wide = re.findall(r"st\\.global\\.v4\\.b32", ptx)
+    copies = re.findall(r"cp\\.async\\.cg\\.shared\\.global [^;]*0x10|ld\\.global\\.v4\\.b32", ptx)
+    print(generation, *narrow, "wide stores" * bool(wide), "wide loads" * bool(copies))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for line in done.stdout.splitlines():
-        assert "ld.global.v4.b32" in line, line
-        assert "st.global.v4.b32" in line, line
-        assert ".b16" not in line, line
+        assert line.endswith(" ld.global.b16 wide stores wide loads"), f"the target's logit alone is read by itself: {line}"
+        assert line.count("b16") == 1, line
     assert len(done.stdout.splitlines()) == 3

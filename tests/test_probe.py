@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from anew.train import train
 from tests.faults.common import losses, tiny
 from tests.ranks import run_ranks
 
+resource = pytest.importorskip("resource", reason="Windows has no limits of this kind")
 GB = 1 << 30
 
 
