@@ -229,7 +229,7 @@ def gpu_paths(attention: str) -> Iterator[None]:
         return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
 
     anew.head.has_kernel = torch.compiler.assume_constant_result(lambda _: True)
-    anew.model.adds_bias_in_product = lambda _: True
+    anew.model.is_on_gpu = lambda _: True
     anew.model.attend = attend
     is_compiling = torch.compiler.is_compiling
     torch.compiler.is_compiling = lambda: True

@@ -1,15 +1,29 @@
 #!/usr/bin/env bash
-# Everything that has to be seen on an NVIDIA GPU, in one command: first that it is right, then how fast it is.
+# Checks and measures everything that needs an NVIDIA GPU, in parts of less than eight minutes each.
 #
-#   benchmarks/h200.sh results            # about 25 minutes on one H100 or H200; figures as JSON lines in results/figures.jsonl
-#   PART=1 benchmarks/h200.sh results     # or in parts of less than ten minutes: 1 correctness, 2 ladder and attention, 3 the step, 4 the rest,
-#                                         5 the fast recipe (not in all: about 25 minutes in pieces, the same command until it ends; DATA=a data folder)
+#   PART=1 benchmarks/h200.sh results     # one part; each is useful alone, and this is the order of their use
+#   benchmarks/h200.sh results            # parts 1 to 8 one after the other, about 45 minutes on an H100 or H200
 #
-# Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow, filelock, matplotlib and pytest must be there (part 5: transformers). The command line needs
-# tyro, rich and loguru; where they are missing, wheels in the folder .whl are used (pip download --no-deps -d .whl tyro loguru typeguard ...).
+#   1  correctness: tests/test_cuda.py, tests/test_cross_entropy.py
+#   2  the training step of 124M at 64 x 1024, with each attention kernel and in blocks, and a profile
+#   3  decoding beside transformers: one row and sixteen
+#   4  the speed ladder
+#   5  the step beside transformers' at 16 x 1024; recomputed blocks; micro-batch auto
+#   6  attention kernels by length
+#   7  350M and 774M
+#   8  1558M; the optimizers' share of a step: AdamW and Muon
+#   9  the fast recipe's time to a loss, 50M tokens an arm (not in "all": the same command again until it
+#      says that it is complete, about 25 minutes in pieces; DATA names a prepared data folder)
+#
+# Figures: results/figures.jsonl, one JSON object for each measurement. Output of each command: results/*.txt.
+#
+# The machine needs Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow,
+# filelock, rich and pytest; part 3 and 5 transformers; the pictures matplotlib. Where tyro or loguru are
+# missing, wheels in the folder .whl are installed first. On a machine with network:
+#   pip download --no-deps -d .whl tyro==1.0.17 loguru typeguard docstring_parser
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?a folder for the results}
+out=${1:?usage: benchmarks/h200.sh FOLDER_FOR_RESULTS}
 part=${PART:-all}
 python=${PYTHON:-python3}
 mkdir -p "$out"
@@ -20,60 +34,81 @@ if ! "$python" -c 'import tyro, loguru' 2> /dev/null && ls .whl/*.whl > /dev/nul
     export PYTHONPATH="$site:$PYTHONPATH"
 fi
 failed=0
+
 say() { printf '\n== %s\n' "$*"; }
-try() { # NAME COMMAND...: its output to results/NAME.txt and its end to the screen
-    local name=$1
-    shift
+
+# run SECONDS NAME COMMAND...: the command's output goes to NAME.txt, and its last lines to the screen.
+run() {
+    local limit=$1 name=$2 code=0
+    shift 2
     say "$name: $*"
-    timeout "${LIMIT:-420}" "$@" > "$out/$name.txt" 2>&1 || { code=$?; ((code == 75)) && echo "to be gone on with: the same command" || { failed=1; echo "FAILED with $code"; }; }
+    timeout "$limit" "$@" > "$out/$name.txt" 2>&1 || code=$?
+    if ((code == 75)); then
+        echo "not complete yet: run the same command again"
+    elif ((code != 0)); then
+        failed=1
+        echo "FAILED with exit code $code"
+    fi
     tail -n "${LINES_SHOWN:-12}" "$out/$name.txt"
 }
-bench() { # NAME ARGUMENTS...: as try, and the JSON that ends its output to figures.jsonl
-    local name=$1
-    shift
-    try "$name" "$python" -m anew bench "$@" --json
+
+# bench SECONDS NAME ARGUMENTS...: `anew bench`, whose last line is a JSON object for figures.jsonl.
+bench() {
+    local limit=$1 name=$2
+    shift 2
+    run "$limit" "$name" "$python" -m anew bench "$@" --json
     tail -n 1 "$out/$name.txt" | grep '^{' | sed "s/^{/{\"name\": \"$name\", /" >> "$out/figures.jsonl"
 }
+
 wants() { [[ $part == all || $part == "$1" ]]; }
 
 say "$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2> /dev/null || echo 'no nvidia-smi')"
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 
 if wants 1; then
-    LINES_SHOWN=30 try correct "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_cross_entropy.py tests/test_probe.py
+    LINES_SHOWN=40 run 460 correct "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_cross_entropy.py
 fi
 if wants 2; then
-    bench ladder ladder gpt2-124m --micro-batch 16 --seq-len 1024 --rounds 10 --picture "$out/ladder.png"
-    bench attention attention gpt2-124m --micro-batch 16 --seq-len 1024
-fi
-if wants 3; then # the headline: tokens a second at T = 1024
-    for micro in 16 32 64; do
-        for attention in flash cudnn; do
-            bench "step-$micro-$attention" train gpt2-124m --micro-batch "$micro" --seq-len 1024 --attention "$attention" --rounds 20 --alone
-        done
+    for attention in cudnn flash auto; do
+        bench 110 "step-64-$attention" train gpt2-124m --micro-batch 64 --seq-len 1024 --attention "$attention" --rounds 20 --alone
     done
-    bench step-transformers train gpt2-124m --micro-batch 16 --seq-len 1024 --rounds 20
+    bench 60 step-64-blocks train gpt2-124m --micro-batch 64 --seq-len 1024 --compile blocks --rounds 20 --alone
+    profiled="$out/profiled"
+    run 90 profile "$python" -m anew train gpt2-124m --data stdlib --steps 12 --warmup-steps 2 --batch-tokens 65536 \
+        --micro-batch 64 --val-tokens 0 --profile 3 --out "$profiled"
+    gzip -f "$profiled/trace.json" 2> /dev/null && mv "$profiled/trace.json.gz" "$out/"
+    rm -rf "$profiled"
+fi
+if wants 3; then
+    bench 200 generate-1 generate gpt2-124m
+    bench 200 generate-16 generate gpt2-124m --rows 16
 fi
 if wants 4; then
-    bench generate-1 generate gpt2-124m
-    bench generate-16 generate gpt2-124m --rows 16
-    bench step-recompute train gpt2-124m --micro-batch 64 --seq-len 1024 --recompute --alone
-    for size in 350m 774m 1558m; do
-        bench "step-$size" train "gpt2-$size" --micro-batch 8 --seq-len 1024 --alone
-    done
-    run="$out/profiled"
-    try profile "$python" -m anew train gpt2-124m --data stdlib --steps 12 --warmup-steps 2 --batch-tokens 65536 --micro-batch 64 \
-        --val-tokens 0 --profile 3 --out "$run"
-    gzip -f "$run/trace.json" 2> /dev/null && mv "$run/trace.json.gz" "$out/"
-    rm -rf "$run"
+    bench 460 ladder ladder gpt2-124m --micro-batch 16 --seq-len 1024 --rounds 10 --picture "$out/ladder.png"
 fi
-if [[ $part == 5 ]]; then # Muon's share of a step, then time to a loss at 50M tokens an arm
-    if ! grep -qs '"step-64-muon"' "$out/figures.jsonl"; then
-        bench step-64-adamw train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone
-        bench step-64-muon train gpt2-124m --micro-batch 64 --seq-len 1024 --rounds 20 --alone --optimizer muon
-    fi
-    LIMIT=580 LINES_SHOWN=30 bench recipe recipe gpt2-124m --data "${DATA:-fineweb-edu}" --steps 763 --batch-tokens 65536 --micro-batch 64 \
-        --val-tokens 1048576 --minutes 7 --out runs/recipe-124m --picture "$out/recipe.png"
+if wants 5; then
+    bench 200 step-transformers train gpt2-124m --micro-batch 16 --seq-len 1024 --rounds 20
+    bench 110 step-recompute train gpt2-124m --micro-batch 64 --seq-len 1024 --recompute --rounds 10 --alone
+    automatic="$out/automatic"
+    run 140 micro-batch-auto "$python" -m anew train gpt2-124m --data stdlib --steps 3 --warmup-steps 1 --val-tokens 0 --out "$automatic"
+    rm -rf "$automatic"
+fi
+if wants 6; then
+    bench 460 attention attention gpt2-124m --micro-batch 16 --seq-len 1024
+fi
+if wants 7; then
+    bench 200 step-350m train gpt2-350m --micro-batch 32 --seq-len 1024 --rounds 10 --alone
+    bench 260 step-774m train gpt2-774m --micro-batch 16 --seq-len 1024 --compile blocks --rounds 10 --alone
+fi
+if wants 8; then
+    bench 200 step-1558m train gpt2-1558m --micro-batch 16 --seq-len 1024 --compile blocks --rounds 10 --alone
+    for optimizer in adamw muon; do
+        bench 120 "step-64-$optimizer" train gpt2-124m --micro-batch 64 --seq-len 1024 --optimizer "$optimizer" --rounds 20 --alone
+    done
+fi
+if [[ $part == 9 ]]; then
+    LINES_SHOWN=30 bench 460 recipe recipe gpt2-124m --data "${DATA:-fineweb-edu}" --steps 763 --batch-tokens 65536 \
+        --micro-batch 64 --val-tokens 1048576 --minutes 6 --out runs/recipe-124m --picture "$out/recipe.png"
 fi
 say "figures: $out/figures.jsonl"
-exit $failed
+exit "$failed"

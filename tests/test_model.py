@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,29 @@ def test_compiled_gelu_is_the_tanh_gelu() -> None:
     rewritten = x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
     assert (rewritten - F.gelu(x, approximate="tanh")).abs().max() < 1e-14
     assert (gelu(x) - F.gelu(x)).abs().max() > 4e-4  # the exact GELU is another function
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_the_gpu_forms_are_the_same_function(compiled: bool, dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases inside the products, and the GELU with its bias's gradient, against fp64; traced as for Inductor."""
+
+    def gradients(model: GPT, loss_of: Any) -> tuple[float, torch.Tensor]:
+        ids = ids_for(SMALL, 2, 24)
+        loss = loss_of(ids, ids.roll(-1, 1))
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+    exact_model, model = GPT(SMALL, torch.float64, seed=3).double(), GPT(SMALL, dtype, seed=3)
+    for parameter in (*exact_model.parameters(), *model.parameters()):
+        if parameter.ndim == 1:  # biases are zero and gains one in a new model
+            parameter.data += 0.1 * torch.linspace(-1, 1, len(parameter), dtype=parameter.dtype)
+    exact_loss, exact = gradients(exact_model, exact_model)
+    monkeypatch.setattr("anew.model.is_on_gpu", lambda _: True)
+    loss, found = gradients(model, torch.compile(model, dynamic=False, backend="aot_eager") if compiled else model)
+    torch._dynamo.reset()
+    assert loss == pytest.approx(exact_loss, rel=off / 10)
+    assert ((found - exact).norm() / exact.norm()).item() < off
 
 
 def test_no_token_sees_the_future() -> None:

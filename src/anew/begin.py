@@ -104,7 +104,7 @@ def training_loss(state: State) -> Any:
     """
     if not state.rt.compile:
         return state.model
-    if state.world.size == 1:
+    if state.world.size == 1 and state.config.run.compile != "blocks":
         return torch.compile(state.model, dynamic=False)
     for block in state.model.transformer.h:
         block.compile(dynamic=False)

@@ -12,7 +12,7 @@ import os
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -94,17 +94,18 @@ def ladder(config: Config, steps: int, device: str) -> Iterator[tuple[Rung, Meas
 
 def apart(config: Config, steps: int, matmul: str = "") -> Measured | str:
     """`measure` in a process of its own, with fresh memory and settings; a sentence if that failed."""
-    return _in_a_process(_measure, config, steps, matmul)
+    found: Measured | str = _in_a_process(_measure, config, steps, matmul)
+    return found
 
 
-def _in_a_process(work: Callable[..., None], *arguments: Any) -> Measured | str:
+def _in_a_process(work: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=work, args=(there, *arguments))
     process.start()
     there.close()
     try:
-        found: Measured | str = here.recv()
+        found = here.recv()
     except EOFError:
         found = "the process ended without a word, as when the system is out of memory"
     process.join()
@@ -184,35 +185,39 @@ def machine_memory() -> int:
         return 0
 
 
-def attention_apart(config: Config, kind: str, T: int, rounds: int, device: str) -> Measured | str:
-    """Time `attend` forward and backward for 4 sequences of T tokens, in a process of its own."""
-    return _in_a_process(_attention, config, kind, T, rounds, device)
+def attention_apart(config: Config, kind: str, lengths: Sequence[int], rounds: int, device: str) -> list[Measured | str]:
+    """Time `attend` forward and backward for 4 sequences of each length, in one process of its own."""
+    found = _in_a_process(_attention, config, kind, lengths, rounds, device)
+    return found if isinstance(found, list) else [found] * len(lengths)
 
 
-def _attention(wire: Connection, config: Config, kind: str, T: int, rounds: int, device: str) -> None:
+def _attention(wire: Connection, config: Config, kind: str, lengths: Sequence[int], rounds: int, device: str) -> None:
     rt = runtime.start(config.override(device=device).run)
-    shape = (4, config.model.n_head, T, config.model.head_dim)
+    wire.send([_attention_at(config, kind, T, rounds, rt) for T in lengths])
+
+
+def _attention_at(config: Config, kind: str, T: int, rounds: int, rt: runtime.Runtime) -> Measured | str:
+    heads, head_dim = config.model.n_head, config.model.head_dim
     generator = torch.Generator().manual_seed(0)
-    q, k, v, d_out = (torch.randn(shape, generator=generator).to(rt.device, rt.dtype) for _ in range(4))
-    for tensor in (q, k, v):
-        tensor.requires_grad_()
-    f: Any = torch.compile(attend, dynamic=False) if rt.compile and kind == "flash" else attend
+    # As in the model: queries, keys and values are views of one product, and the gradient comes in the order (B, T, heads, head_dim).
+    product = torch.randn(4, T, 3, heads, head_dim, generator=generator).to(rt.device, rt.dtype).requires_grad_()
+    d_out = torch.randn(4, T, heads, head_dim, generator=generator).to(rt.device, rt.dtype).transpose(1, 2)
+    f: Any = torch.compile(attend, dynamic=False) if rt.compile and kind != "plain" else attend
     watch_peak(rt.device)
     times = []
     try:
         for _ in range(rounds + 1):
             begin = time.perf_counter()
+            q, k, v = product.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
             f(q, k, v, None, 0.0, True, kind).backward(d_out)
-            assert q.grad is not None
-            q.grad.flatten()[:1].cpu()  # waits for the device
+            assert product.grad is not None
+            product.grad.flatten()[:1].cpu()  # waits for the device
             times.append(time.perf_counter() - begin)
-            q.grad = k.grad = v.grad = None
+            product.grad = None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        wire.send("out of memory")
-        return
+        return "out of memory"
     first, *rest = times
-    C = config.model.n_embd
-    flops = 12.0 * 4 * T * C * (T + 1) / 2
-    wire.send(Measured(statistics.median(rest), (min(rest), max(rest)), first, 4 * T, flops, peak_bytes(rt.device), ()))
+    flops = 12.0 * 4 * T * config.model.n_embd * (T + 1) / 2
+    return Measured(statistics.median(rest), (min(rest), max(rest)), first, 4 * T, flops, peak_bytes(rt.device), ())

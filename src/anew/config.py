@@ -141,8 +141,11 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = setting(
         "auto", "where to compute; auto: the accelerator that torch finds, else cpu; cuda is also AMD's in a ROCm build", may_change=True
     )
-    compile: Literal["auto", "on", "off"] = setting(
-        "auto", "torch.compile for the training step; auto: where a compiler is at hand", may_change=True
+    compile: Literal["auto", "on", "blocks", "off"] = setting(
+        "auto",
+        "torch.compile for the training step; auto: where a compiler is at hand; blocks: one graph for all blocks instead of one for "
+        "the model, which starts minutes sooner for large models (several ranks always do so)",
+        may_change=True,
     )
     deterministic: bool = setting(False, "CUDA: resume bit for bit, at some cost in speed; a CPU always does")
     init: str = setting("", "start from this MODEL instead of random weights; its shape and tokenizer are taken over")

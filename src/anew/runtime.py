@@ -189,7 +189,7 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     """(compile the training step?, why)."""
     missing = missing_for_compile(device)
-    if wanted == "on" and missing:
+    if wanted in ("on", "blocks") and missing:
         raise UserError(f"torch.compile cannot work here: {missing}; install it, or use --compile off.")
     if wanted == "off":
         return False, "eager, as asked"

@@ -128,8 +128,10 @@ def attention(config: Config, device: str, a: Any) -> dict[str, Any]:
     rows = []
     print(f"attention forward and backward, {config.model.n_head} heads of {config.model.head_dim}, 4 sequences, on {device}\n")
     print("tokens  " + "".join(f"{kind + ' ms':>10}{'MB':>8}" for kind in kinds) + "   plain / flash")
-    for T in (256, 512, 1024, 2048, 4096):
-        found = {kind: bench.attention_apart(config, kind, T, a.rounds, device) for kind in kinds}
+    lengths = (256, 512, 1024, 2048, 4096)
+    columns = {kind: bench.attention_apart(config, kind, lengths, a.rounds, device) for kind in kinds}
+    for i, T in enumerate(lengths):
+        found = {kind: columns[kind][i] for kind in kinds}
         done = {kind: f for kind, f in found.items() if not isinstance(f, str)}
         cells = "".join(
             f"{1e3 * done[k].seconds:>10,.1f}{done[k].memory_bytes / 1e6:>8,.0f}" if k in done else f"{'--':>18}" for k in kinds
@@ -180,7 +182,8 @@ def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
     if a.rows == 1 and device == "cpu" and config.model.vocab_size == 50257 and rivals.is_installed("llama_cpp"):
         sides |= {"llama.cpp": rivals.llama_writing, "llama.cpp q8_0": rivals.llama_writing_q8}
     times = versus.alternate(sides, (config, device, a.rows, a.prompt_tokens, a.new_tokens), a.rounds)
-    print(f"{config.recipe}, {a.rows} x ({a.prompt_tokens} + {a.new_tokens}) tokens, bf16, on {device}, {a.rounds} turns\n")
+    dtype = "fp32" if rivals.writing_dtype(device) == torch.float32 else "bf16"
+    print(f"{config.recipe}, {a.rows} x ({a.prompt_tokens} + {a.new_tokens}) tokens, {dtype}, on {device}, {a.rounds} turns\n")
     return _rates(times, a.rows * a.new_tokens, "tokens")
 
 

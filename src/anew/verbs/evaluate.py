@@ -42,7 +42,9 @@ class EvaluateArgs:
     precision: Annotated[
         Literal["auto", "fp32", "tf32", "bf16", "fp16"], tyro.conf.arg(help="fp32 for verdicts; bf16 is several times faster")
     ] = "fp32"
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(help="auto: cuda, else mps, else cpu")] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps", "xpu"], tyro.conf.arg(help="auto: the accelerator that torch finds, else cpu")
+    ] = "auto"
     fresh: Annotated[bool, tyro.conf.arg(help="score everything again, also what an earlier evaluation has kept")] = False
     json: Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")] = False
 

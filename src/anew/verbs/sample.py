@@ -15,7 +15,7 @@ from anew.config import UserError
 from anew.generate import stream
 from anew.tokenizer import Tokenizer
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SampleArgs:
     top_k: Annotated[int, tyro.conf.arg(help="draw among this many likeliest tokens; 0: all")] = 50
     top_p: Annotated[float, tyro.conf.arg(help="draw among the likeliest tokens that hold this share")] = 1.0
     seed: Annotated[int, tyro.conf.arg(help="the same seed draws the same text")] = 1337
-    device: Annotated[Device, tyro.conf.arg(help="where to compute; auto: cuda, else mps, else cpu")] = "auto"
+    device: Annotated[Device, tyro.conf.arg(help="where to compute; auto: the accelerator that torch finds, else cpu")] = "auto"
     precision: Annotated[
         Literal["auto", "fp32", "tf32", "bf16", "fp16"], tyro.conf.arg(help="auto: the fastest that is safe on the device")
     ] = "auto"

@@ -24,7 +24,7 @@ class ServeArgs:
     host: Annotated[str, tyro.conf.arg(help="address to listen on; only this machine unless it is said, as 0.0.0.0")] = "127.0.0.1"
     port: Annotated[int, tyro.conf.arg(help="port to listen on; 0: any that is free")] = 8000
     waiting: Annotated[int, tyro.conf.arg(help="requests that may wait while one is answered; more are refused")] = 8
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(help="where to compute")] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps", "xpu"], tyro.conf.arg(help="where to compute")] = "auto"
     precision: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], tyro.conf.arg(help="auto: the fastest that is safe")] = "auto"
     int8: Annotated[bool, tyro.conf.arg(help="CPU: weights in 8 bits; faster, and changes the model a little")] = False
 
