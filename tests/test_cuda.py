@@ -172,7 +172,25 @@ def test_texts_of_different_numbers_of_rows_take_turns() -> None:
             ids = [20 + step] * len(prompts)
             a, b = graphed.step(ids, mine[text]), packed.step(ids, theirs[text])
             torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
-    assert sorted(rows for rows, _ in graphed.recordings) == [1, 3]
+    assert sorted(rows for rows, _, _ in graphed.recordings) == [1, 3]
+
+
+@only_cuda
+@torch.inference_mode()
+def test_the_likeliest_tokens_are_found_inside_the_recording() -> None:
+    """Greedy and top-k choices are those of the logits, and as many recordings are kept as rules were used."""
+    model = GPT(SMALL, torch.bfloat16, seed=2).to(DEVICE).eval()
+    graphed = Graphed(model)
+    cache, _ = _prefill(model, [[5, 6, 7], [8, 9]], 256)
+    for top_k in (1, 50, 1):
+        graphed.top_k = top_k
+        logits = graphed.step([11, 12], cache)
+        assert graphed.top is not None
+        values, ids = graphed.top
+        assert ids.shape == (2, top_k)
+        torch.testing.assert_close(values, logits.topk(top_k).values)
+        torch.testing.assert_close(logits.gather(1, ids), values)
+    assert len(graphed.recordings) == 2
 
 
 @only_cuda

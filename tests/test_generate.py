@@ -37,6 +37,15 @@ def test_top_k_and_top_p_keep_what_they_say() -> None:
     assert torch.bincount(cold, minlength=4) / 4000 == pytest.approx(squared / squared.sum(), abs=0.04)
 
 
+def test_what_a_decoder_has_found_is_what_sample_would_find() -> None:
+    logits = torch.randn(3, 257, generator=sampler(1))
+    one, five = logits.topk(1), logits.topk(5)
+    assert torch.equal(sample(logits, 0.0, 0, 1.0, sampler(), (one.values, one.indices)), logits.argmax(-1))
+    for seed in range(20):
+        rules = 0.9, 5, 0.8, sampler(seed)
+        assert torch.equal(sample(logits, *rules), sample(logits, 0.9, 5, 0.8, sampler(seed), (five.values, five.indices)))
+
+
 def test_a_seed_is_a_text_and_nothing_else_moves() -> None:
     torch.manual_seed(11)
     before = torch.get_rng_state()

@@ -28,11 +28,23 @@ def test_the_reference_run_costs_what_can_be_worked_out_by_hand(capsys: pytest.C
     assert facts["dollars"] == pytest.approx(by_hand * 8 * 2.5, rel=1e-3)
     assert facts["memory"]["state"] + facts["memory"]["gradients"] == 16 * 124_475_904
     assert facts["fits"]
-    assert "*         16           4 " in out
-    assert "half     4 x H100: 8 accumulated" in out
+    assert "*         64           1 " in out, "the recipe takes the largest micro-batch that fits"
+    assert "half     4 x H100: 2 accumulated" in out
     assert "19,073 steps x 524,288 = 10B tokens" in out
     assert "llm.c, 468k tokens/s" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+@pytest.mark.parametrize(("name", "gpu"), [
+    ("NVIDIA A100-SXM4-40GB", "A100-40"), ("NVIDIA A100-SXM4-80GB", "A100-80"), ("NVIDIA H100 80GB HBM3", "H100"),
+    ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 NVL", "H100 NVL"), ("NVIDIA H200", "H200"), ("NVIDIA H200 NVL", "H200 NVL"),
+    ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA H20", "H20"), ("NVIDIA B200", "B200"), ("Tesla T4", "T4"), ("NVIDIA T400 4GB", None),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("rtx4070", "RTX 4070"), ("NVIDIA GeForce RTX 5090", "RTX 5090"), ("NVIDIA L40S", "L40S"),
+    ("AMD Instinct MI300X", "MI300X"), ("Tesla V100-SXM2-32GB", "V100"), ("Apple M1 Max", "M1 Max"), ("NVIDIA RTX A6000", None),
+])  # fmt: skip
+def test_a_gpu_is_known_by_the_name_that_torch_reports(name: str, gpu: str | None) -> None:
+    found = devices.known(name)
+    assert (found.name if found else None) == gpu
 
 
 @pytest.mark.parametrize("gpu", [g.name for g in devices.GPUS])
@@ -80,11 +92,12 @@ def test_a_checkpoint_is_as_large_as_planned(settings: dict[str, Any], tmp_path:
 
 
 def test_what_does_not_fit_is_said_with_what_does(capsys: pytest.CaptureFixture[str]) -> None:
-    said = text_of(capsys, "gpt2-350m --gpu t4")
+    assert "does not fit" not in text_of(capsys, "gpt2-350m --gpu t4")
+    said = text_of(capsys, "gpt2-350m --gpu t4 --micro-batch 16")
     best = plan.largest_micro_batch(anew.recipe("gpt2-350m"), devices.find("t4"), 1, "fp16")
     assert 1 < best < 16
     assert f"the setting does not fit: use --micro-batch {best}" in said
-    assert "--parallel fsdp" in text_of(capsys, "gpt2-1558m --gpu 3090 --count 4")
+    assert "--parallel fsdp" in text_of(capsys, "gpt2-1558m --gpu 3090 --count 4 --micro-batch 1")
 
 
 def test_a_plan_from_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

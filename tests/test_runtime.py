@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from anew import UserError, runtime, toolchain
+from anew import UserError, rivals, runtime, toolchain
 from anew.attention import kernels_for
 from anew.config import RunConfig
+from anew.data import prepare, sources
+from anew.data.shards import DataFolder, consume
 from anew.files import replace
+from anew.parallel import World, preflight
 from anew.preempt import listening, signal_this_process
 from anew.probe import is_out_of_memory
 from anew.train import train
@@ -189,3 +192,58 @@ def test_peak_is_measured_where_no_datasheet_is_known() -> None:
     flops, source = runtime.peak_flops(rt)
     assert 1e9 < flops < 1e14
     assert "timed here" in source
+
+
+def test_two_machines_of_one_name_are_two_and_one_gpu_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers often share a host name; a GPU's UUID is its own."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr("anew.parallel.identity_of", lambda _: "GPU-1")
+    monkeypatch.setattr("anew.parallel._seconds", lambda *_: 1.0)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.empty(4))
+    others = {"GPU-2": "2 ranks on 1 machine", "GPU-1": ""}
+    for other, words in others.items():
+        world = World(0, 2, lambda mine, other=other: [mine, {**mine, "device": other}])
+        if words:
+            assert words in preflight(world, device, {}, 1 << 20)
+        else:
+            with pytest.raises(UserError, match="ranks 0 and 1 have the same GPU"):
+                preflight(world, device, {}, 1 << 20)
+
+
+def test_ranks_wait_patiently_only_where_another_prepares_something_for_them() -> None:
+    def impatient(value: Any) -> list[Any]:
+        raise AssertionError("this would time out")
+
+    seen: list[Any] = []
+
+    def patient(value: Any) -> list[Any]:
+        seen.append(value)
+        return [value]
+
+    world = World(0, 2, impatient, 0, patient)
+    assert world.everywhere(lambda: 7, first=lambda w: w.rank == 0) == 7
+    assert seen == ["", ""]
+    with pytest.raises(AssertionError):
+        world.everywhere(lambda: 7)
+
+
+def test_a_used_shard_is_not_mapped_when_it_is_removed(tmp_path: Path) -> None:
+    """Windows refuses to remove a file that is mapped into memory."""
+    prepare.prepare(sources.find(str(text_of(tmp_path))), prepare.Settings("bytes"), tmp_path / "data")
+    folder = DataFolder.open(tmp_path / "data")
+    shard = folder.splits["train"][0]
+    assert len(shard.tokens) > 1000
+    consume(folder.splits["train"], 1)
+    assert "tokens" not in shard.__dict__
+    assert not shard.path.exists()
+
+
+def text_of(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("A sentence of some length that is read again and again.\n" * 400)
+    return path
+
+
+def test_writing_is_compared_in_fp32_where_bf16_is_wrong() -> None:
+    assert rivals.writing_dtype("mps") == torch.float32
+    assert rivals.writing_dtype("cuda") == rivals.writing_dtype("cpu") == torch.bfloat16

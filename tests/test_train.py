@@ -247,6 +247,36 @@ def test_a_non_finite_step_is_skipped_and_said(tiny: Config, caplog: pytest.LogC
     assert math.isfinite(result.val_loss)
 
 
+def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a row is written while the next step is computed: before anything that is saved, evaluated or ends the run."""
+    module = sys.modules["anew.train"]
+    made = module.LateRows.__init__
+
+    def late(self, *arguments):
+        made(self, *arguments)
+        self.is_late = True
+
+    settings = {"save_every": 4, "evaluate_every": 3, "keep": 0}
+    usual = tiny.override(**settings, out=tiny.run.out + "-usual")
+    train(usual)
+    monkeypatch.setattr(module.LateRows, "__init__", late)
+    delayed = tiny.override(**settings)
+    behind = []
+    write = module.LateRows.write
+    monkeypatch.setattr(module.LateRows, "write", lambda self: (behind.append(len(self.waiting)), write(self))[1])
+    for stop in (2, 7):
+        with pytest.raises(Preempted):
+            train(delayed, StopAt(stop))
+    train(delayed)
+    assert 1 in behind
+    assert max(behind) == 1
+    assert rows_of(delayed) == rows_of(usual)
+    order = [json.loads(line) for line in (delayed.folder / "metrics.jsonl").read_text().splitlines()]
+    for i, row in enumerate(order):
+        if "val/loss" in row:
+            assert order[i - 1]["step"] == row["step"], "a validation follows the row of its step"
+
+
 def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["anew.train"]
     original = module.train_step

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -84,6 +85,17 @@ class Packed(GPT):
         return self.head(self.hidden(torch.tensor(ids, device=cache.lengths.device)[:, None], cache)[:, -1])
 
 
+@dataclass(frozen=True)
+class Recording:
+    """A recorded step: what is written into `ids` (B, 1) and `lengths` (B,) before it is played, and what it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    lengths: Tensor
+    logits: Tensor  # (B, 50257)
+    top: tuple[Tensor, Tensor] | None  # logits and ids of the likeliest tokens, each (B, top_k)
+
+
 class Graphed(Packed):
     """A packed model on an NVIDIA GPU, where a step of 200 small kernels is recorded once and played back for each token.
 
@@ -98,22 +110,25 @@ class Graphed(Packed):
         super().__init__(model)
         self.own: Cache | None = None  # for as many rows and slots as any text has needed
         self.text: weakref.ref[Cache] | None = None  # the cache that was copied last
-        # By rows and slots: the graph, its ids, its lengths, its logits.
-        self.recordings: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self.recordings: dict[tuple[int, int, int], Recording] = {}  # by rows, slots and top_k
+        self.top_k = 0  # how many of the likeliest tokens a step shall find
+        self.top: tuple[Tensor, Tensor] | None = None  # their logits and ids of the last step, each (B, top_k)
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257), until the next step, after one more id a row; the cache is one token longer."""
         with torch.cuda.device(cache.lengths.device):
             own, rows = self._copied(cache), len(ids)
             slots = min(own.keys.size(3), rounded_up(cache.used + 1, self.SLOTS))
-            if (rows, slots) not in self.recordings:
-                self.recordings[rows, slots] = self._record(slots, rows, own)
-            graph, static_ids, static_lengths, logits = self.recordings[rows, slots]
-            static_ids.copy_(torch.tensor(ids)[:, None])
-            static_lengths.copy_(cache.lengths)
-            graph.replay()
+            key = rows, slots, self.top_k
+            if key not in self.recordings:
+                self.recordings[key] = self._record(slots, rows, own)
+            recording = self.recordings[key]
+            recording.ids.copy_(torch.tensor(ids)[:, None])
+            recording.lengths.copy_(cache.lengths)
+            recording.graph.replay()
         cache.lengths, cache.used = cache.lengths + 1, cache.used + 1
-        return logits
+        self.top = recording.top
+        return recording.logits
 
     def fixed(self, ids: Tensor, lengths: Tensor, slots: int, cache: Cache) -> Tensor:
         """One step over `slots` slots of the cache's tensors: ids (B, 1), lengths (B,) -> logits (B, 50257). Moves no counter."""
@@ -144,7 +159,7 @@ class Graphed(Packed):
         if text is not None and self.own is not None:
             _copy_slots(self.own, text, len(text.lengths), text.used)
 
-    def _record(self, slots: int, rows: int, own: Cache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+    def _record(self, slots: int, rows: int, own: Cache) -> "Recording":
         ids = torch.zeros(rows, 1, dtype=torch.long, device=own.lengths.device)
         lengths = torch.full((rows,), slots - 1, device=own.lengths.device)  # the trial below writes into slots that are not read
         stream = torch.cuda.Stream()
@@ -155,7 +170,8 @@ class Graphed(Packed):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
             logits = self.fixed(ids, lengths, slots, own)
-        return graph, ids, lengths, logits
+            top = logits.topk(self.top_k) if self.top_k else None
+        return Recording(graph, ids, lengths, logits, None if top is None else (top.values, top.indices))
 
 
 def _copy_slots(source: Cache, target: Cache, rows: int, used: int) -> None:

@@ -13,24 +13,32 @@ import torch
 from torch import Tensor
 
 from anew.config import UserError
-from anew.fast_decode import pack
+from anew.fast_decode import Graphed, pack
 from anew.model import GPT, Cache
 
 log = logging.getLogger("anew")
 WORTH_PACKING = 16  # tokens: packing the weights of 124M costs as much as five of torch's
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+    top: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """(B, vocabulary) logits -> (B,) ids on the CPU. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep all.
 
     The likeliest token and the `top_k` likeliest are found on the logits' device, so that no more than those are copied. The draw
-    itself is made on the CPU in fp32, so that a seed means the same choice rule on every device.
+    itself is made on the CPU in fp32, so that a seed means the same choice rule on every device. `top` gives logits and ids of the
+    likeliest tokens where a decoder has found them already: one at temperature 0, else `top_k`.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1).cpu()
+        return logits.argmax(dim=-1).cpu() if top is None else top[1][:, 0].cpu()
     among: Tensor | None = None
     if 0 < top_k < logits.size(-1):
-        logits, among = logits.topk(top_k)  # each (B, top_k)
+        logits, among = logits.topk(top_k) if top is None else top  # each (B, top_k)
     probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)
     if top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
@@ -73,6 +81,10 @@ def steps(
     generator = torch.Generator().manual_seed(seed)
     cache: Cache | None = None
     decoder = pack(model, len(rows), int8) if use_cache and (int8 or n_tokens >= WORTH_PACKING) else None
+    graphed = decoder if isinstance(decoder, Graphed) else None
+    if graphed is not None:
+        wanted = 1 if temperature == 0 else top_k
+        graphed.top_k = wanted if wanted < model.config.vocab_size else 0
     cropped = False
     was_training = model.training
     model.eval()
@@ -84,14 +96,16 @@ def steps(
                         f"past the model's {positions} positions: the text is cropped to its last {positions // 2} tokens and read again"
                     )
                 rows, cache, cropped = [row[-max(1, positions // 2) :] for row in rows], None, True
+            top = None
             if cache is None:
                 cache, last = _prefill(model, rows, min(positions, max(map(len, rows)) + n_tokens - written))
                 logits = model.head(last)
             elif decoder is not None:
                 logits = decoder.step([row[-1] for row in rows], cache)
+                top = graphed.top if graphed is not None else None
             else:
                 logits = model.head(model.hidden(torch.tensor([[row[-1]] for row in rows], device=cache.lengths.device), cache)[:, -1])
-            ids = sample(logits, temperature, top_k, top_p, generator).tolist()
+            ids = sample(logits, temperature, top_k, top_p, generator, top).tolist()
             for row, i in zip(rows, ids, strict=True):
                 row.append(i)
             yield ids, logits

@@ -122,6 +122,8 @@ def make(config: Config, gpu: GPU, count: int = 1, price: float | None = None, m
     if count < 1:
         raise UserError(f"{count} GPUs cannot train; --count must be at least 1.")
     precision = gpu.precision if config.run.precision == "auto" else config.run.precision
+    if config.run.micro_batch == "auto":
+        config = config.override(micro_batch=largest_micro_batch(config, gpu, count, precision) or 1)
     micro, _ = config.micro_batches(count)
     flops = flops_per_token(config.model, config.data.seq_len)
     if measured is None:
