@@ -270,8 +270,6 @@ def report(config: Any, micro_batch: int, found: dict[str, Generated]) -> dict[s
     tokens = micro_batch * config.data.seq_len
     attention = 12 * config.model.n_layer * config.model.n_embd * (config.data.seq_len + 1) / 2 * tokens
     products = flops_per_token(config.model, config.data.seq_len) * tokens - attention
-    if config.model.recompute:
-        print("recomputed work is in the kernels' bytes, and not in the operations below")
     print(f"{config.recipe}, {micro_batch} x {config.data.seq_len} tokens, H200, torch {torch.__version__}, Triton {triton.__version__}\n")
     print(f"{'':<30}{'kernels':>8}{'GB':>8}")
     for name, graph in found.items():
@@ -314,7 +312,6 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--layers", type=int, default=0, help="another number of layers than the recipe's, to be faster")
     parser.add_argument("--attention", choices=["cudnn", "flash"], default="cudnn")
-    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--kernels", type=int, default=0, help="also list this many kinds of fused kernels, the most bytes first")
     parser.add_argument("--code", type=Path, help="write the generated code into this folder")
     parser.add_argument("--json", action="store_true")
@@ -322,7 +319,7 @@ def main() -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
     import anew
 
-    config = anew.recipe(arguments.recipe, recompute=arguments.recompute)
+    config = anew.recipe(arguments.recipe)
     if arguments.layers:
         config = config.override(n_layer=arguments.layers)
     pretend_h200()

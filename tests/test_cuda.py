@@ -27,7 +27,7 @@ from anew.devices import GPUS
 from anew.fast_decode import Graphed, Packed, pack
 from anew.generate import _prefill
 from anew.gradient_buckets import GradientBuckets, gradient_groups
-from anew.parallel import World, preflight, whole
+from anew.parallel import World, identity_of, whole
 from anew.preempt import Stop
 from anew.state import State
 from anew.train import train, train_step
@@ -161,18 +161,20 @@ def test_recorded_decoding_is_the_same_decoding() -> None:
 
 @only_cuda
 @torch.inference_mode()
-def test_texts_of_different_numbers_of_rows_take_turns() -> None:
-    """One row and three by turns: each goes on with its own keys and values, and no recording is made twice."""
+def test_texts_of_different_numbers_of_rows_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows and one by turns: each goes on with its own keys and values, and no recording is made twice."""
     model = GPT(SMALL, torch.bfloat16, seed=2).to(DEVICE).eval()
     graphed, packed = Graphed(model), Packed(model)
-    texts = [[[5, 6, 7]], [[9] * 4, [10] * 9, [11] * 2]]
+    texts = [[[9] * 4, [10] * 9, [11] * 2], [[5, 6, 7]]]
+    recorded, record = [], graphed._record
+    monkeypatch.setattr(graphed, "_record", lambda *arguments: (recorded.append(arguments[:3]), record(*arguments))[1])
     mine, theirs = ([_prefill(model, prompts, 256)[0] for prompts in texts] for _ in range(2))
     for step in range(6):
         for text, prompts in enumerate(texts):
             ids = [20 + step] * len(prompts)
             a, b = graphed.step(ids, mine[text]), packed.step(ids, theirs[text])
             torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
-    assert sorted(rows for rows, _, _ in graphed.recordings) == [1, 3]
+    assert recorded == [(128, 3, 0), (128, 1, 0)]
 
 
 @only_cuda
@@ -182,15 +184,15 @@ def test_the_likeliest_tokens_are_found_inside_the_recording() -> None:
     model = GPT(SMALL, torch.bfloat16, seed=2).to(DEVICE).eval()
     graphed = Graphed(model)
     cache, _ = _prefill(model, [[5, 6, 7], [8, 9]], 256)
-    for top_k in (1, 50, 1):
-        graphed.top_k = top_k
-        logits = graphed.step([11, 12], cache)
-        assert graphed.top is not None
-        values, ids = graphed.top
+    for top_k in (1, 50, 40, 1):
+        logits, top = graphed.step_and_top([11, 12], cache, top_k)
+        assert top is not None
+        values, ids = top
         assert ids.shape == (2, top_k)
         torch.testing.assert_close(values, logits.topk(top_k).values)
         torch.testing.assert_close(logits.gather(1, ids), values)
     assert len(graphed.recordings) == 2
+    assert graphed.step_and_top([11, 12], cache, 1000)[1] is None
 
 
 @only_cuda
@@ -207,7 +209,7 @@ def test_memory_is_what_the_plan_says() -> None:
 
 @pytest.fixture
 def group() -> Iterator[World]:
-    """A process group of one rank: over NCCL on a GPU, over gloo in a rehearsal. All its collectives are real."""
+    """A process group of one rank: over NCCL on a GPU, over gloo in a rehearsal. FSDP skips its collectives for one."""
     backend = distributed.get_default_backend_for_device(DEVICE)
     store = distributed.TCPStore("127.0.0.1", free_port(), is_master=True)
     distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -221,7 +223,7 @@ def plain_gradients(model: GPT, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_gradient_buckets_over_nccl(group: World) -> None:
-    """Buckets start from hooks of the backward pass, are summed by the real backend, and leave the gradients of one rank as they are."""
+    """NCCL takes the buckets from hooks of the backward pass, while it runs; what comes back for one rank are its own gradients."""
     ids = ids_for(2, 64)
     expected = plain_gradients(GPT(SMALL, seed=2).to(DEVICE), ids)
     model = GPT(SMALL, seed=2).to(DEVICE)
@@ -237,20 +239,23 @@ def test_gradient_buckets_over_nccl(group: World) -> None:
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_rank_without_gradients_clips_on_its_device(group: World) -> None:
-    """The gradient norm of a rank that was asked to stop before its first micro-batch is where its loss is."""
-    model = GPT(SMALL, seed=2).to(DEVICE)
-    buckets = GradientBuckets(gradient_groups(model), group)
-    buckets.start_step()
-    buckets.all_reduce()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    assert norm.device.type == DEVICE
-    assert norm.item() == 0.0
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_rank_that_is_asked_to_stop_before_its_first_micro_batch_ends_the_step(precision: str, group: World, tmp_path: Path) -> None:
+    """The real step, for a world that it takes for two ranks: the gradient norm must be where the loss is, and no scale is missing."""
+    config = tiny(tmp_path / "run", device=DEVICE, precision=precision)
+    state = State(config, runtime.start(config.run), "", World(0, 2))
+    before = [p.detach().clone() for p in state.params]
+    stop = Stop()
+    stop.set()
+    outcome = train_step(state.model, state, bench.text_batch(config, state.rt.device), 1.0, stop)
+    assert outcome.stop
+    assert not outcome.applied
+    assert all(torch.equal(p, q) for p, q in zip(state.params, before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fsdp_on_one_rank_is_the_same_model(dtype: torch.dtype, group: World) -> None:
-    """Sharding, gathering in bf16 and reduce-scatter are real with one rank too; the whole model that evaluation uses is exact."""
+    """FSDP's hooks, casts and accumulation on this device; the whole model that evaluation uses is exact."""
     ids = ids_for(2, 64)
     plain = GPT(SMALL, dtype, seed=2).to(DEVICE)
     expected = plain_gradients(plain, ids)
@@ -268,10 +273,12 @@ def test_fsdp_on_one_rank_is_the_same_model(dtype: torch.dtype, group: World) ->
             assert torch.equal(p, q)
 
 
-def test_the_link_is_measured_before_training(group: World) -> None:
-    """What every run of several ranks does first, with the GPU's identity."""
-    line = preflight(group, torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"), {"settings": "same"}, 1 << 20)
-    assert "1 ranks on 1 machine" in line
+@only_cuda
+def test_each_gpu_has_an_identity() -> None:
+    """By which ranks on one GPU are refused, whatever their machines are called."""
+    identities = [identity_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    assert len(set(identities)) == len(identities)
+    assert all(len(identity) > 8 for identity in identities)
 
 
 def test_a_launch_by_torchrun_with_one_rank_is_a_run_alone(tmp_path: Path) -> None:

@@ -91,8 +91,9 @@ def test_a_resumed_run_keeps_the_micro_batch_that_it_found(config: Config, monke
     train(config)
     log = (config.folder / "log.txt").read_text()
     assert "micro-batch 16, as this run found it before" in log
-    train(config.override(out=f"{config.folder}-new"))
-    assert "micro-batch 1: needs about" in (config.folder.parent / f"{config.folder.name}-new" / "log.txt").read_text()
+    for changed in ({"out": f"{config.folder}-new"}, {"recompute": True}):  # another run, or other memory: found anew
+        train(config.override(**changed))
+        assert "micro-batch 1: needs about" in (config.override(**changed).folder / "log.txt").read_text()
 
 
 def of_starved_rank(config: Config) -> Any:

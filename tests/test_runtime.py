@@ -15,7 +15,7 @@ from anew.config import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
 from anew.files import replace
-from anew.parallel import World, preflight
+from anew.parallel import World, refuse_shared_gpus
 from anew.preempt import listening, signal_this_process
 from anew.probe import is_out_of_memory
 from anew.train import train
@@ -194,20 +194,13 @@ def test_peak_is_measured_where_no_datasheet_is_known() -> None:
     assert "timed here" in source
 
 
-def test_two_machines_of_one_name_are_two_and_one_gpu_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_on_one_gpu_are_refused_and_hosts_of_one_name_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers often share a host name; a GPU's UUID is its own."""
-    device = torch.device("cuda", 0)
     monkeypatch.setattr("anew.parallel.identity_of", lambda _: "GPU-1")
-    monkeypatch.setattr("anew.parallel._seconds", lambda *_: 1.0)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.empty(4))
-    others = {"GPU-2": "2 ranks on 1 machine", "GPU-1": ""}
-    for other, words in others.items():
-        world = World(0, 2, lambda mine, other=other: [mine, {**mine, "device": other}])
-        if words:
-            assert words in preflight(world, device, {}, 1 << 20)
-        else:
-            with pytest.raises(UserError, match="ranks 0 and 1 have the same GPU"):
-                preflight(world, device, {}, 1 << 20)
+    device = torch.device("cuda", 0)
+    refuse_shared_gpus(World(0, 2, lambda mine: [mine, "GPU-2"]), device)
+    with pytest.raises(UserError, match="ranks 0 and 2 have the same GPU"):
+        refuse_shared_gpus(World(0, 3, lambda mine: [mine, "GPU-2", "GPU-1"]), device)
 
 
 def test_ranks_wait_patiently_only_where_another_prepares_something_for_them() -> None:

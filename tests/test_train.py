@@ -112,6 +112,18 @@ def test_a_compiled_run_resumes_bit_for_bit(tiny: Config) -> None:
     assert weights_hash(parts) == weights_hash(whole)
 
 
+def test_compiled_blocks_and_recomputed_ones_are_the_same_run(tiny: Config) -> None:
+    if not runtime.pick_compile("auto", torch.device("cpu"))[0]:
+        pytest.skip("needs a C++ compiler")
+    short = tiny.override(steps=4, warmup_steps=1)
+    train(short.override(out=tiny.run.out + "-eager"))
+    for name, settings in {"blocks": {}, "recomputed": {"recompute": True}}.items():
+        config = short.override(compile="blocks", out=f"{tiny.run.out}-{name}", **settings)
+        train(config)
+        for a, b in zip(rows_of(config), rows_of(short.override(out=tiny.run.out + "-eager")), strict=True):
+            assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6)
+
+
 def test_resume_across_shards_and_epochs(tiny: Config, tmp_path: Path) -> None:
     from anew import Tokenizer
     from anew.data import shards

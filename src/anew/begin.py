@@ -21,7 +21,7 @@ from anew.data.open import open_data
 from anew.data.shards import DataFolder
 from anew.evaluate.during import Evaluator
 from anew.files import replace
-from anew.parallel import World, joined, preflight
+from anew.parallel import World, joined, preflight, refuse_shared_gpus
 from anew.preempt import Stop
 from anew.probe import find_micro_batch
 from anew.saver import Saver
@@ -57,6 +57,7 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
         log.setLevel(logging.ERROR)  # rank 0 writes the log
     config = world.everywhere(lambda: settle(config), first=_is_first)
     rt = world.everywhere(lambda: runtime.start(config.run))
+    refuse_shared_gpus(world, rt.device)
     micro, _ = config.micro_batches(world.size)  # refuses what cannot be shared out
     run = config.folder
     world.everywhere(lambda: _own(run, stack) if world.rank == 0 else None)
@@ -66,16 +67,21 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
     state = State(config, rt, folder.identity, world)
     found = world.everywhere(lambda: state.begin(run) if world.rank == 0 else [])
     state.share()
+    micro_batch_found: dict[str, Any] = {}
     if config.run.micro_batch == "auto":
-        earlier = world.gather(earlier_micro_batch(config, rt, world.size))[0]
+        conditions = micro_batch_conditions(config, rt, world.size)
+        earlier = world.gather(earlier_micro_batch(config, conditions))[0]
         if earlier:
             micro, why = earlier, f"micro-batch {earlier}, as this run found it before"
         else:
             micro, why = find_micro_batch(state)
+        micro_batch_found = {"micro_batch": micro, **conditions}
         found.append(why)
         config = state.config = config.override(micro_batch=micro)
     tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
     recorder = stack.enter_context(metrics.Recorder(run, config, state.step, writes=world.rank == 0))
+    if micro_batch_found:
+        recorder.run_state.update(micro_batch_found=micro_batch_found)
     saver = Saver(run, config, tokenizer, recorder.run_state, state.step or -1)
     stack.callback(saver.finish)
     if world.rank == 0:
@@ -112,20 +118,27 @@ def training_loss(state: State) -> Any:
     return state.model
 
 
-def earlier_micro_batch(config: Config, rt: runtime.Runtime, ranks: int) -> int:
-    """The micro-batch that an earlier start of this run found on the same device and number of ranks; 0 if there is none.
+def micro_batch_conditions(config: Config, rt: runtime.Runtime, ranks: int) -> dict[str, Any]:
+    """What the micro-batch that fits depends on, beside the settings that a run cannot change."""
+    here = runtime.environment(rt)
+    return {
+        "device": here["device"], "precision": here["precision"], "ranks": ranks, "compile": here["compiled"] + config.run.compile,
+        "parallel": config.run.parallel, "recompute": config.model.recompute, "attention": config.model.attention,
+    }  # fmt: skip
+
+
+def earlier_micro_batch(config: Config, conditions: dict[str, Any]) -> int:
+    """The micro-batch that an earlier start of this run found under the same conditions; 0 if there is none.
 
     A resumed run is the same bit for bit only at the same micro-batch, and another trial might find another one.
     """
     try:
-        facts = json.loads((config.folder / "run_state.json").read_text(encoding="utf-8"))["environment"]
-        before = Config.read(config.folder / "config.json").run.micro_batch
+        found = json.loads((config.folder / "run_state.json").read_text(encoding="utf-8"))["micro_batch_found"]
+        micro_batch = int(found["micro_batch"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    here = runtime.environment(rt) | {"ranks": ranks}
-    same = all(facts.get(name) == here[name] for name in ("device", "ranks", "precision", "compiled"))
-    fits = isinstance(before, int) and config.batch_sequences % (ranks * before) == 0
-    return before if same and fits and isinstance(before, int) else 0
+    same = all(found.get(name) == value for name, value in conditions.items())
+    return micro_batch if same and config.batch_sequences % (conditions["ranks"] * micro_batch) == 0 else 0
 
 
 def settle(config: Config) -> Config:

@@ -101,34 +101,39 @@ class Graphed(Packed):
 
     What is recorded has fixed shapes and addresses: attention over the next multiple of 128 slots of a cache of its own, of which each row
     sees its own tokens. The cache of a text is copied into it at the text's first step, so recordings serve one text after the other.
-    There is a recording for each number of rows and of slots. All use the same cache, so fewer rows need no memory of their own.
+    There is a recording for each number of rows, of slots and of likeliest tokens. All use the same cache, so fewer rows need no cache
+    of their own.
     """
 
     SLOTS = 128
+    TOP_SIZES = (0, 1, 64)  # the likeliest token at temperature 0; the usual top_k is 40 or 50
 
     def __init__(self, model: GPT) -> None:
         super().__init__(model)
         self.own: Cache | None = None  # for as many rows and slots as any text has needed
         self.text: weakref.ref[Cache] | None = None  # the cache that was copied last
-        self.recordings: dict[tuple[int, int, int], Recording] = {}  # by rows, slots and top_k
-        self.top_k = 0  # how many of the likeliest tokens a step shall find
-        self.top: tuple[Tensor, Tensor] | None = None  # their logits and ids of the last step, each (B, top_k)
+        self.recordings: dict[tuple[int, int, int], Recording] = {}  # by rows, slots, and how many of the likeliest tokens are found
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257), until the next step, after one more id a row; the cache is one token longer."""
+        return self.step_and_top(ids, cache, 0)[0]
+
+    def step_and_top(self, ids: list[int], cache: Cache, top_k: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """As `step`, with logits and ids of the `top_k` likeliest tokens, each (B, top_k); None if that is 0 or more than are recorded."""
+        recorded = next((size for size in self.TOP_SIZES if size >= top_k), 0)
         with torch.cuda.device(cache.lengths.device):
             own, rows = self._copied(cache), len(ids)
             slots = min(own.keys.size(3), rounded_up(cache.used + 1, self.SLOTS))
-            key = rows, slots, self.top_k
+            key = rows, slots, recorded
             if key not in self.recordings:
-                self.recordings[key] = self._record(slots, rows, own)
+                self.recordings[key] = self._record(slots, rows, recorded, own)
             recording = self.recordings[key]
             recording.ids.copy_(torch.tensor(ids)[:, None])
             recording.lengths.copy_(cache.lengths)
             recording.graph.replay()
         cache.lengths, cache.used = cache.lengths + 1, cache.used + 1
-        self.top = recording.top
-        return recording.logits
+        top = recording.top
+        return recording.logits, None if top is None else (top[0][:, :top_k], top[1][:, :top_k])
 
     def fixed(self, ids: Tensor, lengths: Tensor, slots: int, cache: Cache) -> Tensor:
         """One step over `slots` slots of the cache's tensors: ids (B, 1), lengths (B,) -> logits (B, 50257). Moves no counter."""
@@ -137,7 +142,7 @@ class Graphed(Packed):
         return self.head(self.hidden(ids, view)[:, -1])
 
     def _copied(self, cache: Cache) -> Cache:
-        """The cache that recordings are of, with what `cache` holds in its first rows."""
+        """The cache whose addresses are recorded, with what `cache` holds in its first rows."""
         rows, capacity = cache.keys.size(1), rounded_up(cache.keys.size(3), self.SLOTS)
         if self.text is None or self.text() is not cache:
             self._give_back()
@@ -159,7 +164,7 @@ class Graphed(Packed):
         if text is not None and self.own is not None:
             _copy_slots(self.own, text, len(text.lengths), text.used)
 
-    def _record(self, slots: int, rows: int, own: Cache) -> "Recording":
+    def _record(self, slots: int, rows: int, top_k: int, own: Cache) -> Recording:
         ids = torch.zeros(rows, 1, dtype=torch.long, device=own.lengths.device)
         lengths = torch.full((rows,), slots - 1, device=own.lengths.device)  # the trial below writes into slots that are not read
         stream = torch.cuda.Stream()
@@ -170,7 +175,7 @@ class Graphed(Packed):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
             logits = self.fixed(ids, lengths, slots, own)
-            top = logits.topk(self.top_k) if self.top_k else None
+            top = logits.topk(top_k) if top_k else None
         return Recording(graph, ids, lengths, logits, None if top is None else (top.values, top.indices))
 
 

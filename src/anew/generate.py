@@ -82,9 +82,6 @@ def steps(
     cache: Cache | None = None
     decoder = pack(model, len(rows), int8) if use_cache and (int8 or n_tokens >= WORTH_PACKING) else None
     graphed = decoder if isinstance(decoder, Graphed) else None
-    if graphed is not None:
-        wanted = 1 if temperature == 0 else top_k
-        graphed.top_k = wanted if wanted < model.config.vocab_size else 0
     cropped = False
     was_training = model.training
     model.eval()
@@ -100,9 +97,10 @@ def steps(
             if cache is None:
                 cache, last = _prefill(model, rows, min(positions, max(map(len, rows)) + n_tokens - written))
                 logits = model.head(last)
+            elif graphed is not None:
+                logits, top = graphed.step_and_top([row[-1] for row in rows], cache, 1 if temperature == 0 else top_k)
             elif decoder is not None:
                 logits = decoder.step([row[-1] for row in rows], cache)
-                top = graphed.top if graphed is not None else None
             else:
                 logits = model.head(model.hidden(torch.tensor([[row[-1]] for row in rows], device=cache.lengths.device), cache)[:, -1])
             ids = sample(logits, temperature, top_k, top_p, generator, top).tolist()

@@ -58,7 +58,8 @@ class RunState:
         self.facts: Row = {}
         with contextlib.suppress(OSError, ValueError):
             self.facts = dict(json.loads(self.path.read_text(encoding="utf-8")))
-        self.facts = {"starts": int(self.facts.get("starts", 0)) + 1, "saved_step": self.facts.get("saved_step", 0)}
+        kept = {name: self.facts[name] for name in ("micro_batch_found",) if name in self.facts}
+        self.facts = {"starts": int(self.facts.get("starts", 0)) + 1, "saved_step": self.facts.get("saved_step", 0), **kept}
 
     def update(self, **facts: Any) -> None:
         """Replace some of the facts."""

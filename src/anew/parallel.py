@@ -215,17 +215,12 @@ def _end_with_parent() -> None:
 
 def preflight(world: World, device: torch.device, facts: dict[str, str], gradient_bytes: int) -> str:
     """Refuse ranks that do not fit together; a line that says what sharing the gradients costs. `facts` must be the same on all ranks."""
-    mine = {**facts, "machine": socket.gethostname(), "device": identity_of(device)}
+    mine = {**facts, "machine": socket.gethostname()}
     all_ranks = world.gather(mine)
     for key in facts:
         if len({found[key] for found in all_ranks}) > 1:
             listed = ", ".join(f"rank {rank} has {found[key]}" for rank, found in enumerate(all_ranks[:4]))
             raise UserError(f"the ranks differ in {key}: {listed}; start all of them with the same command and the same software.")
-    if device.type == "cuda":
-        devices = [found["device"] for found in all_ranks]
-        twice = [rank for rank, found in enumerate(devices) if devices.count(found) > 1]
-        if twice:
-            raise UserError(f"ranks {twice[0]} and {twice[1]} have the same GPU; start as many ranks a machine as it has GPUs.")
     tensor = torch.zeros(min(gradient_bytes, PREFLIGHT_BYTES) // 4, device=device)
     seconds = min(_seconds(lambda: world.all_reduce(tensor), tensor) for _ in range(3))
     speed = tensor.numel() * 4 / seconds
@@ -236,9 +231,17 @@ def preflight(world: World, device: torch.device, facts: dict[str, str], gradien
     )
 
 
+def refuse_shared_gpus(world: World, device: torch.device) -> None:
+    """Refuse two ranks on one GPU, before NCCL is asked for anything."""
+    gpus = world.gather(identity_of(device)) if device.type == "cuda" else []
+    twice = [rank for rank, gpu in enumerate(gpus) if gpus.count(gpu) > 1]
+    if twice:
+        raise UserError(f"ranks {twice[0]} and {twice[1]} have the same GPU; start as many ranks a machine as it has GPUs.")
+
+
 def identity_of(device: torch.device) -> str:
     """A name that no other GPU has, on any machine: containers may share a host name."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else str(device)
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _seconds(work: Callable[[], None], tensor: Tensor) -> float:

@@ -74,20 +74,22 @@ def _peak(state: State, sequences: int) -> int | None:
     device = state.rt.device
     ids = torch.zeros(sequences, state.config.data.seq_len, dtype=torch.int64, device=device)
     held: list[torch.Tensor] = []
+    accumulates = state.config.batch_sequences > sequences * state.world.size
     watch_peak(device)
     try:
-        for _ in range(PASSES):
+        for i in range(PASSES):  # as in a step: sharded gradients stay whole until the last micro-batch
+            state.prepare_backward(is_last=not accumulates or i == PASSES - 1, may_be_interrupted=True)
             state.model(ids, ids).backward()
             held = held or _to_come(state)
         return peak_bytes(device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        after_failed_pass(state.model)
         return None
     finally:
         for p in state.params:
             p.grad = None
-        after_failed_pass(state.model)
         if device.type == "cpu":
             del held
             _give_back()

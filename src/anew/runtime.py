@@ -36,7 +36,7 @@ MATMUL = {"fp32": "highest", "tf32": "high", "bf16": "highest", "fp16": "highest
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's place; how many there are is parallel.World's to say."""
+    """Where one process computes, and how. `parallel.World` holds the number of processes."""
 
     device: torch.device
     precision: str

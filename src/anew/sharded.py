@@ -4,8 +4,9 @@
     with whole_model(model) as whole: ...       # whole weights in fp32 on every rank, without any exchange inside
     parallel.whole(parameter)           # one whole parameter, on every rank
 
-GPT-2 1558M needs 25 GB for fp32 weights, gradients and AdamW's moments on one card, and 6.2 GB a card on four. What a checkpoint holds
-is the same in both modes, so a run may change from one to the other.
+GPT-2 1558M needs 25 GB for fp32 weights, gradients and AdamW's moments on one card, and 6.2 GB a card on four; 10.9 GB where micro-batches
+are accumulated, whose gradients stay whole until the last. What a checkpoint holds is the same in both modes, so a run may change from one
+to the other.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ def shard(model: GPT, dtype: torch.dtype) -> None:
     """Shard each block by itself (it is gathered only while it computes), then what is around the blocks.
 
     Blocks are gathered in `dtype`, in which they compute in any case: half the bytes in bf16. Their layer norms see weights rounded
-    to it. The embeddings, whose rows are added in fp32, are gathered in fp32; so are all gradients.
+    to it. The embeddings, whose rows are added in fp32, are gathered in fp32, and all gradients are summed in fp32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes 0.7 s, so it is imported only here
 
@@ -50,7 +51,8 @@ def after_failed_pass(model: nn.Module) -> None:
     """Make a model usable again after an error in a forward or backward pass, such as too little memory."""
     part: Any = model
     if is_sharded(model):
-        part.reset_iter_state()
+        if hasattr(part, "reset_iter_state"):  # not in every torch from 2.11 on
+            part.reset_iter_state()
         part.reshard()
 
 
@@ -77,7 +79,7 @@ def whole_model(model: GPT) -> Iterator[GPT]:
 
 
 def _eager_blocks(model: GPT) -> contextlib.AbstractContextManager[Any]:
-    """Inside, blocks that were compiled one by one run as they are written; importing the compiler for others would take seconds."""
+    """Run blocks that were compiled one by one eagerly inside. For other models this does not import the compiler, which takes seconds."""
     if model.transformer.h[0]._compiled_call_impl is None:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

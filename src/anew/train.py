@@ -95,7 +95,7 @@ def train_step(
     apply_update(state, skip, rate)
     drop_gradients(state)
     results = torch.stack([loss, norm, skip.float(), stop_requests, save_requests])
-    loss_, norm_, skipped, stop_, save_ = results.tolist()  # the only point where the host waits for the device
+    loss_, norm_, skipped, stop_, save_ = results.tolist()  # the one point where the host always waits for the device
     return Outcome(loss_, norm_, applied=not skipped, stop=stop_ > 0, save=save_ > 0)
 
 
@@ -241,7 +241,7 @@ def _loop(run: Begun, stop: Stop, after_step: Callable[[], None], progress: Call
 
 
 class LateRows:
-    """Writes the row of a step while the device computes the next step, which takes the host 2 to 4 ms (JSON and TensorBoard)."""
+    """Writes the row of a step while the device computes the next step. Writing (JSON and TensorBoard) takes the host 2 to 4 ms."""
 
     def __init__(self, run: Begun, progress: Callable[[metrics.Row], None] | None) -> None:
         self.run, self.progress = run, progress

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 8192, 16
-STAGES = tl.constexpr(2)  # the next block is loaded while one is in work; three would need 112 registers, and halve the programs at a time
+# The next block is loaded while one is in work. Three stages need 112 registers, which halves the programs on a multiprocessor.
+STAGES = tl.constexpr(2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
