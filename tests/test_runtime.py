@@ -25,6 +25,16 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 
 
+def test_apples_compiler_that_only_asks_to_be_installed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for code, reason in ((0, ""), (2, "xcode-select --install")):
+        answer = subprocess.CompletedProcess([], code)
+        monkeypatch.setattr(toolchain.subprocess, "run", lambda *_, answer=answer, **__: answer)
+        found = toolchain.missing_for_compile(CPU)
+        assert (reason in found) if reason else found == ""
+
+
 def test_precision_table(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     for capability, expected in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")):

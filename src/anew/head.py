@@ -21,6 +21,7 @@ from anew.toolchain import missing_for_triton
 # holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step. The GPU's kernel needs no copy, and each chunk costs it a
 # round of `wte`'s gradient through memory (1.6 GB at 16,384).
 CHUNK, CHUNK_COMPILED, CHUNK_KERNEL = 1024, 4096, 16_384
+FP16_SHRINK = 64.0
 
 
 class HeadLoss(torch.autograd.Function):
@@ -49,7 +50,7 @@ class HeadLoss(torch.autograd.Function):
             total = total + loss
             if d_hidden is not None and d_logits is not None:
                 d_hidden[rows] = d_logits @ weight
-                part = (d_logits.t() @ hidden[rows]).to(wte.dtype)
+                part = _product_of_chunk(d_logits, hidden[rows], wte.dtype)
                 d_wte = part if d_wte is None else d_wte + part
         ctx.save_for_backward(d_hidden, d_wte, count)
         return total / count
@@ -59,6 +60,13 @@ class HeadLoss(torch.autograd.Function):
         d_hidden, d_wte, count = ctx.saved_tensors
         scale = grad[0] / count  # in fp32: fp16 holds neither 1 / count times a small probability nor a loss scale of 65536
         return (d_hidden.float() * scale).to(d_hidden.dtype), d_wte * scale, None, None, None
+
+
+def _product_of_chunk(d_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """d_logits^T hidden, (rows of wte, C). In fp16 a frequent token's row could pass 65,504 before any loss scale can lower it."""
+    if hidden.dtype != torch.float16:
+        return (d_logits.t() @ hidden).to(dtype)
+    return (d_logits.t() @ (hidden / FP16_SHRINK)).to(dtype) * FP16_SHRINK
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
