@@ -59,13 +59,13 @@ def test_compiled_gelu_is_the_tanh_gelu() -> None:
 
 
 def test_a_frequent_token_does_not_overflow_the_heads_gradient_in_fp16() -> None:
-    """2,048 times the same target behind a large hidden state: its row of the gradient is 82,000, and fp16 ends at 65,504."""
-    hidden = torch.full((2048, 8), 40.0, dtype=torch.float16, requires_grad=True)
+    """2,048 times the same target behind a large hidden state: a chunk adds 82,000 to its row, and fp16 ends at 65,504."""
+    hidden = torch.full((2048, 8), 80.0, dtype=torch.float16, requires_grad=True)
     wte = torch.zeros(384, 8, requires_grad=True)
     targets = torch.full((2048,), 5)
     (2048 * head.HeadLoss.apply(hidden, wte, targets, 300, True)).backward()  # the sum over tokens instead of their mean
     exact_wte = torch.zeros(384, 8, dtype=torch.float64, requires_grad=True)
-    exact = F.cross_entropy((torch.full((2048, 8), 40.0).double() @ exact_wte.t())[:, :300], targets, reduction="sum")
+    exact = F.cross_entropy((torch.full((2048, 8), 80.0).double() @ exact_wte.t())[:, :300], targets, reduction="sum")
     exact.backward()
     torch.testing.assert_close(wte.grad, exact_wte.grad.float(), rtol=2e-3, atol=1.0)
 

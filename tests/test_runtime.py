@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ CPU = torch.device("cpu")
 
 
 def test_apples_compiler_that_only_asks_to_be_installed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = sysconfig.get_paths()
+    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: paths)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(toolchain.shutil, "which", lambda name: f"/usr/bin/{name}")
     for code, reason in ((0, ""), (2, "xcode-select --install")):
