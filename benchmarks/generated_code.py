@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/generated_code.py gpt2-124m --micro-batch 64
     .venv/bin/python benchmarks/generated_code.py gpt2-124m --micro-batch 64 --kernels 12   # and the largest kernels
-    .venv/bin/python benchmarks/generated_code.py gpt2-124m --code /tmp/code                # and the generated code
+    .venv/bin/python benchmarks/generated_code.py gpt2-124m --code generated                # and the generated code
 
 The model's loss is traced with fake tensors, which have shapes but no values. The forward and the
 backward graph are moved to a fake CUDA device, and Inductor generates its kernels for compute
