@@ -1,5 +1,6 @@
 """The exchange of gradients between ranks: its sums, its order, and when it starts."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -166,6 +167,8 @@ def test_a_stop_before_the_first_micro_batch_changes_nothing(settings: dict[str,
     folder, _ = checkpoint.newest(parts.folder)
     assert folder is not None
     assert folder.name == "step-00000004"
+    scaler = json.loads((folder / "trainer.json").read_text())["scaler"]
+    assert not scaler or scaler["_growth_tracker"] == 4, "a step that was broken off does not count towards a larger scale"
     assert ok(run_ranks(2, stopped_at, parts, -1)) == ["complete"] * 2
     assert losses(parts.folder) == losses(whole.folder)
     assert final(parts.folder) == final(whole.folder)

@@ -288,6 +288,18 @@ def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monke
         if "val/loss" in row:
             assert order[i - 1]["step"] == row["step"], "a validation follows the row of its step"
 
+    step = module.train_step
+
+    def failing(loss_of, state, *rest):
+        if state.step == 5:
+            raise RuntimeError("the device is gone")
+        return step(loss_of, state, *rest)
+
+    monkeypatch.setattr(module, "train_step", failing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        train(tiny.override(out=tiny.run.out + "-failed"))
+    assert metrics.read(tiny.override(out=tiny.run.out + "-failed").folder)[-1]["step"] == 5
+
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["anew.train"]
