@@ -67,7 +67,7 @@ class GradientBuckets:
         self.is_armed = False
 
     def start_when_ready(self) -> None:
-        """Let the next backward pass, the last one of this step, start the buckets that it completes."""
+        """Let the next backward pass, the last of this step, start the buckets that it completes."""
         self.missing = [len(group) for group in self.groups]
         self.is_armed = True
 
@@ -81,12 +81,6 @@ class GradientBuckets:
                 work.wait()
         torch._foreach_div_(self.flat, self.world.size)
         self.works = []
-
-    def drop(self) -> None:
-        """Release the gradients of a step that is over. The buffers stay, for the next step."""
-        for group in self.groups:
-            for parameter in group:
-                parameter.grad = None
 
     def _allocate(self) -> None:
         for group in self.groups:

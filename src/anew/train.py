@@ -171,9 +171,7 @@ def apply_update(state: State, skip: Tensor, rate: float) -> None:
 
 
 def drop_gradients(state: State) -> None:
-    """Release the gradients of a step that is over."""
-    if state.buckets is not None:
-        state.buckets.drop()
+    """Release the gradients of a step that is over. Buckets keep their memory for the next step."""
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
 
