@@ -15,7 +15,6 @@ FILES = sorted(p for p in SOURCE.rglob("*.py"))
 VERB_NAMES = ("train", "sample", "prepare", "evaluate", "export", "plan", "bench", "report", "serve")
 LEVELS = [
     {"spelling", "files", "attention", "toolchain", "kernels.cross_entropy"},
-    {"ramp"},
     {"config"},
     {"devices", "head"},
     {

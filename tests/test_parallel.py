@@ -70,7 +70,7 @@ def test_any_number_of_ranks_is_the_same_run(alone: tuple[Config, list[dict[str,
     assert len((shared.folder / "log.txt").read_text().splitlines()) == len((config.folder / "log.txt").read_text().splitlines()) + 1
 
 
-FAST = {"optimizer": "muon", "newton_schulz": "fp32", "muon_warmup": 5, "batch_ramp": "0.25:0.3,0.5:0.6", "average": 0.6, "steps": 10}
+FAST = {"optimizer": "muon", "newton_schulz": "fp32", "muon_warmup": 5, "steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def fast_alone(alone: tuple[Config, list[dict[str, Any]]], tmp_path_factory: pyt
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
-def test_muon_a_ramp_and_an_average_are_the_same_run_on_any_number_of_ranks(
+def test_muon_gives_the_same_run_on_any_number_of_ranks(
     fast_alone: tuple[Config, dict[str, Any]], ranks: int, parallel: str, tmp_path: Path
 ) -> None:
     config, single = fast_alone
@@ -90,7 +90,6 @@ def test_muon_a_ramp_and_an_average_are_the_same_run_on_any_number_of_ranks(
     for step in range(config.run.steps):
         parts, i = (first, step) if step < 6 else (second, step - 6)
         assert [row for part in parts for row in part["rows"][i]] == single["rows"][step]
-    assert [len(rows) for rows in single["rows"]] == [4, 4, 4, 8, 8, 8, 16, 16, 16, 16]
     assert len({part["outcomes"] for part in second}) == 1
     for a, b in zip(metrics.read(config.folder), metrics.read(shared.folder), strict=True):
         for key in ("tokens", "train/loss", "train/grad_norm", "val/loss"):

@@ -51,11 +51,8 @@ class StopAt:
 FAST = {
     "optimizer": "muon",
     "muon_warmup": 6,
-    "batch_ramp": "0.25:0.3,0.5:0.6",
-    "average": 0.4,
     "decay_share": 0.5,
     "wte_lr": 2e-3,
-    "zero_init": True,
 }
 VARIANTS = {
     "adamw": {},
@@ -79,24 +76,6 @@ def test_stopped_three_times_is_bit_for_bit_never_stopped(tiny: Config, variant:
     train(parts)
     assert rows_of(parts) == rows_of(whole)
     assert weights_hash(parts) == weights_hash(whole)
-
-
-def test_the_average_of_the_last_steps_is_the_model(tiny: Config) -> None:
-    """Every checkpoint of the tail holds the weights that go on being trained beside their mean, which is the model."""
-    from safetensors.torch import load_file
-
-    train(tiny.override(average=0.5, save_every=1, keep=0))
-    raw: dict[str, list[torch.Tensor]] = {}
-    for step in range(7, 13):
-        folder = tiny.folder / "checkpoints" / f"step-{step:08d}"
-        for name, tensor in load_file(folder / "optimizer.safetensors").items():
-            if name.startswith("raw."):
-                raw.setdefault(name.removeprefix("raw."), []).append(tensor)
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            torch.testing.assert_close(tensor, torch.stack(raw[name]).mean(0), rtol=1e-5, atol=1e-7)
-    before = load_file(tiny.folder / "checkpoints" / "step-00000006" / "optimizer.safetensors")
-    assert not [name for name in before if name.startswith("raw.")]
-    assert len({float(t.sum()) for t in raw["transformer.wte.weight"]}) == 6, "training went on"
 
 
 def test_a_compiled_run_resumes_bit_for_bit(tiny: Config) -> None:

@@ -160,6 +160,9 @@ def settle(config: Config) -> Config:
         own = Tokenizer.of_folder(Path(config.data.tokenizer))
         config = config.override(tokenizer=_kept(own, config.folder), vocab_size=own.n_vocab)
     config.check()
+    if existing is not None and config.data.recut and not existing.data.recut:
+        config = config.override(recut=False)  # the default of runs that began before this setting existed
+        log.info("this run keeps the order of windows it began with, the same in every epoch (--no-recut)")
     if existing is not None and (different := existing.differences(config)):
         raise UserError(
             f"{config.folder} is another run ({'; '.join(different)}); use the same settings to go on with it, or another --out."

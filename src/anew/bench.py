@@ -26,7 +26,7 @@ from anew.begin import training_loss
 from anew.config import Config, UserError
 from anew.model import flops_per_token
 from anew.preempt import Stop
-from anew.probe import is_out_of_memory, peak_bytes, watch_peak
+from anew.probe import is_out_of_memory
 from anew.state import State
 from anew.tokenizer import Tokenizer
 from anew.train import train_step
@@ -128,7 +128,7 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
     rt = runtime.start(config.run)
     if matmul:
         torch.set_float32_matmul_precision(matmul)
-    watch_peak(rt.device)
+    runtime.reset_peak_memory(rt.device)
     state, stop = State(config, rt, ""), Stop()
     loss_of = training_loss(state)
     batch = text_batch(config, rt.device)
@@ -142,7 +142,13 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
     flops = config.run.batch_tokens * flops_per_token(config.model, config.data.seq_len)
     first, *rest = times
     return Measured(
-        statistics.median(rest), (min(rest), max(rest)), first, config.run.batch_tokens, flops, peak_bytes(rt.device), tuple(losses)
+        statistics.median(rest),
+        (min(rest), max(rest)),
+        first,
+        config.run.batch_tokens,
+        flops,
+        runtime.peak_memory(rt.device),
+        tuple(losses),
     )
 
 
@@ -172,9 +178,7 @@ def at(config: Config, micro_batch: int, seq_len: int) -> Config:
     """`config` with a step of one micro-batch of this size: what is timed."""
     model = dataclasses.replace(config.model, n_positions=max(seq_len, config.model.n_positions))
     sized = dataclasses.replace(config, model=model)
-    return sized.override(
-        micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len, warmup_steps=0, steps=1000, batch_ramp=""
-    )
+    return sized.override(micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len, warmup_steps=0, steps=1000)
 
 
 def machine_memory() -> int:
@@ -203,7 +207,7 @@ def _attention_at(config: Config, kind: str, T: int, rounds: int, rt: runtime.Ru
     product = torch.randn(4, T, 3, heads, head_dim, generator=generator).to(rt.device, rt.dtype).requires_grad_()
     d_out = torch.randn(4, T, heads, head_dim, generator=generator).to(rt.device, rt.dtype).transpose(1, 2)
     f: Any = torch.compile(attend, dynamic=False) if rt.compile and kind != "plain" else attend
-    watch_peak(rt.device)
+    runtime.reset_peak_memory(rt.device)
     times = []
     try:
         for _ in range(rounds + 1):
@@ -220,4 +224,4 @@ def _attention_at(config: Config, kind: str, T: int, rounds: int, rt: runtime.Ru
         return "out of memory"
     first, *rest = times
     flops = 12.0 * 4 * T * config.model.n_embd * (T + 1) / 2
-    return Measured(statistics.median(rest), (min(rest), max(rest)), first, 4 * T, flops, peak_bytes(rt.device), ())
+    return Measured(statistics.median(rest), (min(rest), max(rest)), first, 4 * T, flops, runtime.peak_memory(rt.device), ())

@@ -14,11 +14,9 @@ import json
 import math
 import typing
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from anew.ramp import Ramp
 from anew.spelling import UserError as UserError  # everybody's
 from anew.spelling import ids_of
 
@@ -53,9 +51,6 @@ class GPTConfig:
         may_change=True,
     )
     head: Literal["chunked", "plain"] = setting("chunked", "loss: in chunks of rows, never all logits at once; plain: all, for comparison")
-    zero_init: bool = setting(
-        False, "residual projections begin at zero instead of 0.02/sqrt(2 x layers); in no recipe: it did not pay (docs/log.md, 13)"
-    )
     recompute: bool = setting(
         False, "keep each block's input only and compute the rest again going backward: less memory, a third more work", may_change=True
     )
@@ -108,7 +103,6 @@ class OptimConfig:
     wte_lr: float = setting(0.0, "peak learning rate of `wte`; 0: lr")
     schedule: Literal["cosine", "linear"] = setting("cosine", "shape of the decay after warm-up")
     decay_share: float = setting(1.0, "share of the steps after warm-up, at the end, in which the rate falls; it is constant before")
-    average: float = setting(0.0, "share of the steps, at the end, over which weights are averaged; the average is the model")
     warmup_steps: int = setting(715, "steps of linear warm-up; the first step already has 1/warmup_steps of the peak")
     weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only")
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient")
@@ -124,11 +118,6 @@ class RunConfig:
 
     steps: int = setting(19_073, "optimizer steps in the whole run")
     batch_tokens: int = setting(524_288, "tokens a step, over all ranks and micro-batches")
-    batch_ramp: str = setting(
-        "",
-        "begin with smaller batches: 0.25:0.1,0.5:0.3 is a quarter of batch_tokens in the first tenth of the steps, half up to 0.3; "
-        "rates go with the root of the share",
-    )
     micro_batch: int | Literal["auto"] = setting(
         16,
         "sequences in one forward pass; changes speed and memory, never the batch; auto: as many as fit into memory, tried before training",
@@ -158,9 +147,7 @@ class RunConfig:
         "ddp", "several ranks: ddp: all have the whole model; fsdp: each has a part of it, for models larger than a card", may_change=True
     )
     timeout_seconds: float = setting(600.0, "several ranks: one that the others wait for this long is lost", may_change=True)
-    spikes: Literal["keep", "skip", "rollback"] = setting(
-        "keep", "a loss or gradient norm far outside: apply it, skip the step, or go back and pass over the sequences since"
-    )
+    spikes: Literal["keep", "skip"] = setting("keep", "a step whose loss or gradient norm is far above the usual: apply it, or skip it")
     spike_z: float = setting(6.0, "standard deviations above the usual that make a spike")
     bad_steps: int = setting(10, "steps in a row that are not finite or spikes, after which the run stops", may_change=True)
     evaluate_every: int = setting(250, "steps between validations; 0: only at the end", may_change=True)
@@ -189,15 +176,10 @@ class Config:
         """Sequences a step, over all ranks."""
         return self.run.batch_tokens // self.data.seq_len
 
-    @cached_property
-    def ramp(self) -> Ramp:
-        """How many sequences each step has."""
-        return Ramp.of(self.run.batch_ramp, self.run.steps, self.batch_sequences)
-
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
-        return self.ramp.before(self.run.steps) * self.data.seq_len
+        return self.run.steps * self.batch_sequences * self.data.seq_len
 
     @property
     def folder(self) -> Path:
@@ -208,6 +190,8 @@ class Config:
         """The same config with flat settings replaced. Unknown names are refused; nothing is judged yet."""
         groups: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
+            if sentence := removed_setting(name):
+                raise UserError(sentence)
             if name not in GROUP_OF:
                 raise UserError(f"there is no setting '{name}'; `anew train --help` lists them all.")
             groups.setdefault(GROUP_OF[name], {})[name] = value
@@ -241,7 +225,6 @@ class Config:
             per = f"{ranks} rank{'s' * (ranks > 1)} x {T} tokens = {ranks * T:,}"
             raise UserError(f"batch_tokens {tokens:,} is not a multiple of {per}; change --batch-tokens, --seq-len or the ranks.")
         sequences = tokens // (ranks * T)
-        self.ramp.check(ranks)
         micro = wanted if isinstance(wanted, int) else max(n for n in range(1, min(16, sequences) + 1) if sequences % n == 0)
         if sequences % micro:
             raise UserError(
@@ -278,8 +261,6 @@ class Config:
             (d.val_tokens < 0, f"val_tokens {d.val_tokens} is negative; 0 means no validation."),
             (o.lr <= 0 or o.muon_lr <= 0, f"learning rates must be above 0, not lr {o.lr:g} and muon_lr {o.muon_lr:g}."),
             (o.wte_lr < 0 or o.muon_warmup < 0, "wte_lr and muon_warmup cannot be negative."),
-            (not 0 <= o.average < 1, f"average {o.average:g} is a share of the steps, from 0 to less than 1."),
-            (o.average > 0 and round(o.average * r.steps) < 1, f"average {o.average:g} of {r.steps} steps is not one step."),
             (not 0 < o.decay_share <= 1, f"decay_share {o.decay_share:g} is a share of the steps, above 0 and at most 1."),
             (not 0 <= o.min_lr <= o.lr, f"min_lr {o.min_lr:g} is not between 0 and lr {o.lr:g}."),
             (not (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), f"beta1 {o.beta1} and beta2 {o.beta2} must lie in [0, 1)."),
@@ -318,17 +299,51 @@ class Config:
         return found
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The text of RUN/config.json."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The config a run was started with (RUN/config.json)."""
+        """The config a run was started with (RUN/config.json), also of earlier versions."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = migrated(path, json.loads(path.read_text(encoding="utf-8")))
             groups = {g: t(**raw[g]) for g, t in GROUPS.items()}
             return cls(recipe=str(raw["recipe"]), **groups)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not the config.json of a run ({error}).") from error
+
+
+FORMAT = 2  # of RUN/config.json; files without a format were written before there was one and count as 1
+# Settings that earlier versions had: their group, the value that meant "off", and why they were removed.
+REMOVED: dict[str, tuple[str, Any, str]] = {
+    "zero_init": ("model", False, "starting residual projections at zero did not lower the loss (docs/log.md, 13)"),
+    "average": ("optim", 0.0, "averaging the weights of the last steps did not lower the loss (docs/log.md, 13)"),
+    "batch_ramp": ("run", "", "growing batches did not reach a loss with fewer tokens (docs/log.md, 13)"),
+}
+
+
+def removed_setting(name: str) -> str:
+    """The sentence that refuses a setting which earlier versions had; empty for any other name."""
+    if name not in REMOVED:
+        return ""
+    return f"the setting {name} no longer exists: {REMOVED[name][2]}; leave it out."
+
+
+def migrated(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Bring the content of a stored config.json to the present format. UserError if a run cannot be continued by this version."""
+    version = int(raw.pop("format", 1))
+    if version > FORMAT:
+        raise UserError(f"{path} has format {version}, and this version of anew reads formats up to {FORMAT}; update anew.")
+    if version == 1:
+        raw["data"].setdefault("recut", False)  # before this setting existed, every epoch had the same windows
+        for name, (group, off, _) in REMOVED.items():
+            if raw[group].pop(name, off) != off:
+                raise UserError(f"{path}: {removed_setting(name)[: -len('; leave it out.')]}; continue this run with anew 0.1.")
+        if raw["run"]["spikes"] == "rollback":
+            raise UserError(f"{path}: spikes=rollback no longer exists; continue this run with anew 0.1.")
+    return raw
 
 
 GROUPS = {"model": GPTConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}

@@ -202,11 +202,10 @@ def _training(run: Path, step: int) -> list[str]:
     """How the checkpoint of `step` was trained, and every whole evaluation of it, the last one where there are several."""
     config = Config.read(run / "config.json")
     lines = ["## Training", "", "| what | value |", "|---|---|"]
-    batch = f"{'up to ' * bool(config.run.batch_ramp)}{config.run.batch_tokens:,}"
     facts: dict[str, Any] = {
         "recipe": config.recipe,
         "steps": f"{step:,} of {config.run.steps:,}",
-        "tokens": f"{config.ramp.before(step) * config.data.seq_len:,} ({batch} a step)",
+        "tokens": f"{step * config.run.batch_tokens:,} ({config.run.batch_tokens:,} a step)",
         "text": Path(config.data.data).name if os.path.sep in config.data.data else config.data.data,
         "begun from": config.run.init or "random weights",
         "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}"

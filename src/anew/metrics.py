@@ -203,15 +203,14 @@ def describe(config: Config, ranks: int) -> Iterator[str]:
     yield f"       {m.n_layer} layers, width {m.n_embd:,}, {m.n_head} heads of {m.head_dim}, feed-forward {4 * m.n_embd:,}"
     yield f"       {count_parameters(m):,} parameters"
     yield f"batch: {ranks} rank{'s' * (ranks > 1)} x {micro} sequences x {T:,} tokens x {accumulation} accumulated"
-    growing = ", ".join(f"{n * T:,} from step {first:,}" for first, n in config.ramp.stages)
-    yield f"       = {r.batch_tokens:,} tokens a step" if not r.batch_ramp else f"       tokens a step: {growing}"
-    total, warm_up = (_count(config.ramp.before(steps) * T) for steps in (r.steps, o.warmup_steps))
+    yield f"       = {r.batch_tokens:,} tokens a step"
+    total, warm_up = (_count(steps * config.batch_sequences * T) for steps in (r.steps, o.warmup_steps))
     yield f"steps: {r.steps:,} = {total} tokens, of which {o.warmup_steps:,} = {warm_up} warm up"
 
 
 def describe_data(config: Config, train_tokens: int, val_tokens: int, epoch_sequences: int, dropped: int) -> Iterator[str]:
     """What is read, in lines. `dropped`: targets an epoch at the ends of shards, which fill no sequence."""
-    epochs = config.ramp.before(config.run.steps) / epoch_sequences
+    epochs = config.run.steps * config.batch_sequences / epoch_sequences
     yield f"data:  {config.data.data} as {config.data.tokenizer}"
     yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
     cut = ", each cut elsewhere" if config.data.recut and epochs > 1 else ""

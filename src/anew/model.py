@@ -272,7 +272,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """GPT-2's initialisation: std 0.02, residual projections 0.02/sqrt(2 x layers), `wpe` its own, padding rows zero."""
-        residual_std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if ".ln_" in name:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)

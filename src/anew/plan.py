@@ -112,9 +112,9 @@ def saved_values(compiled: bool) -> float:
 
 
 def checkpoint_bytes(config: Config) -> float:
-    """What one checkpoint holds, all in fp32: weights, AdamW's two moments or Muon's one, the average if there is one."""
+    """What one checkpoint holds, all in fp32: weights, AdamW's two moments or Muon's one."""
     N, blocks = count_parameters(config.model), 12 * config.model.n_layer * config.model.n_embd**2
-    return 4 * ((4 if config.optim.average else 3) * N - (blocks if config.optim.optimizer == "muon" else 0))
+    return 4 * (3 * N - (blocks if config.optim.optimizer == "muon" else 0))
 
 
 def make(config: Config, gpu: GPU, count: int = 1, price: float | None = None, measured: float | None = None) -> Plan:
@@ -161,10 +161,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"{c.recipe} on {n} x {gpu.name} in {plan.precision}"
     yield ""
     yield f"model    {count_parameters(c.model):,} parameters, {flops / 1e6:,.0f} MFLOP a token (causal)"
-    yield (
-        f"work     {r.steps:,} steps {'to' if r.batch_ramp else 'x'} {r.batch_tokens:,} = {tokens / 1e9:.3g}B tokens, "
-        f"{tokens * flops / 1e18:.3g} EFLOP"
-    )
+    yield (f"work     {r.steps:,} steps x {r.batch_tokens:,} = {tokens / 1e9:.3g}B tokens, {tokens * flops / 1e18:.3g} EFLOP")
     yield f"memory   of {gpu.memory_gb:g} GB on each GPU, in GB (* is the setting):"
     yield "       micro-batch accumulated   state  copies activations  logits     all"
     share = c.batch_sequences // n

@@ -243,3 +243,24 @@ def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
     begin = time.perf_counter()
     (a @ b).flatten()[:1].cpu()  # the copy waits for the device
     return time.perf_counter() - begin
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of the peak memory, which `peak_memory` returns."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: of torch on a GPU, otherwise of the process (Linux only; 0 elsewhere)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    [line] = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024

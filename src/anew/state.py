@@ -4,10 +4,9 @@ A step folder is a Hugging Face model folder and two files more: optimizer.safet
 parameter name, whole tensors, whatever the device, the grouping or the number of ranks) and trainer.json.
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from anew.parallel import ALONE, World, whole
 from anew.runtime import Runtime
 from anew.spikes import Spikes
 from anew.tokenizer import Tokenizer
-
-RAW, AVERAGE = "raw.", "average."  # where weights are averaged, the average is the model and these go on being trained
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,6 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     spikes: Spikes = field(default_factory=Spikes)
-    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights since the tail began, by name
-    excluded: list[tuple[int, int]] = field(default_factory=list)  # sequence numbers, first and behind the last, that are passed over
 
     def __post_init__(self) -> None:
         self.model = GPT(self.config.model, self.rt.dtype, self.config.run.seed).to(self.rt.device)
@@ -93,41 +88,8 @@ class State:
 
     def advance(self, seconds: float) -> None:
         """Count one step done."""
-        tokens = self.config.ramp.sequences(self.step) * self.config.data.seq_len
+        tokens = self.config.batch_sequences * self.config.data.seq_len
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
-
-    @torch.no_grad()
-    def add_to_average(self) -> None:
-        """In the last steps of a run, if wanted: the mean of the weights after each of them."""
-        steps = self.config.run.steps
-        first = steps - round(self.config.optim.average * steps) + 1
-        if self.step < first:
-            return
-        if self.step == first:
-            self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        else:
-            mine = [self.average[name] for name, _ in self.model.named_parameters()]
-            torch._foreach_lerp_(mine, [p.detach() for p in self.params], 1 / (self.step - first + 1))
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model is what a checkpoint of now would hold: the average, once there is one."""
-        parameters = dict(self.model.named_parameters())
-        raw = {name: parameters[name].detach().clone() for name in self.average}
-        for name, value in self.average.items():
-            parameters[name].detach().copy_(value)
-        try:
-            yield
-        finally:
-            for name, value in raw.items():
-                parameters[name].detach().copy_(value)
-
-    def first_sequence(self, step: int) -> int:
-        """The number of the first sequence of `step`'s batch."""
-        first = self.config.ramp.before(step)
-        for start, end in sorted(self.excluded):
-            first += end - start if first >= start else 0
-        return first
 
     def begin(self, run: Path) -> list[str]:
         """Read the newest good checkpoint of `run`, or --init, or nothing; lines that say which. On rank 0, then `share`."""
@@ -161,9 +123,6 @@ class State:
         for name, tensor in stored.items():
             missing = self.config.model.padded_vocab_size - tensor.size(0) if tensor.ndim and name.endswith(weights.WTE) else 0
             self.loaded[name] = nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor  # padding rows have no state: zeros
-        for raw in [name for name in self.loaded if name.startswith(RAW)]:
-            name = raw.removeprefix(RAW)
-            self.loaded[AVERAGE + name], self.loaded[name] = self.loaded[name], self.loaded.pop(raw)
 
     def _weights(self, folder: Path) -> dict[str, Tensor]:
         """Every weight at `folder`, checked, with padding rows."""
@@ -176,33 +135,15 @@ class State:
         kinds = [(name, value.dtype, value.ndim) for name, value in self.loaded.items()]
         trainer, kinds = self.world.gather((self._trainer(), kinds))[0]
         self._take(trainer)
-        self.average = {}
         for name, dtype, ndim in kinds:
             sharded.fill(self._slot(name, dtype, ndim), self.loaded.get(name), self.world)
         self.loaded = {}
-
-    def roll_back(self, run: Path) -> int:
-        """Back to the newest good checkpoint, with the sequences since then passed over for good; the step, or -1 if there is none."""
-        behind = self.first_sequence(self.step)  # the step after the bad one
-        found = self.world.everywhere(lambda: checkpoint.newest(run)[0] if self.world.rank == 0 else None)
-        [folder, *_] = self.world.gather(found)
-        if folder is None:
-            return -1
-        excluded, seconds = self.excluded, self.seconds
-        if self.world.rank == 0:
-            self.restore(folder)
-        self.share()
-        self.excluded, self.seconds = excluded, seconds
-        self.excluded = [*excluded, (self.first_sequence(self.step), behind)]
-        return self.step
 
     def snapshot(self) -> Snapshot | None:
         """A copy of all that a checkpoint holds, on rank 0; None on the others, which take part where weights are sharded."""
         tensors: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
-        weights_now = dict(self.model.named_parameters())
-        raw = {RAW + name: p for name, p in weights_now.items()} if self.average else {}
-        for kind, named in ((tensors, (self.average or weights_now).items()), (moments, [*self._moments(), *raw.items()])):
+        for kind, named in ((tensors, self.model.named_parameters()), (moments, self._moments())):
             for name, value in named:
                 full = whole(value)
                 if self.world.rank == 0:
@@ -221,9 +162,6 @@ class State:
         parameters = dict(self.model.named_parameters())
         if name in parameters:
             return parameters[name].detach()
-        if name.startswith(AVERAGE):
-            name = name.removeprefix(AVERAGE)
-            return self.average.setdefault(name, torch.zeros_like(parameters[name].detach()))
         key, parameter = name.split(".", 1)
         p = parameters[parameter]
         [owner] = [o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"])]
@@ -239,12 +177,10 @@ class State:
             "data_revision": self.data_revision,
             "scaler": self.scaler.state_dict(),
             "spikes": dataclasses.asdict(self.spikes),
-            "excluded": self.excluded,
         }
 
     def _take(self, trainer: dict[str, Any]) -> None:
         self.step, self.tokens, self.seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
         self.spikes = Spikes(**trainer.get("spikes", {}))
-        self.excluded = [(int(a), int(b)) for a, b in trainer.get("excluded", [])]
         if trainer["scaler"]:
             self.scaler.load_state_dict(trainer["scaler"])

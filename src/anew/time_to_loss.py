@@ -33,7 +33,7 @@ LossOf = Callable[[Ended], float]
 
 
 # The arms differ in these, so nobody else may set them.
-OWNED = ("seed", "warmup_steps", "optimizer", "schedule", "min_lr", "decay_share", "zero_init", "wte_lr", "muon_lr", "muon_warmup")
+OWNED = ("seed", "warmup_steps", "optimizer", "schedule", "min_lr", "decay_share", "wte_lr", "muon_lr", "muon_warmup")
 
 
 def reference(config: Config) -> Config:

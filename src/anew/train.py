@@ -16,7 +16,6 @@ import logging
 import math
 import struct
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,6 @@ log = logging.getLogger("anew")
 
 MicroBatch = tuple[Tensor, Tensor]
 NO_LIMITS = (math.inf, math.inf)
-ROLL_BACKS = 3  # to one and the same step; then the run is not getting past it
 
 
 @dataclass(frozen=True)
@@ -187,13 +185,11 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        micro = config.run.micro_batch
-        way = (
-            "the micro-batch that was found (log.txt says which); use --recompute"
-            if micro == "auto"
-            else f"micro-batches of {micro}; use --micro-batch auto"
-        )
-        raise UserError(f"there is not enough memory for {way}, or use a smaller one: the tokens a step stay the same.") from error
+        micro_batch = config.run.micro_batch
+        what = "the micro-batch that was found" if micro_batch == "auto" else f"a micro-batch of {micro_batch}"
+        raise UserError(
+            f"there is not enough memory for {what}; use a smaller --micro-batch or --recompute. The tokens a step stay the same."
+        ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -263,56 +259,34 @@ class LateRows:
 
 def _steps(run: Begun, stop: Stop, after_step: Callable[[], None], rows: LateRows) -> None:
     config, state, saver, r = run.config, run.state, run.saver, run.config.run
-    rolled_back: Counter[int] = Counter()
     began = time.perf_counter()
     compiled_for = 0  # sequences in a micro-batch
-    while state.step < r.steps:
-        for step, micro_batches in _batches(run, range(state.step, r.steps)):
-            began += run.evaluator.due(step)
-            sequences = config.ramp.sequences(step)
-            smaller = math.sqrt(sequences / config.batch_sequences)  # a smaller batch has a noisier gradient
-            rate = smaller * optim.rate(step, r.steps, config.optim)
-            limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
-            micro_batch = len(micro_batches[0][0]) if micro_batches else 0
-            compiling = run.compiled and not state.is_sharded and micro_batch not in (0, compiled_for)
-            outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits, compiling, rows.write)
-            compiled_for = micro_batch
-            if outcome.stop:
-                raise Interrupted
-            seconds = time.perf_counter() - began
-            state.advance(seconds)
-            state.add_to_average()
-            if outcome.applied:
-                state.spikes.add(outcome.loss, outcome.norm)
-            lr, tokens = rate * config.optim.lr, sequences * config.data.seq_len
-            row = metrics.step_row(state.clock(), outcome.loss, outcome.norm, lr, seconds, tokens, config, run.peak_flops)
-            first = state.first_sequence(step)
-            save = outcome.save or state.step % r.save_every == 0 or state.step == r.steps
-            now = save or run.evaluator.is_due(state.step)  # their rows and files come after this step's
-            rows.add(row, outcome.applied, f"sequences {first:,} to {first + sequences - 1:,}", now)
-            after_step()
-            spike = not outcome.applied and math.isfinite(outcome.loss + outcome.norm)
-            if spike and r.spikes == "rollback" and _rolled_back(run, rolled_back):
-                break  # the steps from there on read other sequences
-            if save:
-                saver.save(state)
-                _remove_used_shards(run)
-            began = time.perf_counter()
-
-
-def _rolled_back(run: Begun, before: Counter[int]) -> bool:
-    """Back to the last checkpoint, to go on behind the sequences that led to a spike. Without one the step was only skipped."""
-    run.saver.wait()
-    step = run.state.roll_back(run.config.folder)
-    if step < 0:
-        return False
-    before[step] += 1
-    if before[step] > ROLL_BACKS:
-        raise metrics.Diverged(f"the run went back to step {step:,} {ROLL_BACKS} times and spiked again; lower the learning rate.")
-    run.saver.taken_step = step
-    start, end = run.state.excluded[-1]
-    log.warning(f"went back to step {step:,}; sequences {start:,} to {end - 1:,} are passed over for good")
-    return True
+    for step, micro_batches in _batches(run, range(state.step, r.steps)):
+        began += run.evaluator.due(step)
+        rate = optim.rate(step, r.steps, config.optim)
+        limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
+        micro_batch = len(micro_batches[0][0]) if micro_batches else 0
+        compiling = run.compiled and not state.is_sharded and micro_batch not in (0, compiled_for)
+        outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits, compiling, rows.write)
+        compiled_for = micro_batch
+        if outcome.stop:
+            raise Interrupted
+        seconds = time.perf_counter() - began
+        state.advance(seconds)
+        if outcome.applied:
+            state.spikes.add(outcome.loss, outcome.norm)
+        sequences = config.batch_sequences
+        lr, tokens = rate * config.optim.lr, sequences * config.data.seq_len
+        row = metrics.step_row(state.clock(), outcome.loss, outcome.norm, lr, seconds, tokens, config, run.peak_flops)
+        first = step * sequences
+        save = outcome.save or state.step % r.save_every == 0 or state.step == r.steps
+        now = save or run.evaluator.is_due(state.step)  # their rows and files come after this step's
+        rows.add(row, outcome.applied, f"sequences {first:,} to {first + sequences - 1:,}", now)
+        after_step()
+        if save:
+            saver.save(state)
+            _remove_used_shards(run)
+        began = time.perf_counter()
 
 
 def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -322,9 +296,9 @@ def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]
     most, _ = config.micro_batches(world.size)
 
     def load(step: int) -> tuple[int, list[MicroBatch]]:
-        share = config.ramp.sequences(step) // world.size
+        share = config.batch_sequences // world.size
         micro = _micro_batch_of(share, most)
-        first = 0 if config.data.one_batch else state.first_sequence(step)
+        first = 0 if config.data.one_batch else step * config.batch_sequences
         rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
         if device.type == "cuda":
             rows = rows.pin_memory()
@@ -339,7 +313,7 @@ def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]
 
 def _blank_micro_batches(run: Begun) -> list[MicroBatch]:
     """As many micro-batches as the other ranks compute in this step. Sharded weights need every rank; the step is not applied."""
-    share = run.config.ramp.sequences(run.state.step) // run.state.world.size
+    share = run.config.batch_sequences // run.state.world.size
     most, _ = run.config.micro_batches(run.state.world.size)
     micro = _micro_batch_of(share, most)
     blank = torch.zeros(micro, run.config.data.seq_len, dtype=torch.int64, device=run.state.rt.device)
@@ -356,7 +330,7 @@ def _remove_used_shards(run: Begun) -> None:
     config, folder = run.config, run.folder
     saved = checkpoint.steps(config.folder)
     if folder.growth is not None and folder.growth.leads and bytes_of(config.data.disk_budget) and saved:
-        sequences = run.state.first_sequence(int(saved[0].name.removeprefix("step-")))
+        sequences = int(saved[0].name.removeprefix("step-")) * config.batch_sequences
         remove_used(run.batches.shards, sequences, config.data.seq_len)
 
 

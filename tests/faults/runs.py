@@ -231,7 +231,7 @@ def chain(n: int, rng: random.Random, place: Path) -> Tally:
         {"micro_batch": 2},
         {"evaluate_every": 3},
         {"dropout": 0.1},
-        {"optimizer": "muon", "batch_ramp": "0.5:0.4", "average": 0.3},
+        {"optimizer": "muon", "decay_share": 0.5},
     ]
     for i in range(n):
         settings = {"steps": 16, **kinds[i % len(kinds)]}
@@ -380,13 +380,10 @@ def poisoned(config: Config, kind: str, at: int) -> list[Any]:
     original = module.train_step
     factor = {"nan": math.nan, "inf": math.inf}.get(kind, 10.0)
     seen: list[Any] = []
-    done = False
 
     def step(loss_of: Any, state: Any, *rest: Any) -> Any:
-        nonlocal done
-        now = state.step == at and not (done and kind == "spike, roll back")
+        now = state.step == at
         bad = now and os.environ["RANK"] == "1"
-        done = done or now
         before = _digest(state) if now else ""
         outcome = original((lambda i, t: loss_of(i, t) * factor) if bad else loss_of, state, *rest)
         seen.append((state.step, repr(outcome), _digest(state) == before if now else None))
@@ -408,9 +405,9 @@ def bad_numbers(n: int, rng: random.Random, place: Path) -> Tally:
     """NaN or Inf on one rank; 10x spike"""
     tally = Tally()
     for i in range(n):
-        kind = ("nan", "inf", "spike, skip", "spike, roll back")[i % 4]
+        kind = ("nan", "inf", "spike, skip")[i % 3]
         at = rng.randint(60, 75)
-        settings = {"spikes": {"spike, skip": "skip", "spike, roll back": "rollback"}.get(kind, "keep")}
+        settings = {"spikes": "skip" if kind == "spike, skip" else "keep"}
         config = tiny(place / f"run-{i}", steps=80, **settings)
         found = run_ranks(2, poisoned, config, kind, at, seconds=120)
         if [status for status, _ in found] != ["ok", "ok"]:
@@ -423,11 +420,6 @@ def bad_numbers(n: int, rng: random.Random, place: Path) -> Tally:
         tally.check("applied=False" in bad, f"{kind}: {bad}")
         text = (config.folder / "log.txt").read_text()
         tally.check("the step was skipped (sequences" in text, f"{kind}: not said")
-        newest, _ = checkpoint.newest(config.folder)
-        trainer = json.loads((newest / "trainer.json").read_text()) if newest else {}
-        back = at + 1 - at % 5 - 1  # the checkpoint before: saved every five steps
-        expected = [[back * 16, (at + 1) * 16]] if kind == "spike, roll back" else []
-        tally.check(trainer["excluded"] == expected, f"{kind}: passed over {trainer['excluded']}, not {expected}")
         tally.check(metrics.read(config.folder)[-1]["step"] == 80, f"{kind}: the run did not end")
         tally.runs += 1
     return tally

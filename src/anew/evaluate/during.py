@@ -54,7 +54,7 @@ class Evaluator:
         validate, sample = (_is_multiple(step, every) for every in (r.evaluate_every, r.sample_every))
         if validate or sample:
             self.saver.save(self.state)
-            with self.state.averaged(), whole_model(self.state.model) as model:
+            with whole_model(self.state.model) as model:
                 if validate:
                     self.validate(model, "val", self.state.rt.precision)
                     self.score_tasks(model, self.state.rt.precision)
@@ -105,7 +105,7 @@ class Evaluator:
 
     def finish(self) -> tuple[float | None, float | None]:
         """The last word on a run: losses on held-out and (if asked for) on training text, in true fp32, and a sample if wanted."""
-        with self.state.averaged(), whole_model(self.state.model) as model:
+        with whole_model(self.state.model) as model:
             if self.config.run.sample_every:
                 self.sample(model)
             self.score_tasks(model, "fp32")

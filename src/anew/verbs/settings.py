@@ -44,6 +44,8 @@ def recipe_and_flags(argv: list[str], verb: str, own: list[Flag]) -> tuple[str, 
             continue
         name, _, value = token.lstrip("-").partition("=")
         name = name.replace("-", "_")
+        if sentence := settings.removed_setting(name):
+            raise UserError(sentence)
         if name in switches or name == "h":
             given[name] = "yes"
         elif name.removeprefix("no_") in switches:
