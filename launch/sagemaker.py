@@ -78,8 +78,7 @@ def main() -> None:
     os.environ.setdefault("ANEW_CACHE", str(BASE / "anew-cache"))
 
     from anew.cli import console
-    from anew.parallel import LostRank
-    from anew.preempt import Preempted
+    from anew.errors import LostRank, Preempted
     from anew.verbs.train import run_train
 
     channels = {name: os.environ[f"SM_CHANNEL_{name.upper()}"] for name in json.loads(os.environ.get("SM_CHANNELS", "[]"))}

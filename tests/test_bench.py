@@ -9,7 +9,7 @@ import torch
 import anew
 from anew import bench, rivals, runtime, versus
 from anew.cli import main
-from anew.config import UserError
+from anew.errors import UserError
 from anew.preempt import Stop
 from anew.state import State
 from anew.train import train_step

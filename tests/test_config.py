@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anew.config import FIELDS, Config, UserError
+from anew.config import FIELDS, Config
+from anew.errors import UserError
 from anew.recipes import RECIPES, recipe
 
 

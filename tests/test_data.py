@@ -12,7 +12,8 @@ from anew import Tokenizer, UserError
 from anew.data import prepare, sources
 from anew.data.batches import Batches, evaluation_windows, permute, prefetch
 from anew.data.open import open_data
-from anew.data.shards import HEADER_BYTES, DataFolder, Shard, SplitWriter, sha256_of
+from anew.data.shards import HEADER_BYTES, DataFolder, Shard, SplitWriter
+from anew.utils.files import sha256_of
 
 GPT2, BYTES = Tokenizer.named("gpt2"), Tokenizer.named("bytes")
 

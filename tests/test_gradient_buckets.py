@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from anew import GPT, GPTConfig, checkpoint, metrics
-from anew.data.shards import sha256_of
+from anew.errors import Preempted
 from anew.evaluate.task import Remote
 from anew.evaluate.tasks import TASKS
 from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.parallel import joined
-from anew.preempt import Preempted, signal_this_process
+from anew.preempt import signal_this_process
 from anew.train import train
+from anew.utils.files import sha256_of
 from tests.faults.common import final, losses, tiny
 from tests.ranks import run_ranks
 

@@ -14,7 +14,8 @@ SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 VERB_NAMES = ("train", "sample", "prepare", "evaluate", "export", "plan", "bench", "report", "serve")
 LEVELS = [
-    {"spelling", "files", "attention", "toolchain", "kernels.cross_entropy"},
+    {"errors"},
+    {"utils.files", "spelling", "attention", "toolchain", "kernels.cross_entropy"},
     {"config"},
     {"devices", "head"},
     {

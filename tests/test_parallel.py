@@ -125,7 +125,7 @@ def trained_until(config: Config, step: int) -> dict[str, Any]:
     import importlib
     import signal
 
-    from anew.preempt import Preempted
+    from anew.errors import Preempted
 
     module = importlib.import_module("anew.train")
     original = module.train_step

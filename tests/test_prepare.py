@@ -518,7 +518,7 @@ def test_training_on_what_is_still_being_prepared_is_training_on_what_is_there(h
 
 
 def test_a_disk_budget_holds_through_a_whole_run_and_its_resume(hub: Hub, web: Config, tmp_path: Path) -> None:
-    from anew.preempt import Preempted
+    from anew.errors import Preempted
     from anew.train import train
 
     size = max(len(raw) for raw in hub.files.values())

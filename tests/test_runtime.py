@@ -15,11 +15,11 @@ from anew.attention import kernels_for
 from anew.config import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
-from anew.files import replace
 from anew.parallel import World, refuse_shared_gpus
 from anew.preempt import listening, signal_this_process
 from anew.probe import is_out_of_memory
 from anew.train import train
+from anew.utils.files import rename
 from tests.faults.common import tiny
 from tests.ranks import run_ranks
 
@@ -169,9 +169,9 @@ def test_a_rename_waits_on_windows_until_nobody_has_the_file_open(monkeypatch: p
 
     monkeypatch.setattr(os, "replace", busy)
     with pytest.raises(PermissionError):
-        replace(source, target)  # elsewhere it is a fault, and said at once
+        rename(source, target)  # elsewhere it is a fault, and said at once
     monkeypatch.setattr(sys, "platform", "win32")
-    replace(source, target)
+    rename(source, target)
     assert target.read_text() == "new"
     assert not refusals
 

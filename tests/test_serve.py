@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from anew import GPT, GPTConfig, Tokenizer, generate, weights
-from anew.config import UserError
+from anew.errors import UserError
 from anew.serve import wanted
 from anew.serve.engine import Busy, Engine, Rules, Served
 

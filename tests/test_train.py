@@ -16,7 +16,8 @@ import torch
 
 import anew
 from anew import Config, UserError, checkpoint, metrics, runtime
-from anew.preempt import Preempted, Stop
+from anew.errors import Preempted
+from anew.preempt import Stop
 from anew.state import State
 from anew.train import _seed, train, train_step
 from tests.conftest import shared

@@ -6,7 +6,6 @@ Whatever is wrong is said here, on one rank for all, before an hour is lost. Not
 """
 
 import contextlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 
 from anew import metrics, runtime, weights
-from anew.config import Config, UserError
+from anew.config import Config
 from anew.data.batches import Batches
 from anew.data.open import open_data
 from anew.data.shards import DataFolder
+from anew.errors import UserError
 from anew.evaluate.during import Evaluator
-from anew.files import replace
 from anew.parallel import World, joined, preflight, refuse_shared_gpus
 from anew.preempt import Stop
 from anew.probe import find_micro_batch
@@ -28,6 +27,7 @@ from anew.saver import Saver
 from anew.spelling import bytes_of, ids_of
 from anew.state import State
 from anew.tokenizer import Tokenizer
+from anew.utils.files import read_json, write_atomic
 
 log = logging.getLogger("anew")
 
@@ -133,7 +133,7 @@ def earlier_micro_batch(config: Config, conditions: dict[str, Any]) -> int:
     A resumed run is the same bit for bit only at the same micro-batch, and another trial might find another one.
     """
     try:
-        found = json.loads((config.folder / "run_state.json").read_text(encoding="utf-8"))["micro_batch_found"]
+        found = read_json(config.folder / "run_state.json", metrics.FORMAT)[0]["micro_batch_found"]
         micro_batch = int(found["micro_batch"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
@@ -199,6 +199,4 @@ def _open(config: Config, world: World, stop: Stop) -> DataFolder:
 
 def write_config(run: Path, config: Config) -> None:
     """RUN/config.json, whole."""
-    temporary = run / ".config.json.tmp"
-    temporary.write_text(config.to_json(), encoding="utf-8")
-    replace(temporary, run / "config.json")
+    write_atomic(run / "config.json", config.to_json())

@@ -23,7 +23,8 @@ import torch
 from anew import runtime
 from anew.attention import attend
 from anew.begin import training_loss
-from anew.config import Config, UserError
+from anew.config import Config
+from anew.errors import UserError
 from anew.model import flops_per_token
 from anew.preempt import Stop
 from anew.probe import is_out_of_memory

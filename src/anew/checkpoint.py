@@ -11,14 +11,12 @@ every other file) comes last, then one rename. A kill at any moment leaves the o
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from anew.config import UserError
-from anew.data.shards import sha256_of
-from anew.files import replace
+from anew.errors import UserError
+from anew.utils.files import flush_to_disk, rename, sha256_of
 
 MANIFEST = "manifest.json"
 
@@ -55,16 +53,16 @@ def publish(temporary: Path, final: Path) -> None:
     """Hash and flush every file, write the manifest, rename."""
     files = {}
     for path in sorted(temporary.iterdir()):
-        _flush(path)
+        flush_to_disk(path)
         files[path.name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
-    _flush(manifest)
-    _flush(temporary)
+    flush_to_disk(manifest)
+    flush_to_disk(temporary)
     if final.exists():  # a resumed run reached the step of a broken checkpoint again
         shutil.rmtree(final)
-    replace(temporary, final)
-    _flush(final.parent)
+    rename(temporary, final)
+    flush_to_disk(final.parent)
 
 
 def verify(folder: Path) -> None:
@@ -113,20 +111,9 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
             if keep_every and int(folder.name[5:]) % keep_every == 0:
                 continue
             leftover = folder.with_name(f".{folder.name}.tmp")  # killed half-way this is for `clean`, and not a damaged checkpoint
-            replace(folder, leftover)
+            rename(folder, leftover)
             shutil.rmtree(leftover)
             continue
         with contextlib.suppress(UserError):
             verify(folder)
             good += 1
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk. Windows cannot open folders, and does not need to."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 
 from loguru import logger
 
-from anew.config import UserError
-from anew.parallel import LostRank
-from anew.preempt import Preempted
+from anew.errors import LostRank, Preempted, UserError
 from anew.recipes import RECIPES
 from anew.verbs.bench import run_bench
 from anew.verbs.evaluate import run_evaluate
@@ -80,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _speaks(error: UserError) -> bool:
     """Of several ranks one says what is wrong with all of them, and each what is wrong with it alone."""
-    return os.environ.get("RANK", "0") == "0" or not error.everywhere
+    return os.environ.get("RANK", "0") == "0" or not error.on_every_rank
 
 
 def _overview() -> str:

@@ -9,7 +9,7 @@ GPT-2, in causal FLOPs, and where that figure is from; "assumed" is a guess and 
 import re
 from dataclasses import dataclass
 
-from anew.config import UserError
+from anew.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@
 Each is written beside its place and renamed when it is whole. gguf and onnx are extras: `pip install -e '.[export]'`.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -21,9 +20,11 @@ import torch
 from torch import Tensor
 
 from anew import metrics, weights
-from anew.config import Config, UserError
+from anew.config import Config
+from anew.errors import UserError
 from anew.model import GPT, count_parameters
 from anew.tokenizer import Tokenizer
+from anew.utils.files import atomic_file, atomic_folder, json_lines, rename
 
 FORMATS = ("hf", "gguf", "onnx")
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -48,26 +49,13 @@ def export(model: str, to: str, out: Path, dtype: str = "f32") -> None:
     if to == "onnx":
         write_onnx(out, gpt)
         return
-    with _whole(out) as temporary:
-        if to == "hf":
-            write_hf(temporary, gpt, tokenizer, card(model, path, gpt, tokenizer))
-        else:
-            write_gguf(temporary, gpt, tokenizer, dtype, out.stem)
-
-
-@contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A place beside `out` to write to; it becomes `out` when the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+    if to == "hf":
+        with atomic_folder(out) as temporary:
+            write_hf(temporary, gpt, tokenizer, card(model, path, gpt, tokenizer))
+    else:
+        with atomic_file(out) as temporary:
+            write_gguf(temporary, gpt, tokenizer, dtype, out.stem)
 
 
 def write_hf(folder: Path, gpt: GPT, tokenizer: Tokenizer, readme: str) -> None:
@@ -163,7 +151,7 @@ def write_onnx(path: Path, gpt: GPT) -> None:
     try:
         program.save(folder / path.name, external_data=large)
         for written in sorted(folder.iterdir(), key=lambda p: p.name == path.name):  # the graph, which names the other, last
-            os.replace(written, path.with_name(written.name))
+            rename(written, path.with_name(written.name))
     finally:
         shutil.rmtree(folder)
 
@@ -222,11 +210,7 @@ def _training(run: Path, step: int) -> list[str]:
     lines += [f"| {name} | {value} |" for name, value in facts.items()] + [""]
     measured: dict[tuple[str, str, str], str] = {}
     path = run / "evaluations.jsonl"
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a killed writer's
-            continue
+    for row in json_lines(path) if path.is_file() else ():
         if row["step"] == step and not (row["limit"] or row["stride"] or row["file"]):
             for task, figures in row["tasks"].items():
                 for figure, value in figures.items():

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from anew.attention import as_added
 from anew.config import rounded_up
 from anew.model import GPT, Block, Cache
-from anew.runtime import cache_folder
+from anew.utils.files import atomic_file, cache_folder
 
 log = logging.getLogger("anew")
 
@@ -355,9 +355,8 @@ def _library() -> ctypes.CDLL | None:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], check=True, capture_output=True, text=True)
-            os.replace(temporary, path)
+            with atomic_file(path) as temporary:
+                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], check=True, capture_output=True, text=True)
         library: Any = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", "") or str(error)

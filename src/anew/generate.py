@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.fast_decode import Graphed, pack
 from anew.model import GPT, Cache
 

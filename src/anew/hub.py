@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from anew.config import UserError
 from anew.data.hub_data import is_network_error
-from anew.data.shards import sha256_of
+from anew.errors import UserError
+from anew.utils.files import sha256_of
 
 log = logging.getLogger("anew")
 

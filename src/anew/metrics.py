@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from anew.config import Config
-from anew.files import replace
+from anew.errors import Diverged, Preempted
 from anew.model import count_parameters, flops_per_token
-from anew.preempt import Preempted
+from anew.utils.files import json_lines, read_json, write_json
 
 log = logging.getLogger("anew")
 Row = dict[str, Any]
@@ -30,11 +30,7 @@ Row = dict[str, Any]
 def read(run: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl in order of steps; what a step wrote last counts, key by key. Half a line is skipped."""
     rows: dict[int, Row] = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in json_lines(run / "metrics.jsonl"):
         rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
@@ -46,8 +42,7 @@ def last_loss(run: Path) -> float:
     return next((float(row["train/loss"]) for row in reversed(read(run)) if row.get("train/loss") is not None), math.nan)
 
 
-class Diverged(RuntimeError):
-    """The run's steps cannot be applied any more."""
+FORMAT = 1  # of run_state.json
 
 
 class RunState:
@@ -57,7 +52,7 @@ class RunState:
         self.path, self.writes, self.lock = run / "run_state.json", writes, threading.Lock()
         self.facts: Row = {}
         with contextlib.suppress(OSError, ValueError):
-            self.facts = dict(json.loads(self.path.read_text(encoding="utf-8")))
+            self.facts, _ = read_json(self.path, FORMAT)
         kept = {name: self.facts[name] for name in ("micro_batch_found",) if name in self.facts}
         self.facts = {"starts": int(self.facts.get("starts", 0)) + 1, "saved_step": self.facts.get("saved_step", 0), **kept}
 
@@ -67,9 +62,7 @@ class RunState:
             return
         with self.lock:
             self.facts |= {**facts, "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-            temporary = self.path.with_name(".run_state.json.tmp")
-            temporary.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
-            replace(temporary, self.path)
+            write_json(self.path, self.facts, FORMAT)
 
 
 class Recorder:

@@ -26,14 +26,10 @@ from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
-from anew.config import UserError
+from anew.errors import LostRank, UserError
 from anew.preempt import signal_this_process
 
 T = TypeVar("T")
-
-
-class LostRank(RuntimeError):
-    """Another process of this job has ended or does not answer, so that this one cannot go on."""
 
 
 PREFLIGHT_BYTES = 64 << 20  # exchanged once before training, to measure the link
@@ -87,9 +83,7 @@ class World:
                     problem = str(error)
             gather = self.gather_patiently if first else self.gather
             if problems := [p for p in gather(problem) if p]:
-                common = UserError(problems[0])
-                common.everywhere = True
-                raise common
+                raise UserError(problems[0], on_every_rank=True)
         return done[0]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.report.charts import smoothed
 from anew.report.run import Run
 

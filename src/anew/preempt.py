@@ -21,10 +21,6 @@ from typing import Any
 NOTHING_YET = "stopped before its first step, so there was nothing to save; the same command starts again."
 
 
-class Preempted(Exception):
-    """The process was asked to stop, and has saved its last whole step (exit code 75)."""
-
-
 class Interrupted(BaseException):
     """Raised by a signal inside `Stop.breakable`. No Exception, so that nothing on the way takes it for an error and goes on."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.sharded import after_failed_pass
 from anew.state import State
 
@@ -50,7 +50,7 @@ def find_micro_batch(state: State) -> tuple[int, str]:
             needed = (peak or 0) / 1e9
             return sequences, f"micro-batch {sequences}: uses {needed:.1f} of {limit / 1e9:.1f} GB"
     error = UserError("not even one sequence fits into memory; lower --seq-len, choose a smaller model or use --parallel fsdp.")
-    error.everywhere = True
+    error.on_every_rank = True
     raise error
 
 

@@ -6,7 +6,8 @@ config = recipe("shakespeare", steps=200)           # settings given here replac
 import dataclasses
 from typing import Any
 
-from anew.config import Config, DataConfig, RunConfig, UserError
+from anew.config import Config, DataConfig, RunConfig
+from anew.errors import UserError
 
 _GPT2_STEPS = 19_073  # 10e9 / 524,288: one pass over FineWeb-Edu's sample-10BT
 # Validation every 500 steps is 2% of a run on one H200. The micro-batch is what fits, whatever the GPU.

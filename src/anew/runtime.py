@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from anew import devices
-from anew.config import RunConfig, UserError
+from anew.config import RunConfig
+from anew.errors import UserError
 from anew.toolchain import missing_for_compile
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,13 +61,6 @@ def environment(rt: Runtime) -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-
-
-def cache_folder() -> Path:
-    """Where downloads, prepared data and compiled kernels go: $ANEW_CACHE, else $XDG_CACHE_HOME/anew, else ~/.cache/anew."""
-    if "ANEW_CACHE" in os.environ:
-        return Path(os.environ["ANEW_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "anew"
 
 
 def start(run: RunConfig) -> Runtime:

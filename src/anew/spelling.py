@@ -3,12 +3,7 @@
 import re
 from pathlib import Path
 
-
-class UserError(ValueError):
-    """Something the user can put right: one plain sentence that says what is wrong and what to do (exit code 2)."""
-
-    everywhere = False  # True: all ranks raise it, so one of them may speak
-
+from anew.errors import UserError
 
 TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # ids each can emit; the last one is <|endoftext|>
 MOST_IDS = 65_536  # shards hold tokens as uint16

@@ -5,7 +5,6 @@ parameter name, whole tensors, whatever the device, the grouping or the number o
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anew import checkpoint, optim, sharded, weights
-from anew.config import Config, UserError
+from anew.config import Config
+from anew.errors import UserError
 from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.model import GPT
 from anew.parallel import ALONE, World, whole
 from anew.runtime import Runtime
 from anew.spikes import Spikes
 from anew.tokenizer import Tokenizer
+from anew.utils.files import read_json, write_json
+
+FORMAT = 2  # of trainer.json; format 1 also listed sequences that were passed over
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Snapshot:
         """Fill the folder of a checkpoint."""
         weights.write_model(folder, self.tensors, config.model, tokenizer)
         weights.write_tensors(folder / "optimizer.safetensors", self.moments)
-        (folder / "trainer.json").write_text(json.dumps(self.trainer, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "trainer.json", self.trainer, FORMAT)
 
 
 @dataclass
@@ -111,9 +114,15 @@ class State:
         self.loaded = self._weights(folder)
         try:
             stored = load_file(folder / "optimizer.safetensors")
-            trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+            trainer, _ = read_json(folder / "trainer.json", FORMAT)
+            if trainer.get("excluded"):
+                raise UserError(
+                    f"{folder} belongs to a run that went back after a spike (spikes=rollback, removed); continue it with anew 0.1."
+                )
             revision = trainer["data_revision"]
             self._take(trainer)
+        except UserError:
+            raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} is a model, but no checkpoint that training can resume from ({error}).") from error
         if revision != self.data_revision:

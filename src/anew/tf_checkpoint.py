@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from anew.config import UserError
+from anew.errors import UserError
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: "<f4", 14: "bf16", 19: "<f2"}  # tensorflow/core/framework/types.proto

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from anew.config import Config
-from anew.preempt import Preempted, Stop
+from anew.errors import Preempted
+from anew.preempt import Stop
 from anew.recipes import FAST
 from anew.trials import Ended, Trial, run_all
 

@@ -11,7 +11,6 @@ spells `<|endoftext|>` is encoded as those thirteen characters. The end-of-text 
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
@@ -20,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.spelling import TOKENIZERS, own_name
+from anew.utils.files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
@@ -195,9 +195,7 @@ class Tokenizer:
         """Put tokenizer.json into `folder`, whole or not at all, where the tokenizer is not built in."""
         if self.name not in TOKENIZERS and not (folder / FILE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{FILE}.tmp"
-            temporary.write_bytes(self.files()[FILE])
-            os.replace(temporary, folder / FILE)
+            write_atomic(folder / FILE, self.files()[FILE])
 
 
 def _tokens_of(merges: Sequence[tuple[int, int]]) -> list[bytes]:

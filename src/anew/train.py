@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from anew import checkpoint, metrics, optim
 from anew.begin import Begun, begin
-from anew.config import Config, UserError
+from anew.config import Config
 from anew.data.batches import prefetch
 from anew.data.open import Stopped, remove_used
+from anew.errors import Preempted, UserError
 from anew.parallel import whole
-from anew.preempt import NOTHING_YET, Interrupted, Preempted, Stop, listening
+from anew.preempt import NOTHING_YET, Interrupted, Stop, listening
 from anew.probe import is_out_of_memory
 from anew.profiling import profiled, quiet_garbage
 from anew.spelling import bytes_of

@@ -21,8 +21,9 @@ import torch
 
 from anew import checkpoint, metrics
 from anew.begin import settle
-from anew.config import Config, UserError
-from anew.preempt import Preempted, Stop, listening, signal_this_process
+from anew.config import Config
+from anew.errors import Diverged, Preempted, UserError
+from anew.preempt import Stop, listening, signal_this_process
 from anew.train import train
 
 DIVERGED = "diverged.txt"  # in the folder of a run that was given up
@@ -99,7 +100,7 @@ def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
     torch.compiler.reset()  # torch gives up on code that it has compiled for too many models
     try:
         train(trial.config.override(out=str(folder)))
-    except metrics.Diverged as error:  # a result as any other
+    except Diverged as error:  # a result as any other
         (folder / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
     found = ended(trial, out)
     if found is None:

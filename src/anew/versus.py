@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from anew.config import UserError
+from anew.errors import UserError
 
 Step = Callable[[], Any]
 

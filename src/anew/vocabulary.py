@@ -10,7 +10,7 @@ gives equal merges: ties between pairs are broken by their ids.
 import json
 from collections.abc import Iterable, Iterator
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.tokenizer import Tokenizer, pieces
 
 TEXT_BYTES = 100_000_000  # a vocabulary of tens of thousands of words does not change much behind the first 100 MB

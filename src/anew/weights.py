@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anew import checkpoint, foreign, hub
-from anew.config import GPTConfig, UserError
-from anew.data.shards import sha256_of
+from anew.config import GPTConfig
+from anew.errors import UserError
 from anew.model import GPT, Linear, count_parameters
 from anew.tokenizer import Tokenizer
+from anew.utils.files import sha256_of
 
 log = logging.getLogger("anew")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anew import Config, checkpoint, metrics
-from anew.preempt import Preempted
+from anew.errors import Preempted
 from anew.train import train
 from tests.faults.common import SIGNALS, Tally, final, flags, losses, tiny
 from tests.ranks import run_ranks, start

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from anew.config import UserError
 from anew.data.shards import Shard
+from anew.errors import UserError
 
 Pairs = tuple[np.ndarray, np.ndarray]
 More = Callable[[int], tuple[list[Shard], bool]]

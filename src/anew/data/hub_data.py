@@ -14,14 +14,14 @@
 Any other dataset is `repo:config:split:column`; its files are those that the hub converts every dataset to (`refs/convert/parquet`).
 """
 
-import hashlib
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anew.config import UserError
+from anew.errors import UserError
+from anew.utils.files import sha256_of
 
 NAMED = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/"),
@@ -109,7 +109,7 @@ def fetch(file: HubFile, folder: Path) -> Path:
                 raise
             problem = (str(error) or type(error).__name__).splitlines()[0]
             continue
-        if not file.sha256 or _sha256(path) == file.sha256:
+        if not file.sha256 or sha256_of(path) == file.sha256:
             return path
         problem = "the bytes received have another sha256 than the hub's list says"
         drop(file, folder)
@@ -127,8 +127,3 @@ def drop(file: HubFile, folder: Path) -> None:
     notes = folder / ".cache" / "huggingface" / "download" / file.path
     for note in notes.parent.glob(f"{notes.name}.*"):
         note.unlink()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -12,16 +12,15 @@ They carry no hashes, so only their sizes and headers are checked. Our own shard
 names are all that `--to llm.c` changes.
 """
 
-import os
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from anew.config import UserError
 from anew.data.shards import HEADER_BYTES, MAGIC, DataFolder, Shard, header_of
+from anew.errors import UserError
+from anew.utils.files import atomic_folder
 
 FORMATS = ("llm.c", "build-nanogpt", "nanogpt")
 
@@ -59,9 +58,7 @@ def write_others(folder: DataFolder, to: str, out: Path) -> list[Path]:
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with atomic_folder(out) as temporary:
         for split, found in folder.splits.items():
             for i, shard in enumerate(found):
                 name = f"{folder.source}_{split}_{i:06d}"
@@ -74,9 +71,6 @@ def write_others(folder: DataFolder, to: str, out: Path) -> list[Path]:
                     with (temporary / f"{name}.bin").open("wb") as file:
                         file.write(header_of(shard.n_tokens))
                         file.write(shard.tokens.data)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(out.iterdir())
 
 

@@ -22,22 +22,24 @@ from pathlib import Path
 
 import numpy as np
 
-from anew.config import UserError
 from anew.data import hub_data, readers, shards
 from anew.data.documents import Document, Text, halves, hash_of, in_order, jobs_of, threshold_of
 from anew.data.hub_data import HubFile
 from anew.data.shards import DataFolder
 from anew.data.sources import Source
 from anew.data.splits import Progress, Settings, Splits
+from anew.errors import UserError
 from anew.spelling import fits, ids_of
 from anew.tokenizer import FILE as TOKENIZER
 from anew.tokenizer import Tokenizer
+from anew.utils.files import read_json, write_json
 from anew.vocabulary import learn
 
 log = logging.getLogger("anew")
 
 OVERHEAD_BYTES = 1 << 16
 PROGRESS, INDEX, PARTS = "progress.json", "index.json", ".parts"
+FORMAT = 1  # of progress.json
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ class _Job:
             if strangers:
                 raise UserError(f"{self.out} exists already and holds {strangers[0]}; choose another --out or remove it.")
             fresh.threshold = threshold_of(self.source)
-            shards.write_json(path, asdict(fresh))  # before anything else, so that whatever a kill leaves is known to be ours
+            write_json(path, asdict(fresh), FORMAT)  # before anything else, so that whatever a kill leaves is known to be ours
             return fresh
         try:
-            found = Progress(**json.loads(path.read_text(encoding="utf-8")))
+            found = Progress(**read_json(path, FORMAT)[0])
+        except UserError:
+            raise
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); remove {self.out} and prepare again.") from error
         if (found.settings, found.source, found.revision) != (fresh.settings, fresh.source, fresh.revision):
@@ -285,7 +289,7 @@ class _Job:
 
     def _remember(self) -> None:
         self.splits.remember(self.progress)
-        shards.write_json(self.out / PROGRESS, asdict(self.progress))
+        write_json(self.out / PROGRESS, asdict(self.progress), FORMAT)
         if self.report:
             p, tokens, seconds = self.progress, self.splits.train.n_tokens, time.perf_counter() - self.began
             share = p.file / len(self.source.files)

@@ -6,7 +6,6 @@ their sha256; it is written last, so a folder that has one is whole.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -18,20 +17,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from anew.config import UserError
-from anew.files import replace
+from anew.errors import UserError
 from anew.spelling import TOKENIZERS
+from anew.utils.files import rename, sha256_of, write_atomic
 
 MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 INDEX_VERSION = 1
 SHARD_TOKENS = 100_000_000
 CONSUMED = "consumed.json"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ class SplitWriter:
     def __post_init__(self) -> None:
         part, final = self._part, self._part.with_suffix("")
         if not part.exists() and final.exists():  # killed between finishing this shard and remembering it
-            replace(final, part)
+            rename(final, part)
         for path in self.folder.glob(f"{self.split}-*.bin*"):
             if path != part and path.name not in {entry["name"] for entry in self.entries}:
                 path.unlink()
@@ -208,7 +201,7 @@ class SplitWriter:
         self.file.close()
         part = self._part
         entry = {"name": part.stem, "split": self.split, "tokens": self.unfinished, "sha256": sha256_of(part)}
-        replace(part, part.with_suffix(""))
+        rename(part, part.with_suffix(""))
         self.entries.append(entry)
         self.unfinished = 0
 
@@ -216,7 +209,7 @@ class SplitWriter:
 def write_index(folder: Path, tokenizer: str, source: str, revision: str, entries: Sequence[dict[str, Any]], **more: Any) -> None:
     """Write `index.json`: the last file of a data folder. `more` says where it comes from; readers do not need it."""
     index = {"version": INDEX_VERSION, "tokenizer": tokenizer, "dtype": "uint16", "source": source, "revision": revision}
-    write_json(folder / "index.json", {**index, "shards": list(entries), **more})
+    write_atomic(folder / "index.json", json.dumps({**index, "shards": list(entries), **more}, indent=2) + "\n")
 
 
 def consumed(folder: Path) -> int:
@@ -231,21 +224,11 @@ def consume(shards: Sequence[Shard], count: int) -> None:
     """Remove the first `count` training shards: a run is done with them."""
     folder = shards[0].path.parent
     if count > consumed(folder):
-        write_json(folder / CONSUMED, count)
+        write_atomic(folder / CONSUMED, f"{count}\n")
         for shard in shards[:count]:
             shard.__dict__.pop("tokens", None)  # Windows does not remove a file that is mapped into memory
             with contextlib.suppress(PermissionError):  # still mapped by a reader: removed with the next shard
                 shard.path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace `path` in one step: it is the old or the new one after any crash."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    replace(temporary, path)
 
 
 def disk_bytes(folder: Path) -> int:

@@ -14,7 +14,6 @@
 import glob
 import hashlib
 import http.client
-import os
 import re
 import socket
 import sysconfig
@@ -26,11 +25,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from anew.config import UserError
 from anew.data import hub_data, readers
 from anew.data.hub_data import HubFile
-from anew.data.shards import sha256_of
-from anew.runtime import cache_folder
+from anew.errors import UserError
+from anew.utils.files import cache_folder, sha256_of, write_atomic
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -173,9 +171,7 @@ def download(
                 break
             continue
         if hashlib.sha256(body).hexdigest() == sha256:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(body)
-            os.replace(temporary, path)
+            write_atomic(path, body)
             return
         problem = f"the {len(body):,} bytes received have another sha256 than the published file"
     raise UserError(f"{url} could not be downloaded ({problem}); {hint}.")

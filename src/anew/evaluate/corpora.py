@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.evaluate.score import Question, Scored
 from anew.evaluate.task import Example, Remote, Result, Task, perplexity, text_of
 from anew.tokenizer import Tokenizer

@@ -6,8 +6,9 @@ import threading
 import time
 from dataclasses import dataclass
 
-from anew.config import Config, UserError
+from anew.config import Config
 from anew.data.shards import Shard
+from anew.errors import UserError
 from anew.evaluate.loss import computing_in, mean_loss
 from anew.evaluate.runner import run
 from anew.evaluate.task import Example, Task

@@ -12,11 +12,11 @@ from typing import Any
 try:
     from lm_eval.api.model import TemplateLM
 except ImportError as error:
-    from anew.config import UserError
+    from anew.errors import UserError
 
     raise UserError("tasks of lm-evaluation-harness need it: pip install -e '.[eval]'.") from error
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.evaluate.corpora import windows
 from anew.evaluate.score import Question, score
 from anew.generate import stream

@@ -7,6 +7,7 @@ A chunk's result depends on the chunk alone, and figures are summed in the order
 go and one that was killed five times report the same numbers.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from anew.model import GPT
 from anew.parallel import ALONE, World
 from anew.preempt import Interrupted
 from anew.runtime import pick_compile
+from anew.utils.files import json_lines
 
 RESULTS_VERSION = 1  # to be raised with every change of what the scorer or a task makes of an example
 CHUNK_TOKENS = 16384  # 2 to 4 seconds of 124M on two cores: what a kill costs at most
@@ -121,14 +123,11 @@ def _stored(store: Path | None, chunks: list[list[Example]]) -> dict[int, list[R
     """Chunks that earlier processes finished. The last line of a killed one may be cut; what is no whole chunk is not counted."""
     done: dict[int, list[Result]] = {}
     for path in sorted(store.glob("*.jsonl")) if store else ():
-        for line in path.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
+        for row in json_lines(path):
+            with contextlib.suppress(KeyError, TypeError, IndexError):
                 chunk, results = int(row["chunk"]), row["results"]
                 if len(results) == len(chunks[chunk]):
                     done[chunk] = results
-            except (ValueError, KeyError, TypeError, IndexError):
-                continue
     return done
 
 

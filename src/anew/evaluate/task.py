@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anew.config import UserError
 from anew.data import sources
-from anew.data.shards import sha256_of
+from anew.errors import UserError
 from anew.evaluate.score import Question, Scored
-from anew.runtime import cache_folder
 from anew.tokenizer import Tokenizer
+from anew.utils.files import cache_folder, sha256_of
 
 Result = dict[str, Any]  # what is kept of one example: numbers and lists of numbers, as JSON can hold them
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anew.config import UserError
 from anew.data.batches import evaluation_windows
 from anew.data.shards import DataFolder
+from anew.errors import UserError
 from anew.evaluate.choices import ChildrensBook, HellaSwag, HellaSwagHarness, Lambada
 from anew.evaluate.corpora import CORPORA, Corpus, Window, window_figures, window_result
 from anew.evaluate.score import Question, Scored

@@ -3,16 +3,17 @@
 score(Run.read(folder), "gpt2")     # writes RUN/baseline.json, which the page reads
 """
 
-import json
 import logging
 
 from anew import runtime, weights
-from anew.config import RunConfig, UserError
+from anew.config import RunConfig
 from anew.data.open import open_data
+from anew.errors import UserError
 from anew.evaluate.loss import mean_loss
-from anew.report.run import Run
+from anew.report.run import BASELINE_FORMAT, Run
 from anew.spelling import bytes_of
 from anew.tokenizer import Tokenizer
+from anew.utils.files import write_json
 
 log = logging.getLogger("anew")
 
@@ -37,6 +38,6 @@ def score(run: Run, model: str) -> float:
             raise UserError(f"{run.folder} has no validation text to score {model} on.")
         loss = mean_loss(gpt, shards, c.data.seq_len, limit, rt.dtype, c.micro_batches(1)[0])
     facts = {"model": model, "loss": loss, "tokens": limit - 1, "val_tokens": c.data.val_tokens, "seq_len": c.data.seq_len}
-    (run.folder / "baseline.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(run.folder / "baseline.json", facts, BASELINE_FORMAT)
     log.info(f"{model}: {loss:.4f} nats a token on the {limit - 1:,} validation tokens of {run.folder}")
     return loss

@@ -7,18 +7,17 @@ Nothing is fetched when it is opened, and all text of a run (samples, paths, mes
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from anew.evaluate.published import size_of
-from anew.files import replace
 from anew.model import count_parameters
 from anew.report import reference
 from anew.report.charts import Line, Points, Whisker, line_chart, short, smoothed
 from anew.report.run import Run
+from anew.utils.files import write_atomic
 
 HERE = Path(__file__).parent
 MOST_RUNS = 4  # colours that can be told apart
@@ -28,9 +27,7 @@ def write(folders: Sequence[Path], out: Path, price: float | None = None) -> Pat
     """The page about these runs at `out`, replaced as a whole. `price`: dollars an hour of one device."""
     text = page([Run.read(folder) for folder in folders], price)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    replace(temporary, out)
+    write_atomic(out, text)
     return out
 
 

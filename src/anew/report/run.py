@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from anew import metrics
-from anew.config import Config, UserError
+from anew.config import Config
+from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.report.charts import Points
+from anew.utils.files import json_lines, read_json
 
 EVENT = re.compile(r"^(\S+ \S+?)(?:,\d+)? (WARNING|ERROR|INFO) (.*)$")
 TOLD = ("resumed from", "weights from", "went back", "stopped", "skipped:", "removed the leftover")  # of what is logged as INFO
+
+BASELINE_FORMAT = 1  # of baseline.json
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Run:
     def baseline(self) -> dict[str, Any] | None:
         """What `--baseline` found: another model's loss on the same windows. None if they have been set otherwise since."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            found: dict[str, Any] = json.loads((self.folder / "baseline.json").read_text(encoding="utf-8"))
+            found, _ = read_json(self.folder / "baseline.json", BASELINE_FORMAT)
             data = self.config.data
             return found if found["val_tokens"] == data.val_tokens and found["seq_len"] == data.seq_len else None
         return None
@@ -107,11 +111,9 @@ class Run:
         """Texts written while training: step, prompt, text. The last one of a step counts, as for a run that was resumed."""
         found: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
-            for line in (self.folder / "samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    row = json.loads(line)
-                    if "text" in row:
-                        found[row["step"]] = row
+            for row in json_lines(self.folder / "samples.jsonl"):
+                if "text" in row:
+                    found[row["step"]] = row
         return [found[step] for step in sorted(found)]
 
     @property

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.serve import completions, wanted
 from anew.serve.engine import Busy, Engine, Token
 

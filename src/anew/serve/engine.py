@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.generate import check_rules, steps
 from anew.model import GPT
 from anew.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from anew.config import UserError
+from anew.errors import UserError
 from anew.serve.engine import Engine, Rules, Served
 
 MOST_BYTES = 256 * 1024

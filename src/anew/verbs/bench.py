@@ -10,7 +10,8 @@ import torch
 
 from anew import bench, pictures, rivals, runtime, versus
 from anew.bench import Measured, Rung
-from anew.config import Config, UserError
+from anew.config import Config
+from anew.errors import UserError
 from anew.evaluate.tasks import TASKS
 from anew.model import flops_per_token
 from anew.verbs import experiments

@@ -14,8 +14,9 @@ import torch
 import tyro
 
 from anew import parallel, runtime, weights
-from anew.config import Config, UserError
+from anew.config import Config
 from anew.data.open import open_data
+from anew.errors import UserError
 from anew.evaluate import runner
 from anew.evaluate.corpora import Corpus
 from anew.evaluate.published import Comparison, compare, size_of
@@ -23,8 +24,8 @@ from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS, Validation, with_stride
 from anew.model import GPT
 from anew.parallel import World
-from anew.runtime import cache_folder
 from anew.tokenizer import Tokenizer
+from anew.utils.files import cache_folder
 
 log = logging.getLogger("anew")
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from anew import checkpoint, pictures, rivals, time_to_loss
-from anew.config import Config, UserError
+from anew.config import Config
+from anew.errors import UserError
 from anew.report.run import Run
 from anew.spelling import bytes_of
 from anew.time_to_loss import Arm, Plan, Ratio, against
 from anew.trials import Ended, Trial, alone, limited, run_all
+from anew.utils.files import write_atomic
 
 NAMES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}
 
@@ -57,8 +59,7 @@ def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> 
             if not kept.is_file():
                 folder = checkpoint.folder_of(end.folder, end.config.run.steps)
                 scored = rivals.exported_loss(folder, end.config.override(val_tokens=config.data.val_tokens), device)
-                kept.with_suffix(".part").write_text(json.dumps(scored))
-                kept.with_suffix(".part").replace(kept)
+                write_atomic(kept, json.dumps(scored))
         return float(json.loads(kept.read_text()))
 
     with _quiet(), limited(a.minutes) as stop:

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from anew import bench, runtime
-from anew.config import UserError
 from anew.devices import GPU, find, known
+from anew.errors import UserError
 from anew.plan import from_run, lines, make
 from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags
 

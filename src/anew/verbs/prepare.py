@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from anew.config import UserError
 from anew.data import prepare, shards, sources, splits
 from anew.data.others import open_others, write_others
 from anew.data.shards import DataFolder
+from anew.errors import UserError
 from anew.spelling import bytes_of, ids_of
 from anew.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from anew import pictures
-from anew.config import UserError
+from anew.errors import UserError
 from anew.report import baseline, page
 from anew.report.run import Run
 

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from anew import runtime, weights
-from anew.config import UserError
+from anew.errors import UserError
 from anew.generate import stream
 from anew.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from anew import runtime, weights
-from anew.config import UserError
+from anew.errors import UserError
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from anew import config as settings
-from anew.config import Config, UserError
+from anew.config import Config
+from anew.errors import UserError
 from anew.recipes import RECIPES
 
 SWITCHES = {"help"} | {name for name, f in settings.FIELDS.items() if f.type is bool or isinstance(f.default, bool)}

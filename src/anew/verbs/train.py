@@ -10,8 +10,9 @@ from typing import Any
 
 from loguru import logger
 
-from anew.config import Config, UserError
+from anew.config import Config
 from anew.demo import show_demo
+from anew.errors import UserError
 from anew.metrics import Row, describe
 from anew.recipes import RECIPES
 from anew.report import page
