@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 import torch
 
-from anew import head, recipe, runtime
-from anew.preempt import Stop
+from anew import head, recipe
 from anew.state import State
 from anew.train import train_step
+from anew.utils import device as runtime
+from anew.utils.signals import Stop
 
 WAYS = {"one pass": head.fused_chunk_loss, "in place": head.chunk_loss}
 

@@ -62,8 +62,8 @@ def rank(arguments: argparse.Namespace) -> None:
     from anew.bench import text_batch
     from anew.config import RunConfig
     from anew.parallel import joined
-    from anew.runtime import start
     from anew.state import State
+    from anew.utils.device import start
 
     torch.set_num_threads(1)
     tokens = arguments.micro_batch * arguments.seq_len

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import anew
-from anew import bench, runtime
+from anew import bench
+from anew.utils import device as runtime
 
 V, C, LAYERS, HEADS, T, B = 50257, 64, 4, 4, 64, 4
 runtime.start(anew.recipe("demo").run)  # torch's settings as in training: memory that is freed is kept, results can be repeated

@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 import torch
 
 import anew
-from anew import bench, runtime
+from anew import bench
 from anew.model import count_parameters, flops_per_token
+from anew.utils import device as runtime
 
 # %% [markdown]
 # ## How fast could it be?

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 import anew
-from anew import GPT, bench, optim, runtime
+from anew import GPT, bench, optim
 from anew.config import OptimConfig
+from anew.utils import device as runtime
 
 runtime.start(anew.recipe("demo").run)
 T, B, STEPS = 64, 16, 150

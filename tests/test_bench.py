@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import anew
-from anew import bench, rivals, runtime, versus
+from anew import bench, rivals, versus
 from anew.cli import main
 from anew.errors import UserError
-from anew.preempt import Stop
 from anew.state import State
 from anew.train import train_step
+from anew.utils import device as runtime
+from anew.utils.signals import Stop
 from tests.faults.common import tiny
 
 SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--seq-len", "32", "--micro-batch", "2", "--rounds", "2"]

@@ -21,16 +21,17 @@ from torch import distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anew
-from anew import GPT, GPTConfig, bench, plan, runtime, sharded
+from anew import GPT, GPTConfig, bench, plan, sharded
 from anew.attention import attend
-from anew.devices import GPUS
 from anew.fast_decode import Graphed, Packed, pack
 from anew.generate import _prefill
 from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.parallel import World, identity_of, whole
-from anew.preempt import Stop
 from anew.state import State
 from anew.train import train, train_step
+from anew.utils import device as runtime
+from anew.utils.gpus import GPUS
+from anew.utils.signals import Stop
 from tests.conftest import ROOT
 from tests.faults.common import losses, tiny
 from tests.ranks import free_port

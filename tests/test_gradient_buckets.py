@@ -15,9 +15,9 @@ from anew.evaluate.task import Remote
 from anew.evaluate.tasks import TASKS
 from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.parallel import joined
-from anew.preempt import signal_this_process
 from anew.train import train
 from anew.utils.files import sha256_of
+from anew.utils.signals import signal_this_process
 from tests.faults.common import final, losses, tiny
 from tests.ranks import run_ranks
 

@@ -12,7 +12,7 @@ from anew import head
 from anew.attention import TILE, TiledBackward, plain_attention
 from anew.config import GPTConfig
 from anew.model import GPT, Cache, count_parameters, flops_per_token, gelu
-from anew.runtime import pick_compile
+from anew.utils.device import pick_compile
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257)
 

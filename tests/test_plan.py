@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 import anew
-from anew import UserError, checkpoint, devices, plan
+from anew import UserError, checkpoint, plan
 from anew.cli import main
 from anew.model import count_parameters
 from anew.train import train
+from anew.utils import gpus as devices
 from tests.faults.common import tiny
 
 

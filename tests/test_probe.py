@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from anew import Config, probe, runtime
+from anew import Config, probe
 from anew.data.open import open_data
 from anew.state import State
 from anew.tokenizer import Tokenizer
 from anew.train import train
+from anew.utils import device as runtime
 from tests.faults.common import losses, tiny
 from tests.ranks import run_ranks
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from anew import UserError, rivals, runtime, toolchain
+from anew import UserError, rivals
 from anew.attention import kernels_for
 from anew.config import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
 from anew.parallel import World, refuse_shared_gpus
-from anew.preempt import listening, signal_this_process
 from anew.probe import is_out_of_memory
 from anew.train import train
+from anew.utils import compiler as toolchain
+from anew.utils import device as runtime
 from anew.utils.files import rename
+from anew.utils.signals import listening, signal_this_process
 from tests.faults.common import tiny
 from tests.ranks import run_ranks
 

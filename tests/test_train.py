@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import anew
-from anew import Config, UserError, checkpoint, metrics, runtime
+from anew import Config, UserError, checkpoint, metrics
 from anew.errors import Preempted
-from anew.preempt import Stop
 from anew.state import State
 from anew.train import _seed, train, train_step
+from anew.utils import device as runtime
+from anew.utils.signals import Stop
 from tests.conftest import shared
 from tests.faults.common import tiny
 
@@ -169,8 +170,8 @@ def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> N
 
 def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
     from anew.begin import begin
-    from anew.preempt import Stop
     from anew.train import _batches
+    from anew.utils.signals import Stop
 
     seen = []
     for micro in range(1, 9):

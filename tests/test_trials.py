@@ -17,10 +17,10 @@ from anew import checkpoint, optim, time_to_loss
 from anew import trials as trials_module
 from anew.config import Config
 from anew.errors import Preempted, UserError
-from anew.preempt import listening
 from anew.time_to_loss import Arm, Plan, Ratio, against, crossing
 from anew.train import train
 from anew.trials import Ended, Trial, ended, limited, run_all
+from anew.utils.signals import listening
 from anew.verbs import experiments
 from tests.test_train import StopAt
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from anew import metrics, runtime, weights
+from anew import metrics, weights
 from anew.config import Config
 from anew.data.batches import Batches
 from anew.data.open import open_data
@@ -21,13 +21,14 @@ from anew.data.shards import DataFolder
 from anew.errors import UserError
 from anew.evaluate.during import Evaluator
 from anew.parallel import World, joined, preflight, refuse_shared_gpus
-from anew.preempt import Stop
 from anew.probe import find_micro_batch
 from anew.saver import Saver
 from anew.spelling import bytes_of, ids_of
 from anew.state import State
 from anew.tokenizer import Tokenizer
+from anew.utils import device as runtime
 from anew.utils.files import read_json, write_atomic
+from anew.utils.signals import Stop
 
 log = logging.getLogger("anew")
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 
-from anew import runtime
 from anew.attention import attend
 from anew.begin import training_loss
 from anew.config import Config
 from anew.errors import UserError
 from anew.model import flops_per_token
-from anew.preempt import Stop
 from anew.probe import is_out_of_memory
 from anew.state import State
 from anew.tokenizer import Tokenizer
 from anew.train import train_step
+from anew.utils import device as runtime
+from anew.utils.signals import Stop
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anew.toolchain import missing_for_triton
+from anew.utils.compiler import missing_for_triton
 
 # Rows of logits alive at once, whatever the batch. Eager code holds an fp32 copy of them (206 MB at 1024); compiled code
 # holds bf16 only (412 MB at 4096), where smaller chunks cost 5% of a CPU step. The GPU's kernel needs no copy, and each chunk costs it a

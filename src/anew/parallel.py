@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from anew.errors import LostRank, UserError
-from anew.preempt import signal_this_process
+from anew.utils.signals import signal_this_process
 
 T = TypeVar("T")
 

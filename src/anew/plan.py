@@ -20,10 +20,10 @@ from pathlib import Path
 
 from anew import metrics
 from anew.config import Config
-from anew.devices import GPU
 from anew.errors import UserError
 from anew.head import CHUNK_KERNEL
 from anew.model import count_parameters, flops_per_token
+from anew.utils.gpus import GPU
 
 LIBRARY_BYTES = 0.8e9  # CUDA's context and kernels
 SHARE = 0.95  # of the memory: the allocator needs some room

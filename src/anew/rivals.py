@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anew import GPT, Tokenizer, bench, generate, runtime
+from anew import GPT, Tokenizer, bench, generate
 from anew.begin import training_loss
 from anew.config import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
@@ -29,9 +29,10 @@ from anew.evaluate import runner
 from anew.evaluate.task import Example
 from anew.evaluate.tasks import TASKS
 from anew.export import write_gguf
-from anew.preempt import Stop
 from anew.state import State
 from anew.train import train_step
+from anew.utils import device as runtime
+from anew.utils.signals import Stop
 from anew.versus import Step
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")

@@ -21,9 +21,9 @@ from anew.errors import UserError
 from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.model import GPT
 from anew.parallel import ALONE, World, whole
-from anew.runtime import Runtime
 from anew.spikes import Spikes
 from anew.tokenizer import Tokenizer
+from anew.utils.device import Runtime
 from anew.utils.files import read_json, write_json
 
 FORMAT = 2  # of trainer.json; format 1 also listed sequences that were passed over

@@ -21,9 +21,9 @@ from typing import Any
 
 from anew.config import Config
 from anew.errors import Preempted
-from anew.preempt import Stop
 from anew.recipes import FAST
 from anew.trials import Ended, Trial, run_all
+from anew.utils.signals import Stop
 
 SHARES = (0.25, 0.357, 0.5)  # horizons of the fast recipe: 4, 2.8 and 2 times fewer tokens than the others'
 TUNED_AT = {"adamw": 1.0, "fast": 0.5}  # share of the horizon: AdamW's own, a middle one of the fast recipe's

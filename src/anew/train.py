@@ -30,11 +30,11 @@ from anew.data.batches import prefetch
 from anew.data.open import Stopped, remove_used
 from anew.errors import Preempted, UserError
 from anew.parallel import whole
-from anew.preempt import NOTHING_YET, Interrupted, Stop, listening
 from anew.probe import is_out_of_memory
 from anew.profiling import profiled, quiet_garbage
 from anew.spelling import bytes_of
 from anew.state import State
+from anew.utils.signals import NOTHING_YET, Interrupted, Stop, listening
 
 log = logging.getLogger("anew")
 

@@ -23,8 +23,8 @@ from anew import checkpoint, metrics
 from anew.begin import settle
 from anew.config import Config
 from anew.errors import Diverged, Preempted, UserError
-from anew.preempt import Stop, listening, signal_this_process
 from anew.train import train
+from anew.utils.signals import Stop, listening, signal_this_process
 
 DIVERGED = "diverged.txt"  # in the folder of a run that was given up
 

@@ -16,11 +16,11 @@ from anew.evaluate.tasks import TASKS
 from anew.generate import generate
 from anew.metrics import Recorder
 from anew.model import GPT
-from anew.runtime import DTYPES, matmul_precision
 from anew.saver import Saver
 from anew.sharded import whole_model
 from anew.state import State
 from anew.tokenizer import Tokenizer
+from anew.utils.device import DTYPES, matmul_precision
 
 log = logging.getLogger("anew")
 

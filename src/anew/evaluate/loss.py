@@ -10,7 +10,7 @@ from anew.data.batches import evaluation_windows
 from anew.data.shards import Shard
 from anew.model import GPT
 from anew.parallel import ALONE, World
-from anew.preempt import Interrupted
+from anew.utils.signals import Interrupted
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from anew.evaluate.score import score
 from anew.evaluate.task import Example, Result, Task
 from anew.model import GPT
 from anew.parallel import ALONE, World
-from anew.preempt import Interrupted
-from anew.runtime import pick_compile
+from anew.utils.device import pick_compile
 from anew.utils.files import json_lines
+from anew.utils.signals import Interrupted
 
 RESULTS_VERSION = 1  # to be raised with every change of what the scorer or a task makes of an example
 CHUNK_TOKENS = 16384  # 2 to 4 seconds of 124M on two cores: what a kill costs at most

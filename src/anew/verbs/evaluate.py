@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import parallel, runtime, weights
+from anew import parallel, weights
 from anew.config import Config
 from anew.data.open import open_data
 from anew.errors import UserError
@@ -25,6 +25,7 @@ from anew.evaluate.tasks import TASKS, Validation, with_stride
 from anew.model import GPT
 from anew.parallel import World
 from anew.tokenizer import Tokenizer
+from anew.utils import device as runtime
 from anew.utils.files import cache_folder
 
 log = logging.getLogger("anew")

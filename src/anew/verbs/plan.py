@@ -4,10 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from anew import bench, runtime
-from anew.devices import GPU, find, known
+from anew import bench
 from anew.errors import UserError
 from anew.plan import from_run, lines, make
+from anew.utils import device as runtime
+from anew.utils.gpus import GPU, find, known
 from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags
 
 OWN = [

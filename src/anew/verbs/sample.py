@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import runtime, weights
+from anew import weights
 from anew.errors import UserError
 from anew.generate import stream
 from anew.tokenizer import Tokenizer
+from anew.utils import device as runtime
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 

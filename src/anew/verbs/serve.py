@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import runtime, weights
+from anew import weights
 from anew.errors import UserError
 from anew.tokenizer import Tokenizer
+from anew.utils import device as runtime
 
 log = logging.getLogger("anew")
 OWN_NAMES = {"127.0.0.1", "localhost", "::1"}

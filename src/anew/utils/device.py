@@ -25,10 +25,10 @@ from pathlib import Path
 
 import torch
 
-from anew import devices
 from anew.config import RunConfig
 from anew.errors import UserError
-from anew.toolchain import missing_for_compile
+from anew.utils import gpus as devices
+from anew.utils.compiler import missing_for_compile
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
