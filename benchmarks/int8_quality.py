@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from anew import GPT, Tokenizer, weights
-from anew.config import Config
+from anew.config.schema import Config
 from anew.data.open import open_data
 from anew.fast_decode import Kernel, pack
 from anew.model import Cache

@@ -60,7 +60,7 @@ def rank(arguments: argparse.Namespace) -> None:
     from anew import recipe
     from anew.begin import training_loss
     from anew.bench import text_batch
-    from anew.config import RunConfig
+    from anew.config.schema import RunConfig
     from anew.parallel import joined
     from anew.state import State
     from anew.utils.device import start

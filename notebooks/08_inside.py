@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from anew import GPT, GPTConfig, generate, optim
-from anew.config import OptimConfig
+from anew.config.schema import OptimConfig
 from anew.generate import sample
 
 torch.manual_seed(0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import anew
 from anew import GPT, bench, optim
-from anew.config import OptimConfig
+from anew.config.schema import OptimConfig
 from anew.utils import device as runtime
 
 runtime.start(anew.recipe("demo").run)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anew.config import Config
+from anew.config.schema import Config
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported: its kernels then run on a CPU

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anew.config import FIELDS, Config
+from anew.config.recipes import RECIPES, recipe
+from anew.config.schema import FIELDS, Config
 from anew.errors import UserError
-from anew.recipes import RECIPES, recipe
 
 
 def test_the_reference_recipe_carries_the_published_figures() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from anew import GPT, GPTConfig, Tokenizer, UserError, weights
 from anew.cli import main
-from anew.config import Config
+from anew.config.schema import Config
 from anew.export import write_gguf
 from tests.conftest import shared
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from anew import head
 from anew.attention import TILE, TiledBackward, plain_attention
-from anew.config import GPTConfig
+from anew.config.schema import GPTConfig
 from anew.model import GPT, Cache, count_parameters, flops_per_token, gelu
 from anew.utils.device import pick_compile
 

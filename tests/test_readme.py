@@ -11,8 +11,8 @@ import pytest
 
 import anew
 from anew.cli import VERBS, main
+from anew.config.recipes import RECIPES
 from anew.data import prepare, sources
-from anew.recipes import RECIPES
 from anew.train import train
 from tests.conftest import ROOT
 

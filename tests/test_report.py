@@ -12,8 +12,8 @@ import pytest
 
 from anew import GPT, UserError, weights
 from anew.cli import main
-from anew.config import Config
-from anew.recipes import RECIPES
+from anew.config.recipes import RECIPES
+from anew.config.schema import Config
 from anew.report import baseline, page, reference
 from anew.report.charts import Line, line_chart, short, smoothed, thinned, ticks
 from anew.report.run import Run

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from anew import UserError, rivals
 from anew.attention import kernels_for
-from anew.config import RunConfig
+from anew.config.schema import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
 from anew.parallel import World, refuse_shared_gpus

@@ -11,7 +11,7 @@ import torch
 
 import anew
 from anew import metrics
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import UserError
 from anew.train import train
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anew import GPT, GPTConfig, Tokenizer, UserError, weights
-from anew.config import Config
+from anew.config.schema import Config
 from anew.data import prepare, sources
 from anew.data.open import open_data
 from anew.evaluate import published, runner

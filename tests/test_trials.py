@@ -15,7 +15,7 @@ import pytest
 
 from anew import checkpoint, optim, time_to_loss
 from anew import trials as trials_module
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import Preempted, UserError
 from anew.time_to_loss import Arm, Plan, Ratio, against, crossing
 from anew.train import train

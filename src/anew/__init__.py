@@ -11,11 +11,11 @@ import os
 # cuBLAS reads this once, at its first call in the process; without it, a later deterministic run is refused (torch's Context.cpp).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from anew.config import Config, GPTConfig
+from anew.config.recipes import RECIPES, recipe
+from anew.config.schema import Config, GPTConfig
 from anew.errors import UserError
 from anew.generate import generate, stream
 from anew.model import GPT
-from anew.recipes import RECIPES, recipe
 from anew.tokenizer import Tokenizer
 from anew.train import train
 

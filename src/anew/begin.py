@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from anew import metrics, weights
-from anew.config import Config
+from anew.config.schema import Config
+from anew.config.values import bytes_of, ids_of
 from anew.data.batches import Batches
 from anew.data.open import open_data
 from anew.data.shards import DataFolder
@@ -23,7 +24,6 @@ from anew.evaluate.during import Evaluator
 from anew.parallel import World, joined, preflight, refuse_shared_gpus
 from anew.probe import find_micro_batch
 from anew.saver import Saver
-from anew.spelling import bytes_of, ids_of
 from anew.state import State
 from anew.tokenizer import Tokenizer
 from anew.utils import device as runtime

@@ -22,7 +22,7 @@ import torch
 
 from anew.attention import attend
 from anew.begin import training_loss
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model import flops_per_token
 from anew.probe import is_out_of_memory

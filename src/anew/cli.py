@@ -15,8 +15,8 @@ from contextlib import contextmanager
 
 from loguru import logger
 
+from anew.config.recipes import RECIPES
 from anew.errors import LostRank, Preempted, UserError
-from anew.recipes import RECIPES
 from anew.verbs.bench import run_bench
 from anew.verbs.evaluate import run_evaluate
 from anew.verbs.export import run_export

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from anew import metrics, weights
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model import GPT, count_parameters
 from anew.tokenizer import Tokenizer

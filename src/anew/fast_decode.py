@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anew.attention import as_added
-from anew.config import rounded_up
+from anew.config.schema import rounded_up
 from anew.model import GPT, Block, Cache
 from anew.utils.files import atomic_file, cache_folder
 

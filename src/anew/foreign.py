@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from anew import tf_checkpoint
-from anew.config import GPTConfig
+from anew.config.schema import GPTConfig
 from anew.errors import UserError
 
 log = logging.getLogger("anew")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import Diverged, Preempted
 from anew.model import count_parameters, flops_per_token
 from anew.utils.files import json_lines, read_json, write_json

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from anew.attention import attend
-from anew.config import GPTConfig, rounded_up
+from anew.config.schema import GPTConfig, rounded_up
 from anew.head import HeadLoss
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from anew.config import OptimConfig
+from anew.config.schema import OptimConfig
 from anew.muon import Muon
 from anew.parallel import ALONE, World
 

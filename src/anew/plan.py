@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anew import metrics
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import UserError
 from anew.head import CHUNK_KERNEL
 from anew.model import count_parameters, flops_per_token

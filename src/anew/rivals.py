@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from anew import GPT, Tokenizer, bench, generate
 from anew.begin import training_loss
-from anew.config import Config, GPTConfig, RunConfig
+from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
 from anew.data.batches import evaluation_windows
 from anew.data.open import open_data

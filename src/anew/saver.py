@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from anew import checkpoint
-from anew.config import Config
+from anew.config.schema import Config
 from anew.metrics import RunState
 from anew.state import Snapshot, State
 from anew.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anew import checkpoint, optim, sharded, weights
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import UserError
 from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.model import GPT

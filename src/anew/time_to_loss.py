@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anew.config import Config
+from anew.config.recipes import FAST
+from anew.config.schema import Config
 from anew.errors import Preempted
-from anew.recipes import FAST
 from anew.trials import Ended, Trial, run_all
 from anew.utils.signals import Stop
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from anew.config.values import TOKENIZERS, own_name
 from anew.errors import UserError
-from anew.spelling import TOKENIZERS, own_name
 from anew.utils.files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from anew import checkpoint, metrics, optim
 from anew.begin import Begun, begin
-from anew.config import Config
+from anew.config.schema import Config
+from anew.config.values import bytes_of
 from anew.data.batches import prefetch
 from anew.data.open import Stopped, remove_used
 from anew.errors import Preempted, UserError
 from anew.parallel import whole
 from anew.probe import is_out_of_memory
 from anew.profiling import profiled, quiet_garbage
-from anew.spelling import bytes_of
 from anew.state import State
 from anew.utils.signals import NOTHING_YET, Interrupted, Stop, listening
 

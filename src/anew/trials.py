@@ -21,7 +21,7 @@ import torch
 
 from anew import checkpoint, metrics
 from anew.begin import settle
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.train import train
 from anew.utils.signals import Stop, listening, signal_this_process

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anew import checkpoint, foreign, hub
-from anew.config import GPTConfig
+from anew.config.schema import GPTConfig
 from anew.errors import UserError
 from anew.model import GPT, Linear, count_parameters
 from anew.tokenizer import Tokenizer

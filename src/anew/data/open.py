@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from anew.config.values import TOKENIZERS, fits
 from anew.data import prepare, shards, sources
 from anew.data.others import open_others
 from anew.data.prepare import INDEX, PROGRESS
 from anew.data.shards import DataFolder, Shard
 from anew.data.splits import Settings
 from anew.errors import UserError
-from anew.spelling import TOKENIZERS, fits
 from anew.tokenizer import Tokenizer
 from anew.utils.files import cache_folder
 

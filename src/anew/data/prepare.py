@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from anew.config.values import fits, ids_of
 from anew.data import hub_data, readers, shards
 from anew.data.documents import Document, Text, halves, hash_of, in_order, jobs_of, threshold_of
 from anew.data.hub_data import HubFile
@@ -29,7 +30,6 @@ from anew.data.shards import DataFolder
 from anew.data.sources import Source
 from anew.data.splits import Progress, Settings, Splits
 from anew.errors import UserError
-from anew.spelling import fits, ids_of
 from anew.tokenizer import FILE as TOKENIZER
 from anew.tokenizer import Tokenizer
 from anew.utils.files import read_json, write_json

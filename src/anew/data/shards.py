@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from anew.config.values import TOKENIZERS
 from anew.errors import UserError
-from anew.spelling import TOKENIZERS
 from anew.utils.files import rename, sha256_of, write_atomic
 
 MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024

@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from anew.config import Config
+from anew.config.schema import Config
 from anew.data.shards import Shard
 from anew.errors import UserError
 from anew.evaluate.loss import computing_in, mean_loss

@@ -8,7 +8,7 @@ outside OpenAI has reproduced the figure with it; the rest is context.
 import math
 from dataclasses import dataclass
 
-from anew.config import GPTConfig
+from anew.config.schema import GPTConfig
 
 SIZES = {(12, 768): "124M", (24, 1024): "355M", (36, 1280): "774M", (48, 1600): "1558M"}
 PAPER = "Radford et al. 2019, table 3"

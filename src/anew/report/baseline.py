@@ -6,12 +6,12 @@ score(Run.read(folder), "gpt2")     # writes RUN/baseline.json, which the page r
 import logging
 
 from anew import weights
-from anew.config import RunConfig
+from anew.config.schema import RunConfig
+from anew.config.values import bytes_of
 from anew.data.open import open_data
 from anew.errors import UserError
 from anew.evaluate.loss import mean_loss
 from anew.report.run import BASELINE_FORMAT, Run
-from anew.spelling import bytes_of
 from anew.tokenizer import Tokenizer
 from anew.utils import device as runtime
 from anew.utils.files import write_json

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from anew.config import Config
+from anew.config.schema import Config
 from anew.evaluate.published import FIGURES, size_of
 
 TOKENS_A_STEP = 524_288

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anew import metrics
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.report.charts import Points

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from anew.config import RunConfig
+from anew.config.schema import RunConfig
 from anew.errors import UserError
 from anew.utils import gpus as devices
 from anew.utils.compiler import missing_for_compile

@@ -10,7 +10,7 @@ import torch
 
 from anew import bench, pictures, rivals, versus
 from anew.bench import Measured, Rung
-from anew.config import Config
+from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks import TASKS
 from anew.model import flops_per_token

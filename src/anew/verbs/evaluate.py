@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from anew import parallel, weights
-from anew.config import Config
+from anew.config.schema import Config
 from anew.data.open import open_data
 from anew.errors import UserError
 from anew.evaluate import runner

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from anew import checkpoint, pictures, rivals, time_to_loss
-from anew.config import Config
+from anew.config.schema import Config
+from anew.config.values import bytes_of
 from anew.errors import UserError
 from anew.report.run import Run
-from anew.spelling import bytes_of
 from anew.time_to_loss import Arm, Plan, Ratio, against
 from anew.trials import Ended, Trial, alone, limited, run_all
 from anew.utils.files import write_atomic

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from anew.config.values import bytes_of, ids_of
 from anew.data import prepare, shards, sources, splits
 from anew.data.others import open_others, write_others
 from anew.data.shards import DataFolder
 from anew.errors import UserError
-from anew.spelling import bytes_of, ids_of
 from anew.tokenizer import Tokenizer
 
 log = logging.getLogger("anew")

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from anew import config as settings
-from anew.config import Config
+from anew.config import schema as settings
+from anew.config.recipes import RECIPES
+from anew.config.schema import Config
 from anew.errors import UserError
-from anew.recipes import RECIPES
 
 SWITCHES = {"help"} | {name for name, f in settings.FIELDS.items() if f.type is bool or isinstance(f.default, bool)}
 Flag = tuple[str, Any, Any]  # name, annotated type, default: as dataclasses.make_dataclass takes them

@@ -10,11 +10,11 @@ from typing import Any
 
 from loguru import logger
 
-from anew.config import Config
+from anew.config.recipes import RECIPES
+from anew.config.schema import Config
 from anew.demo import show_demo
 from anew.errors import UserError
 from anew.metrics import Row, describe
-from anew.recipes import RECIPES
 from anew.report import page
 from anew.train import Result, train
 from anew.verbs.settings import changed, flag, parse, read_recipe, read_run, recipe_and_flags

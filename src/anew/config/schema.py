@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from anew.config.values import ids_of
 from anew.errors import UserError
-from anew.spelling import ids_of
 
 VOCAB_MULTIPLE = 128  # rows of `wte` are stored to a multiple of this: 50257 -> 50304 = 393 x 2^7
 

@@ -6,7 +6,7 @@ config = recipe("shakespeare", steps=200)           # settings given here replac
 import dataclasses
 from typing import Any
 
-from anew.config import Config, DataConfig, RunConfig
+from anew.config.schema import Config, DataConfig, RunConfig
 from anew.errors import UserError
 
 _GPT2_STEPS = 19_073  # 10e9 / 524,288: one pass over FineWeb-Edu's sample-10BT

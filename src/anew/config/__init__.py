@@ -1,0 +1,1 @@
+"""Every setting of a run, its rules, and the named recipes."""
