@@ -219,9 +219,10 @@ def gpu_paths(attention: str) -> Iterator[None]:
     import importlib
 
     import anew.head
+
     import anew.model
 
-    importlib.import_module("anew.kernels.cross_entropy")
+    importlib.import_module("anew.model.kernels.cross_entropy")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         if attention == "flash":
@@ -265,7 +266,7 @@ def generate(config: Any, micro_batch: int, attention: str) -> dict[str, Generat
 
 def report(config: Any, micro_batch: int, found: dict[str, Generated]) -> dict[str, Any]:
     """Print the table; returns its figures."""
-    from anew.model import count_parameters, flops_per_token
+    from anew.model.gpt import count_parameters, flops_per_token
 
     tokens = micro_batch * config.data.seq_len
     attention = 12 * config.model.n_layer * config.model.n_embd * (config.data.seq_len + 1) / 2 * tokens

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from anew import head, recipe
+from anew import recipe
+from anew.model import loss as head
 from anew.state import State
 from anew.train import train_step
 from anew.utils import device as runtime

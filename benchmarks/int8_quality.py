@@ -15,7 +15,7 @@ from anew import GPT, Tokenizer, weights
 from anew.config.schema import Config
 from anew.data.open import open_data
 from anew.fast_decode import Kernel, pack
-from anew.model import Cache
+from anew.model.gpt import Cache
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import anew
 from anew import GPT, GPTConfig, bench
-from anew.head import HeadLoss
+from anew.model.loss import HeadLoss
 
 # %% [markdown]
 # ## Surprise

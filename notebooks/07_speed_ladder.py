@@ -10,7 +10,7 @@ import torch
 
 import anew
 from anew import bench
-from anew.model import count_parameters, flops_per_token
+from anew.model.gpt import count_parameters, flops_per_token
 from anew.utils import device as runtime
 
 # %% [markdown]

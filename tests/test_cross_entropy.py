@@ -15,7 +15,7 @@ from anew import GPT, GPTConfig
 pytest.importorskip("triton", reason="Triton is not made for this platform")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"  # code for a CPU would take a minute and prove nothing of the kernel
-kernel: Any = importlib.import_module("anew.kernels.cross_entropy")
+kernel: Any = importlib.import_module("anew.model.kernels.cross_entropy")
 
 
 @pytest.mark.parametrize(("vocab_size", "columns", "dtype"), [
@@ -54,8 +54,8 @@ def test_the_model_trains_the_same_with_it(compiled: bool, monkeypatch: pytest.M
     targets[0, :7] = -100
     results = []
     for by_kernel in (False, True):
-        monkeypatch.setattr("anew.head.has_kernel", torch.compiler.assume_constant_result(lambda device, found=by_kernel: found))
-        monkeypatch.setattr("anew.head.CHUNK_KERNEL", 64)
+        monkeypatch.setattr("anew.model.loss.has_kernel", torch.compiler.assume_constant_result(lambda device, found=by_kernel: found))
+        monkeypatch.setattr("anew.model.loss.CHUNK_KERNEL", 64)
         model = GPT(config, seed=2).to(DEVICE)
         loss = (torch.compile(model, dynamic=False, backend=BACKEND) if compiled else model)(ids, targets)
         (3 * loss).backward()

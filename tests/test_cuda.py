@@ -22,10 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anew
 from anew import GPT, GPTConfig, bench, plan, sharded
-from anew.attention import attend
 from anew.fast_decode import Graphed, Packed, pack
 from anew.generate import _prefill
 from anew.gradient_buckets import GradientBuckets, gradient_groups
+from anew.model.attention import attend
 from anew.parallel import World, identity_of, whole
 from anew.state import State
 from anew.train import train, train_step

@@ -9,7 +9,7 @@ import torch
 from anew import GPT, GPTConfig, generate
 from anew.fast_decode import GROUP, Graphed, Kernel, Packed, Rows, _library, pack, quantised
 from anew.generate import _prefill
-from anew.model import Cache
+from anew.model.gpt import Cache
 
 pytestmark = pytest.mark.skipif(_library() is None, reason="the kernel needs Linux and a C++ compiler")
 

@@ -3,7 +3,7 @@ import torch
 
 from anew import GPTConfig, UserError, generate
 from anew.generate import sample, stream
-from anew.model import GPT
+from anew.model.gpt import GPT
 
 MODEL = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257), seed=2)
 for parameter in MODEL.transformer.h.parameters():  # a fresh model repeats itself; larger weights give it something to say

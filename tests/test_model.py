@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from anew import head
-from anew.attention import TILE, TiledBackward, plain_attention
 from anew.config.schema import GPTConfig
-from anew.model import GPT, Cache, count_parameters, flops_per_token, gelu
+from anew.model import loss as head
+from anew.model.attention import TILE, TiledBackward, plain_attention
+from anew.model.gpt import GPT, Cache, count_parameters, flops_per_token, gelu
 from anew.utils.device import pick_compile
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257)
@@ -77,7 +77,7 @@ def test_the_gpu_forms_are_the_same_function(compiled: bool, dtype: torch.dtype,
         if parameter.ndim == 1:  # biases are zero and gains one in a new model
             parameter.data += 0.1 * torch.linspace(-1, 1, len(parameter), dtype=parameter.dtype)
     exact_loss, exact = gradients(exact_model, exact_model)
-    monkeypatch.setattr("anew.model.is_on_gpu", lambda _: True)
+    monkeypatch.setattr("anew.model.gpt.is_on_gpu", lambda _: True)
     loss, found = gradients(model, torch.compile(model, dynamic=False, backend="aot_eager") if compiled else model)
     torch._dynamo.reset()
     assert loss == pytest.approx(exact_loss, rel=off / 10)
@@ -136,7 +136,7 @@ def test_compiled_training_takes_the_same_step_as_eager() -> None:
 
 @pytest.mark.parametrize("rows", [7, 2 * 64 + 30])
 def test_chunked_loss_and_gradients_are_those_of_float64(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anew.head.CHUNK", 64)
+    monkeypatch.setattr("anew.model.loss.CHUNK", 64)
     config = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=rows, vocab_size=300)
     model = GPT(config, seed=1)
     ids, targets = ids_for(config, 1, rows), ids_for(config, 1, rows, 1)

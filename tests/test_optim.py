@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anew.config.schema import GPTConfig, OptimConfig
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.muon import Muon, orthogonalise
 from anew.optim import build, momentum, rate, set_rate
 

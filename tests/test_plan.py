@@ -9,7 +9,7 @@ import pytest
 import anew
 from anew import UserError, checkpoint, plan
 from anew.cli import main
-from anew.model import count_parameters
+from anew.model.gpt import count_parameters
 from anew.train import train
 from anew.utils import gpus as devices
 from tests.faults.common import tiny

@@ -11,10 +11,10 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from anew import UserError, rivals
-from anew.attention import kernels_for
 from anew.config.schema import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
+from anew.model.attention import kernels_for
 from anew.parallel import World, refuse_shared_gpus
 from anew.probe import is_out_of_memory
 from anew.train import train

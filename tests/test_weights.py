@@ -49,7 +49,7 @@ def test_a_wrong_gelu_would_be_noticed(monkeypatch: pytest.MonkeyPatch, folder: 
     ids = torch.arange(24)[None]
     with torch.no_grad():
         right = (model(ids) - other(ids).logits).abs().max().item()
-        monkeypatch.setattr("anew.model.gelu", torch.nn.functional.gelu)
+        monkeypatch.setattr("anew.model.gpt.gelu", torch.nn.functional.gelu)
         wrong = (model(ids) - other(ids).logits).abs().max().item()
     assert wrong > 20 * right
 

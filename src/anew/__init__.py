@@ -15,7 +15,7 @@ from anew.config.recipes import RECIPES, recipe
 from anew.config.schema import Config, GPTConfig
 from anew.errors import UserError
 from anew.generate import generate, stream
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.tokenizer import Tokenizer
 from anew.train import train
 

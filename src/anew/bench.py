@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from anew.attention import attend
 from anew.begin import training_loss
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.model import flops_per_token
+from anew.model.attention import attend
+from anew.model.gpt import flops_per_token
 from anew.probe import is_out_of_memory
 from anew.state import State
 from anew.tokenizer import Tokenizer

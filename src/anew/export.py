@@ -22,7 +22,7 @@ from torch import Tensor
 from anew import metrics, weights
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.model import GPT, count_parameters
+from anew.model.gpt import GPT, count_parameters
 from anew.tokenizer import Tokenizer
 from anew.utils.files import atomic_file, atomic_folder, json_lines, rename
 

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anew.attention import as_added
 from anew.config.schema import rounded_up
-from anew.model import GPT, Block, Cache
+from anew.model.attention import as_added
+from anew.model.gpt import GPT, Block, Cache
 from anew.utils.files import atomic_file, cache_folder
 
 log = logging.getLogger("anew")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anew.errors import UserError
 from anew.fast_decode import Graphed, pack
-from anew.model import GPT, Cache
+from anew.model.gpt import GPT, Cache
 
 log = logging.getLogger("anew")
 WORTH_PACKING = 16  # tokens: packing the weights of 124M costs as much as five of torch's

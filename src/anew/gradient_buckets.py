@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.parallel import World, naming_lost_ranks
 
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted
-from anew.model import count_parameters, flops_per_token
+from anew.model.gpt import count_parameters, flops_per_token
 from anew.utils.files import json_lines, read_json, write_json
 
 log = logging.getLogger("anew")

@@ -21,8 +21,8 @@ from pathlib import Path
 from anew import metrics
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.head import CHUNK_KERNEL
-from anew.model import count_parameters, flops_per_token
+from anew.model.gpt import count_parameters, flops_per_token
+from anew.model.loss import CHUNK_KERNEL
 from anew.utils.gpus import GPU
 
 LIBRARY_BYTES = 0.8e9  # CUDA's context and kernels

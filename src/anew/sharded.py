@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.parallel import World, cut_like, whole
 
 

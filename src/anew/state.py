@@ -19,7 +19,7 @@ from anew import checkpoint, optim, sharded, weights
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.gradient_buckets import GradientBuckets, gradient_groups
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.parallel import ALONE, World, whole
 from anew.spikes import Spikes
 from anew.tokenizer import Tokenizer

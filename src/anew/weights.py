@@ -27,7 +27,7 @@ from torch import Tensor
 from anew import checkpoint, foreign, hub
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
-from anew.model import GPT, Linear, count_parameters
+from anew.model.gpt import GPT, Linear, count_parameters
 from anew.tokenizer import Tokenizer
 from anew.utils.files import sha256_of
 

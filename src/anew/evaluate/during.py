@@ -15,7 +15,7 @@ from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS
 from anew.generate import generate
 from anew.metrics import Recorder
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.saver import Saver
 from anew.sharded import whole_model
 from anew.state import State

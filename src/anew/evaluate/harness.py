@@ -20,7 +20,7 @@ from anew.errors import UserError
 from anew.evaluate.corpora import windows
 from anew.evaluate.score import Question, score
 from anew.generate import stream
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.parallel import ALONE, World
 from anew.tokenizer import Tokenizer
 

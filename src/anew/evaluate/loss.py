@@ -8,7 +8,7 @@ import torch
 
 from anew.data.batches import evaluation_windows
 from anew.data.shards import Shard
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.parallel import ALONE, World
 from anew.utils.signals import Interrupted
 

@@ -22,7 +22,7 @@ import torch
 
 from anew.evaluate.score import score
 from anew.evaluate.task import Example, Result, Task
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.parallel import ALONE, World
 from anew.utils.device import pick_compile
 from anew.utils.files import json_lines

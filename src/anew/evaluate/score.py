@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anew.model import GPT
+from anew.model.gpt import GPT
 
 HEAD_ROWS = 512  # logits alive at once are this many rows of the vocabulary in fp32
 Ids = Sequence[int]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anew.evaluate.published import size_of
-from anew.model import count_parameters
+from anew.model.gpt import count_parameters
 from anew.report import reference
 from anew.report.charts import Line, Points, Whisker, line_chart, short, smoothed
 from anew.report.run import Run

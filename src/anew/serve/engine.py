@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anew.errors import UserError
 from anew.generate import check_rules, steps
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.tokenizer import Tokenizer
 
 MOST_ROWS = 16  # texts of one request that are written at once

@@ -13,7 +13,7 @@ from anew.bench import Measured, Rung
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks import TASKS
-from anew.model import flops_per_token
+from anew.model.gpt import flops_per_token
 from anew.utils import device as runtime
 from anew.verbs import experiments
 from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags

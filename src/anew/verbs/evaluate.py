@@ -22,7 +22,7 @@ from anew.evaluate.corpora import Corpus
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS, Validation, with_stride
-from anew.model import GPT
+from anew.model.gpt import GPT
 from anew.parallel import World
 from anew.tokenizer import Tokenizer
 from anew.utils import device as runtime

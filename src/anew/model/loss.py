@@ -119,7 +119,7 @@ def _kernel_is_loaded(device: torch.device) -> bool:
     if missing_for_triton(device):
         return False
     try:
-        importlib.import_module("anew.kernels.cross_entropy")  # registers torch.ops.anew.cross_entropy_
+        importlib.import_module("anew.model.kernels.cross_entropy")  # registers torch.ops.anew.cross_entropy_
     except ImportError:
         return False
     return True

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from anew.attention import attend
 from anew.config.schema import GPTConfig, rounded_up
-from anew.head import HeadLoss
+from anew.model.attention import attend
+from anew.model.loss import HeadLoss
 
 
 class Linear(nn.Module):

@@ -1,0 +1,1 @@
+"""Kernels of the model that are written by hand."""
