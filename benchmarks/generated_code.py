@@ -218,9 +218,8 @@ def gpu_paths(attention: str) -> Iterator[None]:
     """Make the model take the paths that it takes on a GPU, though its tensors are the CPU's."""
     import importlib
 
-    import anew.head
-
-    import anew.model
+    import anew.model.gpt
+    import anew.model.loss
 
     importlib.import_module("anew.model.kernels.cross_entropy")
 
@@ -229,9 +228,9 @@ def gpu_paths(attention: str) -> Iterator[None]:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
 
-    anew.head.has_kernel = torch.compiler.assume_constant_result(lambda _: True)
-    anew.model.is_on_gpu = lambda _: True
-    anew.model.attend = attend
+    anew.model.loss.has_kernel = torch.compiler.assume_constant_result(lambda _: True)
+    anew.model.gpt.is_on_gpu = lambda _: True
+    anew.model.gpt.attend = attend
     is_compiling = torch.compiler.is_compiling
     torch.compiler.is_compiling = lambda: True
     yield

@@ -140,7 +140,7 @@ def install() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     with (ROOT / ".install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if subprocess.run([sys.executable, "-c", "import anew.cli, torch.utils.tensorboard"], stderr=subprocess.DEVNULL).returncode:
+        if subprocess.run([sys.executable, "-c", "import anew.cli.main, torch.utils.tensorboard"], stderr=subprocess.DEVNULL).returncode:
             subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{ROOT}[tensorboard,vocabulary]"], check=True)
 
 

@@ -150,8 +150,8 @@ def test_the_command_line_starts_without_what_only_one_command_needs() -> None:
 import sys
 for name in "fastapi uvicorn starlette matplotlib transformers llama_cpp litgpt triton lm_eval gguf onnx boto3 tensorboard".split():
     sys.modules[name] = None
-import anew.cli
-anew.cli.main(["--help"])
+import anew.cli.main
+anew.cli.main.main(["--help"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ from anew.data import hub_data, prepare, readers, shards, sources
 from anew.data.batches import Batches
 from anew.data.open import finished, open_data
 from anew.data.shards import DataFolder, SplitWriter
-from anew.tokenizer import MOST_BYTES, PIECE_BYTES
+from anew.tokenizer.bpe import MOST_BYTES, PIECE_BYTES
 from tests.conftest import shared
 
 GPT2 = Tokenizer.named("gpt2")
@@ -231,7 +231,7 @@ def test_long_documents_have_the_same_tokens_in_pieces(text: str) -> None:
 def test_pieces_cut_no_token(parts: list[str]) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anew.tokenizer.PIECE_BYTES", 16)
+        patch.setattr("anew.tokenizer.bpe.PIECE_BYTES", 16)
         assert GPT2.encode_document(text.encode()).tolist() == GPT2.encode(text)
 
 

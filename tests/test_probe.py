@@ -11,7 +11,7 @@ import torch
 from anew import Config, probe
 from anew.data.open import open_data
 from anew.state import State
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.train import train
 from anew.utils import device as runtime
 from tests.faults.common import losses, tiny

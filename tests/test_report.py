@@ -17,7 +17,7 @@ from anew.config.schema import Config
 from anew.report import baseline, page, reference
 from anew.report.charts import Line, line_chart, short, smoothed, thinned, ticks
 from anew.report.run import Run
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.train import train
 from tests.conftest import shared
 from tests.faults.common import tiny

@@ -16,7 +16,7 @@ from anew.config.schema import Config, GPTConfig
 from anew.errors import UserError
 from anew.generate import generate, stream
 from anew.model.gpt import GPT
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.train import train
 
 __all__ = ["GPT", "RECIPES", "Config", "GPTConfig", "Tokenizer", "UserError", "generate", "recipe", "stream", "train"]

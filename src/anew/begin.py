@@ -25,7 +25,7 @@ from anew.parallel import World, joined, preflight, refuse_shared_gpus
 from anew.probe import find_micro_batch
 from anew.saver import Saver
 from anew.state import State
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime
 from anew.utils.files import read_json, write_atomic
 from anew.utils.signals import Stop

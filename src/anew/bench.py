@@ -27,7 +27,7 @@ from anew.model.attention import attend
 from anew.model.gpt import flops_per_token
 from anew.probe import is_out_of_memory
 from anew.state import State
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.train import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import Stop

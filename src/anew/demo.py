@@ -9,7 +9,7 @@ from pathlib import Path
 from anew import weights
 from anew.data import sources
 from anew.generate import generate
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 PROMPTS = ("import os\n", "    def __init__(self", "def main():\n")
 SAMPLE_BYTES, MANY = 400, 32

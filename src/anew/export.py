@@ -23,7 +23,7 @@ from anew import metrics, weights
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.gpt import GPT, count_parameters
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import atomic_file, atomic_folder, json_lines, rename
 
 FORMATS = ("hf", "gguf", "onnx")

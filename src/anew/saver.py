@@ -15,7 +15,7 @@ from anew import checkpoint
 from anew.config.schema import Config
 from anew.metrics import RunState
 from anew.state import Snapshot, State
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 log = logging.getLogger("anew")
 

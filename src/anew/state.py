@@ -22,7 +22,7 @@ from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.model.gpt import GPT
 from anew.parallel import ALONE, World, whole
 from anew.spikes import Spikes
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils.device import Runtime
 from anew.utils.files import read_json, write_json
 

@@ -28,7 +28,7 @@ from anew import checkpoint, foreign, hub
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
 from anew.model.gpt import GPT, Linear, count_parameters
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import sha256_of
 
 log = logging.getLogger("anew")

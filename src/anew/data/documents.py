@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from anew.data.sources import Source
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 HELD_OUT_OF = 10  # a tenth of the documents is held out, until there are val_tokens of them
 JOB_BYTES = 1 << 19

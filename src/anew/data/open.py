@@ -27,7 +27,7 @@ from anew.data.prepare import INDEX, PROGRESS
 from anew.data.shards import DataFolder, Shard
 from anew.data.splits import Settings
 from anew.errors import UserError
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import cache_folder
 
 log = logging.getLogger("anew")

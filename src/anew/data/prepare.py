@@ -30,10 +30,10 @@ from anew.data.shards import DataFolder
 from anew.data.sources import Source
 from anew.data.splits import Progress, Settings, Splits
 from anew.errors import UserError
-from anew.tokenizer import FILE as TOKENIZER
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import FILE as TOKENIZER
+from anew.tokenizer.bpe import Tokenizer
+from anew.tokenizer.learn import learn
 from anew.utils.files import read_json, write_json
-from anew.vocabulary import learn
 
 log = logging.getLogger("anew")
 

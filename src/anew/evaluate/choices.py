@@ -10,7 +10,7 @@ import numpy as np
 from anew.errors import UserError
 from anew.evaluate.score import Question, Scored
 from anew.evaluate.task import Remote, Result, Task, json_lines, perplexity, split_pair, text_of
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 
 class HellaSwag(Task):

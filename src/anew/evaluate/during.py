@@ -19,7 +19,7 @@ from anew.model.gpt import GPT
 from anew.saver import Saver
 from anew.sharded import whole_model
 from anew.state import State
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils.device import DTYPES, matmul_precision
 
 log = logging.getLogger("anew")

@@ -22,7 +22,7 @@ from anew.evaluate.score import Question, score
 from anew.generate import stream
 from anew.model.gpt import GPT
 from anew.parallel import ALONE, World
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 MOST_ENDINGS = 16  # in one question: more of them make a row so long that its mask costs more than the shared context saves
 BATCH_QUESTIONS = 256

@@ -22,7 +22,7 @@ from typing import Any
 from anew.data import sources
 from anew.errors import UserError
 from anew.evaluate.score import Question, Scored
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import cache_folder, sha256_of
 
 Result = dict[str, Any]  # what is kept of one example: numbers and lists of numbers, as JSON can hold them

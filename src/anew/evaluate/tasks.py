@@ -12,7 +12,7 @@ from anew.evaluate.choices import ChildrensBook, HellaSwag, HellaSwagHarness, La
 from anew.evaluate.corpora import CORPORA, Corpus, Window, window_figures, window_result
 from anew.evaluate.score import Question, Scored
 from anew.evaluate.task import Example, Result, Task
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (HellaSwag(), HellaSwagHarness(), Lambada(), *CORPORA, ChildrensBook("CN"), ChildrensBook("NE"))

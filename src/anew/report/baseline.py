@@ -12,7 +12,7 @@ from anew.data.open import open_data
 from anew.errors import UserError
 from anew.evaluate.loss import mean_loss
 from anew.report.run import BASELINE_FORMAT, Run
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime
 from anew.utils.files import write_json
 

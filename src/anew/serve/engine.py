@@ -15,7 +15,7 @@ from torch import Tensor
 from anew.errors import UserError
 from anew.generate import check_rules, steps
 from anew.model.gpt import GPT
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 MOST_ROWS = 16  # texts of one request that are written at once
 ALTERNATIVES = 10

@@ -24,7 +24,7 @@ from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS, Validation, with_stride
 from anew.model.gpt import GPT
 from anew.parallel import World
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime
 from anew.utils.files import cache_folder
 

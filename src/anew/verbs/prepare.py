@@ -17,7 +17,7 @@ from anew.data import prepare, shards, sources, splits
 from anew.data.others import open_others, write_others
 from anew.data.shards import DataFolder
 from anew.errors import UserError
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 
 log = logging.getLogger("anew")
 

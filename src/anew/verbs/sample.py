@@ -13,7 +13,7 @@ import tyro
 from anew import weights
 from anew.errors import UserError
 from anew.generate import stream
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]

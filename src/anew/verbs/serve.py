@@ -10,7 +10,7 @@ import tyro
 
 from anew import weights
 from anew.errors import UserError
-from anew.tokenizer import Tokenizer
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime
 
 log = logging.getLogger("anew")

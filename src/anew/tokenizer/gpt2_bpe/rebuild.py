@@ -1,6 +1,6 @@
 """Rebuild `merges.bin`, the table of GPT-2's 50,000 merges that this package carries.
 
-    python src/anew/gpt2_bpe/rebuild.py        # downloads openai-whisper's source with pip, writes merges.bin, 200,000 bytes
+    python src/anew/tokenizer/gpt2_bpe/rebuild.py        # downloads openai-whisper's source with pip, writes merges.bin, 200,000 bytes
 
 The source distribution of `openai-whisper` (MIT, LICENSE beside this file) holds GPT-2's vocabulary as `gpt2.tiktoken`: one line a token,
 its bytes in base64 and its id. Each token above 255 was made by joining two earlier ones; replaying byte-pair encoding on its bytes

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 from anew.errors import UserError
-from anew.tokenizer import Tokenizer, pieces
+from anew.tokenizer.bpe import Tokenizer, pieces
 
 TEXT_BYTES = 100_000_000  # a vocabulary of tens of thousands of words does not change much behind the first 100 MB
 

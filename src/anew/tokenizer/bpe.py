@@ -46,7 +46,7 @@ class Tokenizer:
         if name == "bytes":
             return Tokenizer("bytes", [bytes([b]) for b in range(256)], [])
         if name == "gpt2":
-            table = np.frombuffer(resources.files("anew").joinpath("gpt2_bpe/merges.bin").read_bytes(), dtype="<u2")
+            table = np.frombuffer(resources.files("anew").joinpath("tokenizer/gpt2_bpe/merges.bin").read_bytes(), dtype="<u2")
             merges = [(int(a), int(b)) for a, b in table.reshape(-1, 2)]
             return Tokenizer("gpt2", _tokens_of(merges), merges)
         raise UserError(f"there is no tokenizer '{name}'; choose gpt2, bytes, train:N or a folder that holds a {FILE}.")
