@@ -61,7 +61,7 @@ def rank(arguments: argparse.Namespace) -> None:
     from anew.begin import training_loss
     from anew.bench import text_batch
     from anew.config.schema import RunConfig
-    from anew.parallel import joined
+    from anew.distributed.world import joined
     from anew.state import State
     from anew.utils.device import start
 

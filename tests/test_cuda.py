@@ -21,12 +21,13 @@ from torch import distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anew
-from anew import GPT, GPTConfig, bench, plan, sharded
+from anew import GPT, GPTConfig, bench, plan
+from anew.distributed import fsdp as sharded
+from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
+from anew.distributed.world import World, identity_of, whole
 from anew.fast_decode import Graphed, Packed, pack
 from anew.generate import _prefill
-from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.model.attention import attend
-from anew.parallel import World, identity_of, whole
 from anew.state import State
 from anew.train import train, train_step
 from anew.utils import device as runtime

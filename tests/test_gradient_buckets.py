@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from anew import GPT, GPTConfig, checkpoint, metrics
+from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
+from anew.distributed.world import joined
 from anew.errors import Preempted
 from anew.evaluate.task import Remote
 from anew.evaluate.tasks import TASKS
-from anew.gradient_buckets import GradientBuckets, gradient_groups
-from anew.parallel import joined
 from anew.train import train
 from anew.utils.files import sha256_of
 from anew.utils.signals import signal_this_process
@@ -212,7 +212,7 @@ def reductions_of_a_step() -> tuple[int, int]:
     """Reduce-scatters during the first of two micro-batches, and during the second."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    from anew import sharded
+    from anew.distributed import fsdp as sharded
 
     with joined("cpu", 60) as world:
         model = GPT(SHAPE, seed=2)

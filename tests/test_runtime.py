@@ -14,8 +14,8 @@ from anew import UserError, rivals
 from anew.config.schema import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
+from anew.distributed.world import World, refuse_shared_gpus
 from anew.model.attention import kernels_for
-from anew.parallel import World, refuse_shared_gpus
 from anew.probe import is_out_of_memory
 from anew.train import train
 from anew.utils import compiler as toolchain
@@ -211,7 +211,7 @@ def test_peak_is_measured_where_no_datasheet_is_known() -> None:
 
 def test_two_ranks_on_one_gpu_are_refused_and_hosts_of_one_name_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers often share a host name; a GPU's UUID is its own."""
-    monkeypatch.setattr("anew.parallel.identity_of", lambda _: "GPU-1")
+    monkeypatch.setattr("anew.distributed.world.identity_of", lambda _: "GPU-1")
     device = torch.device("cuda", 0)
     refuse_shared_gpus(World(0, 2, lambda mine: [mine, "GPU-2"]), device)
     with pytest.raises(UserError, match="ranks 0 and 2 have the same GPU"):

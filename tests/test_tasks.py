@@ -13,12 +13,12 @@ from anew import GPT, GPTConfig, Tokenizer, UserError, weights
 from anew.config.schema import Config
 from anew.data import prepare, sources
 from anew.data.open import open_data
+from anew.distributed.world import World
 from anew.evaluate import published, runner
 from anew.evaluate.corpora import wikitext_articles, wikitext_polish, windows
 from anew.evaluate.score import Question
 from anew.evaluate.task import Example, Remote, Task, split_pair
 from anew.evaluate.tasks import TASKS, Validation, with_stride
-from anew.parallel import World
 from anew.utils.files import sha256_of
 from tests.conftest import shared
 

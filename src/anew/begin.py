@@ -19,9 +19,9 @@ from anew.config.values import bytes_of, ids_of
 from anew.data.batches import Batches
 from anew.data.open import open_data
 from anew.data.shards import DataFolder
+from anew.distributed.world import World, joined, preflight, refuse_shared_gpus
 from anew.errors import UserError
 from anew.evaluate.during import Evaluator
-from anew.parallel import World, joined, preflight, refuse_shared_gpus
 from anew.probe import find_micro_batch
 from anew.saver import Saver
 from anew.state import State

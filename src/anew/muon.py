@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anew.parallel import ALONE, World, cut_like, whole
+from anew.distributed.world import ALONE, World, cut_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values to about 1 in five steps (Jordan et al. 2024)
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from anew.distributed.fsdp import after_failed_pass
 from anew.errors import UserError
-from anew.sharded import after_failed_pass
 from anew.state import State
 
 USABLE_SHARE = 0.9  # of the GPU's memory: compiled code and communication need some as well

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anew import checkpoint, optim, sharded, weights
+from anew import checkpoint, optim, weights
 from anew.config.schema import Config
+from anew.distributed import fsdp as sharded
+from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
+from anew.distributed.world import ALONE, World, whole
 from anew.errors import UserError
-from anew.gradient_buckets import GradientBuckets, gradient_groups
 from anew.model.gpt import GPT
-from anew.parallel import ALONE, World, whole
 from anew.spikes import Spikes
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.device import Runtime

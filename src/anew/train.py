@@ -29,8 +29,8 @@ from anew.config.schema import Config
 from anew.config.values import bytes_of
 from anew.data.batches import prefetch
 from anew.data.open import Stopped, remove_used
+from anew.distributed.world import whole
 from anew.errors import Preempted, UserError
-from anew.parallel import whole
 from anew.probe import is_out_of_memory
 from anew.profiling import profiled, quiet_garbage
 from anew.state import State

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from anew.config.schema import Config
 from anew.data.shards import Shard
+from anew.distributed.fsdp import whole_model
 from anew.errors import UserError
 from anew.evaluate.loss import computing_in, mean_loss
 from anew.evaluate.runner import run
@@ -17,7 +18,6 @@ from anew.generate import generate
 from anew.metrics import Recorder
 from anew.model.gpt import GPT
 from anew.saver import Saver
-from anew.sharded import whole_model
 from anew.state import State
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.device import DTYPES, matmul_precision

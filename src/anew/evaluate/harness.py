@@ -16,12 +16,12 @@ except ImportError as error:
 
     raise UserError("tasks of lm-evaluation-harness need it: pip install -e '.[eval]'.") from error
 
+from anew.distributed.world import ALONE, World
 from anew.errors import UserError
 from anew.evaluate.corpora import windows
 from anew.evaluate.score import Question, score
 from anew.generate import stream
 from anew.model.gpt import GPT
-from anew.parallel import ALONE, World
 from anew.tokenizer.bpe import Tokenizer
 
 MOST_ENDINGS = 16  # in one question: more of them make a row so long that its mask costs more than the shared context saves

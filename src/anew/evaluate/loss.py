@@ -8,8 +8,8 @@ import torch
 
 from anew.data.batches import evaluation_windows
 from anew.data.shards import Shard
+from anew.distributed.world import ALONE, World
 from anew.model.gpt import GPT
-from anew.parallel import ALONE, World
 from anew.utils.signals import Interrupted
 
 

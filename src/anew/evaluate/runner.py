@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from anew.distributed.world import ALONE, World
 from anew.evaluate.score import score
 from anew.evaluate.task import Example, Result, Task
 from anew.model.gpt import GPT
-from anew.parallel import ALONE, World
 from anew.utils.device import pick_compile
 from anew.utils.files import json_lines
 from anew.utils.signals import Interrupted

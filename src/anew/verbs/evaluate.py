@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import parallel, weights
+from anew import weights
 from anew.config.schema import Config
 from anew.data.open import open_data
+from anew.distributed import world as parallel
+from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate import runner
 from anew.evaluate.corpora import Corpus
@@ -23,7 +25,6 @@ from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS, Validation, with_stride
 from anew.model.gpt import GPT
-from anew.parallel import World
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime
 from anew.utils.files import cache_folder

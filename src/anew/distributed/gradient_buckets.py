@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from anew.distributed.world import World, naming_lost_ranks
 from anew.model.gpt import GPT
-from anew.parallel import World, naming_lost_ranks
 
 
 def gradient_groups(model: GPT) -> list[list[nn.Parameter]]:

@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
+from anew.distributed.world import World, cut_like, whole
 from anew.model.gpt import GPT
-from anew.parallel import World, cut_like, whole
 
 
 def shard(model: GPT, dtype: torch.dtype) -> None:
