@@ -13,7 +13,7 @@ import torch
 
 from anew import GPT, Tokenizer, weights
 from anew.config.schema import Config
-from anew.data.open import open_data
+from anew.data.dataset import open_data
 from anew.fast_decode import Kernel, pack
 from anew.model.gpt import Cache
 

@@ -16,7 +16,7 @@ import numpy as np
 import anew
 from anew import bench
 from anew.data import prepare, sources
-from anew.data.batches import Batches, permute
+from anew.data.dataloader import Batches, permute
 
 text = "\n".join(path.read_text(encoding="utf-8") for path in bench.stdlib()[:60])  # Python's own source: real text, on every machine
 print(f"{len(text):,} characters of real text")

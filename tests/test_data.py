@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from anew import Tokenizer, UserError
 from anew.data import prepare, sources
-from anew.data.batches import Batches, evaluation_windows, permute, prefetch
-from anew.data.open import open_data
+from anew.data.dataloader import Batches, evaluation_windows, permute, prefetch
+from anew.data.dataset import open_data
 from anew.data.shards import HEADER_BYTES, DataFolder, Shard, SplitWriter
 from anew.utils.files import sha256_of
 

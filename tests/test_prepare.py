@@ -30,9 +30,10 @@ from pyarrow import parquet
 from safetensors.numpy import load_file
 
 from anew import Config, Tokenizer, UserError
-from anew.data import hub_data, prepare, readers, shards, sources
-from anew.data.batches import Batches
-from anew.data.open import finished, open_data
+from anew.data import hub_datasets as hub_data
+from anew.data import prepare, readers, shards, sources
+from anew.data.dataloader import Batches
+from anew.data.dataset import finished, open_data
 from anew.data.shards import DataFolder, SplitWriter
 from anew.tokenizer.bpe import MOST_BYTES, PIECE_BYTES
 from tests.conftest import shared
@@ -498,7 +499,7 @@ def web(hub: Hub, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the process beside training has its own huggingface_hub
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setenv("ANEW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("anew.data.open.settings_for", lambda _: BYTES)
+    monkeypatch.setattr("anew.data.dataset.settings_for", lambda _: BYTES)
     return tiny.override(data="fineweb-edu", n_layer=1, n_head=1, n_embd=8, steps=40, batch_tokens=1024, save_every=10)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anew import Config, probe
-from anew.data.open import open_data
+from anew.data.dataset import open_data
 from anew.state import State
 from anew.tokenizer.bpe import Tokenizer
 from anew.train import train

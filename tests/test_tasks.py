@@ -12,7 +12,7 @@ import torch
 from anew import GPT, GPTConfig, Tokenizer, UserError, weights
 from anew.config.schema import Config
 from anew.data import prepare, sources
-from anew.data.open import open_data
+from anew.data.dataset import open_data
 from anew.distributed.world import World
 from anew.evaluate import published, runner
 from anew.evaluate.corpora import wikitext_articles, wikitext_polish, windows

@@ -132,8 +132,8 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
     from transformers import AutoModelForCausalLM
 
     from anew import Tokenizer, optim, weights
-    from anew.data.batches import Batches
-    from anew.data.open import open_data
+    from anew.data.dataloader import Batches
+    from anew.data.dataset import open_data
 
     train(tiny)
     weights.save_model(tmp_path, anew.GPT(tiny.model, seed=tiny.run.seed), Tokenizer.named("bytes"))

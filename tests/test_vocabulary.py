@@ -14,7 +14,7 @@ import pytest
 import anew
 from anew import Tokenizer, UserError
 from anew.data import prepare, sources
-from anew.data.open import open_data
+from anew.data.dataset import open_data
 from anew.tokenizer.learn import learn
 from anew.train import train
 from tests.conftest import shared

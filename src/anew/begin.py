@@ -16,8 +16,8 @@ import torch
 from anew import metrics, weights
 from anew.config.schema import Config
 from anew.config.values import bytes_of, ids_of
-from anew.data.batches import Batches
-from anew.data.open import open_data
+from anew.data.dataloader import Batches
+from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
 from anew.distributed.world import World, joined, preflight, refuse_shared_gpus
 from anew.errors import UserError

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from anew.data.hub_data import is_network_error
+from anew.data.hub_datasets import is_network_error
 from anew.errors import UserError
 from anew.utils.files import sha256_of
 

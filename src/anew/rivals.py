@@ -22,9 +22,9 @@ from anew import GPT, Tokenizer, bench, generate
 from anew.begin import training_loss
 from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
-from anew.data.batches import evaluation_windows
-from anew.data.open import open_data
-from anew.data.splits import Settings
+from anew.data.dataloader import evaluation_windows
+from anew.data.dataset import open_data
+from anew.data.holdout import Settings
 from anew.evaluate import runner
 from anew.evaluate.task import Example
 from anew.evaluate.tasks import TASKS

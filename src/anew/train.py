@@ -27,8 +27,8 @@ from anew import checkpoint, metrics, optim
 from anew.begin import Begun, begin
 from anew.config.schema import Config
 from anew.config.values import bytes_of
-from anew.data.batches import prefetch
-from anew.data.open import Stopped, remove_used
+from anew.data.dataloader import prefetch
+from anew.data.dataset import Stopped, remove_used
 from anew.distributed.world import whole
 from anew.errors import Preempted, UserError
 from anew.probe import is_out_of_memory

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from anew import Tokenizer, UserError, checkpoint, weights
-from anew.data.open import open_data
+from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
 from anew.train import train
 from tests.faults.common import Tally, tiny

@@ -318,7 +318,7 @@ def in_phase(argv: list[str], phase: str, marker: str) -> None:
         "step": ("anew.train", "train_step", 8, 0.4),
         "evaluation": ("anew.evaluate.during", "mean_loss", 2, 0.4),
         "save": ("anew.checkpoint", "publish", 2, 0.4),
-        "loader wait": ("anew.data.batches", "evaluation_windows", 1, 0.0),
+        "loader wait": ("anew.data.dataloader", "evaluation_windows", 1, 0.0),
     }[phase]
     module = importlib.import_module(name)
     if phase == "loader wait":

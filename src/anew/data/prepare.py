@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from anew.config.values import fits, ids_of
-from anew.data import hub_data, readers, shards
-from anew.data.documents import Document, Text, halves, hash_of, in_order, jobs_of, threshold_of
-from anew.data.hub_data import HubFile
+from anew.data import hub_datasets as hub_data
+from anew.data import readers, shards
+from anew.data.holdout import Progress, Settings, Splits
+from anew.data.hub_datasets import HubFile
 from anew.data.shards import DataFolder
 from anew.data.sources import Source
-from anew.data.splits import Progress, Settings, Splits
+from anew.data.tokenize import Document, Text, halves, hash_of, in_order, jobs_of, threshold_of
 from anew.errors import UserError
 from anew.tokenizer.bpe import FILE as TOKENIZER
 from anew.tokenizer.bpe import Tokenizer

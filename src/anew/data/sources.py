@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from anew.data import hub_data, readers
-from anew.data.hub_data import HubFile
+from anew.data import hub_datasets as hub_data
+from anew.data import readers
+from anew.data.hub_datasets import HubFile
 from anew.errors import UserError
 from anew.utils.files import cache_folder, sha256_of, write_atomic
 

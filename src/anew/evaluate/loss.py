@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from anew.data.batches import evaluation_windows
+from anew.data.dataloader import evaluation_windows
 from anew.data.shards import Shard
 from anew.distributed.world import ALONE, World
 from anew.model.gpt import GPT

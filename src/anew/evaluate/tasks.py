@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anew.data.batches import evaluation_windows
+from anew.data.dataloader import evaluation_windows
 from anew.data.shards import DataFolder
 from anew.errors import UserError
 from anew.evaluate.choices import ChildrensBook, HellaSwag, HellaSwagHarness, Lambada

@@ -8,7 +8,7 @@ import logging
 from anew import weights
 from anew.config.schema import RunConfig
 from anew.config.values import bytes_of
-from anew.data.open import open_data
+from anew.data.dataset import open_data
 from anew.errors import UserError
 from anew.evaluate.loss import mean_loss
 from anew.report.run import BASELINE_FORMAT, Run

@@ -15,7 +15,7 @@ import tyro
 
 from anew import weights
 from anew.config.schema import Config
-from anew.data.open import open_data
+from anew.data.dataset import open_data
 from anew.distributed import world as parallel
 from anew.distributed.world import World
 from anew.errors import UserError

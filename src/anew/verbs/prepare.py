@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from anew.config.values import bytes_of, ids_of
-from anew.data import prepare, shards, sources, splits
-from anew.data.others import open_others, write_others
+from anew.data import holdout as splits
+from anew.data import prepare, shards, sources
 from anew.data.shards import DataFolder
+from anew.data.token_formats import open_others, write_others
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 

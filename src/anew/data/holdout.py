@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from anew.data.documents import Document
 from anew.data.shards import SHARD_TOKENS, SplitWriter
+from anew.data.tokenize import Document
 
 VAL_TOKENS = 10_485_760  # what build-nanogpt and llm.c validate on is 20 to 160 batches, by hardware; here it is one number
 SHARD_0_TOKENS = 100_000_000  # their validation split: the first shard of FineWeb-Edu, in the order of its files

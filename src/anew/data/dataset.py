@@ -22,10 +22,10 @@ from pathlib import Path
 
 from anew.config.values import TOKENIZERS, fits
 from anew.data import prepare, shards, sources
-from anew.data.others import open_others
+from anew.data.holdout import Settings
 from anew.data.prepare import INDEX, PROGRESS
 from anew.data.shards import DataFolder, Shard
-from anew.data.splits import Settings
+from anew.data.token_formats import open_others
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import cache_folder
