@@ -149,7 +149,8 @@ for parts in (1, 2):
 # Warm up (Adam's means know nothing yet), then a cosine down to a tenth. One function of the step, so that a resumed run cannot be wrong about it.
 
 # %%
-from anew import optim, recipe
+from anew import recipe
+from anew.optim import build as optim
 
 o = recipe("gpt2-124m").optim
 rates = [o.lr * optim.rate(step, 19073, o) for step in range(19073)]

@@ -8,9 +8,10 @@
 import matplotlib.pyplot as plt
 import torch
 
-from anew import GPT, GPTConfig, generate, optim
+from anew import GPT, GPTConfig, generate
 from anew.config.schema import OptimConfig
 from anew.generate import sample
+from anew.optim import build as optim
 
 torch.manual_seed(0)
 

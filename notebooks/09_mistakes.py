@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 import anew
-from anew import GPT, bench, optim
+from anew import GPT, bench
 from anew.config.schema import OptimConfig
+from anew.optim import build as optim
 from anew.utils import device as runtime
 
 runtime.start(anew.recipe("demo").run)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from anew.config.schema import GPTConfig, OptimConfig
 from anew.model.gpt import GPT
-from anew.muon import Muon, orthogonalise
-from anew.optim import build, momentum, rate, set_rate
+from anew.optim.build import build, momentum, rate, set_rate
+from anew.optim.muon import Muon, orthogonalise
 
 
 def test_the_reference_schedule() -> None:

@@ -131,9 +131,10 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
     """The same model, tokens, rates and optimizer by other people's code: every loss and the golden ones agree."""
     from transformers import AutoModelForCausalLM
 
-    from anew import Tokenizer, optim, weights
+    from anew import Tokenizer, weights
     from anew.data.dataloader import Batches
     from anew.data.dataset import open_data
+    from anew.optim import build as optim
 
     train(tiny)
     weights.save_model(tmp_path, anew.GPT(tiny.model, seed=tiny.run.seed), Tokenizer.named("bytes"))

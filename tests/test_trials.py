@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from anew import checkpoint, optim, time_to_loss
+from anew import checkpoint, time_to_loss
 from anew import trials as trials_module
 from anew.config.schema import Config
 from anew.errors import Preempted, UserError
+from anew.optim import build as optim
 from anew.time_to_loss import Arm, Plan, Ratio, against, crossing
 from anew.train import train
 from anew.trials import Ended, Trial, ended, limited, run_all

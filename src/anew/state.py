@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anew import checkpoint, optim, weights
+from anew import checkpoint, weights
 from anew.config.schema import Config
 from anew.distributed import fsdp as sharded
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import ALONE, World, whole
 from anew.errors import UserError
 from anew.model.gpt import GPT
+from anew.optim import build as optim
 from anew.spikes import Spikes
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.device import Runtime

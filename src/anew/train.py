@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anew import checkpoint, metrics, optim
+from anew import checkpoint, metrics
 from anew.begin import Begun, begin
 from anew.config.schema import Config
 from anew.config.values import bytes_of
@@ -31,6 +31,7 @@ from anew.data.dataloader import prefetch
 from anew.data.dataset import Stopped, remove_used
 from anew.distributed.world import whole
 from anew.errors import Preempted, UserError
+from anew.optim import build as optim
 from anew.probe import is_out_of_memory
 from anew.profiling import profiled, quiet_garbage
 from anew.state import State

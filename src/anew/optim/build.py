@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from anew.config.schema import OptimConfig
 from anew.distributed.world import ALONE, World
-from anew.muon import Muon
+from anew.optim.muon import Muon
 
 MOMENTUM = (0.85, 0.95)  # Muon's, at its first step and from the end of muon_warmup on
 
