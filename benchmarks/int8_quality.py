@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from anew import GPT, Tokenizer, weights
+from anew import GPT, Tokenizer
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data.dataset import open_data
 from anew.fast_decode import Kernel, pack

@@ -108,7 +108,7 @@ def main() -> None:
 
 def publish(run: Path) -> None:
     """Put what the job is for where SageMaker takes it from."""
-    from anew import checkpoint
+    from anew.checkpoint import folder as checkpoint
 
     newest, _ = checkpoint.newest(run)
     model, output = (

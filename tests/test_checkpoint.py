@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from anew import UserError, checkpoint
+from anew import UserError
+from anew.checkpoint import folder as checkpoint
 
 WRITER = """
 import os, sys

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from anew import GPT, Config, GPTConfig, Tokenizer, UserError, checkpoint, weights
+from anew import GPT, Config, GPTConfig, Tokenizer, UserError
+from anew.checkpoint import folder as checkpoint
+from anew.checkpoint import huggingface as weights
 from anew.cli import main
 from anew.train import train
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import anew
-from anew import checkpoint, demo, metrics
+from anew import demo, metrics
+from anew.checkpoint import folder as checkpoint
 from anew.cli import main
 from tests.conftest import shared
 

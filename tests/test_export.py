@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from anew import GPT, GPTConfig, Tokenizer, UserError, weights
+from anew import GPT, GPTConfig, Tokenizer, UserError
+from anew.checkpoint import huggingface as weights
+from anew.checkpoint.export import write_gguf
 from anew.cli import main
 from anew.config.schema import Config
-from anew.export import write_gguf
 from tests.conftest import shared
 
 TEXT = "The king crosses the river, and 12 ships leave.\n  def it(self):"
@@ -160,7 +161,7 @@ def test_q8_0_is_llama_cpps_own_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_wrong_wishes_are_refused(model: tuple[GPT, Tokenizer, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from anew.export import export
+    from anew.checkpoint.export import export
 
     _, _, folder = model
     with pytest.raises(UserError, match="no format"):
@@ -175,7 +176,7 @@ def test_wrong_wishes_are_refused(model: tuple[GPT, Tokenizer, Path], tmp_path: 
 def test_a_full_disk_leaves_nothing_half_written(
     model: tuple[GPT, Tokenizer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anew import export
+    from anew.checkpoint import export
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

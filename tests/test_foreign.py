@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anew import GPT, UserError, tf_checkpoint
+from anew import GPT, UserError
+from anew.checkpoint import tensorflow as tf_checkpoint
 from anew.cli import main
 from tests.conftest import ROOT
 

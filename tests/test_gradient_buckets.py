@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from anew import GPT, GPTConfig, checkpoint, metrics
+from anew import GPT, GPTConfig, metrics
+from anew.checkpoint import folder as checkpoint
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import joined
 from anew.errors import Preempted

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from anew import GPT, GPTConfig, Tokenizer, hub, weights
+from anew import GPT, GPTConfig, Tokenizer
+from anew.checkpoint import hub
+from anew.checkpoint import huggingface as weights
 from tests.conftest import ROOT
 
 COMMIT = hub.NAMES["gpt2"][1]

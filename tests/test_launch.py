@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from anew import Config, checkpoint, metrics
+from anew import Config, metrics
+from anew.checkpoint import folder as checkpoint
 from anew.train import train
 from tests.aws import AWS, serving
 from tests.faults.common import flags, losses, tiny

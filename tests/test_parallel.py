@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from anew import Config, checkpoint, metrics
+from anew import Config, metrics
+from anew.checkpoint import folder as checkpoint
 from anew.train import train
 from tests.ranks import free_port, run_ranks
 

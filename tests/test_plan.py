@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 import anew
-from anew import UserError, checkpoint, plan
+from anew import UserError, plan
+from anew.checkpoint import folder as checkpoint
 from anew.cli import main
 from anew.model.gpt import count_parameters
 from anew.train import train

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from anew import GPT, UserError, weights
+from anew import GPT, UserError
+from anew.checkpoint import huggingface as weights
 from anew.cli import main
 from anew.config.recipes import RECIPES
 from anew.config.schema import Config

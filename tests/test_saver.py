@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anew import UserError, checkpoint
+from anew import UserError
+from anew.checkpoint import folder as checkpoint
 from anew.spikes import WARM_STEPS, Spikes
 from anew.state import Snapshot
 from anew.train import train

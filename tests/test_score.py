@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anew import GPT, GPTConfig, Tokenizer, weights
+from anew import GPT, GPTConfig, Tokenizer
+from anew.checkpoint import huggingface as weights
 from anew.evaluate.score import Question, score
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257)

@@ -18,7 +18,8 @@ import openai
 import pytest
 import torch
 
-from anew import GPT, GPTConfig, Tokenizer, generate, weights
+from anew import GPT, GPTConfig, Tokenizer, generate
+from anew.checkpoint import huggingface as weights
 from anew.errors import UserError
 from anew.serve import wanted
 from anew.serve.engine import Busy, Engine, Rules, Served

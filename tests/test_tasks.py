@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from anew import GPT, GPTConfig, Tokenizer, UserError, weights
+from anew import GPT, GPTConfig, Tokenizer, UserError
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data import prepare, sources
 from anew.data.dataset import open_data

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import anew
-from anew import Config, UserError, checkpoint, metrics
+from anew import Config, UserError, metrics
+from anew.checkpoint import folder as checkpoint
 from anew.errors import Preempted
 from anew.state import State
 from anew.train import _seed, train, train_step
@@ -131,7 +132,8 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
     """The same model, tokens, rates and optimizer by other people's code: every loss and the golden ones agree."""
     from transformers import AutoModelForCausalLM
 
-    from anew import Tokenizer, weights
+    from anew import Tokenizer
+    from anew.checkpoint import huggingface as weights
     from anew.data.dataloader import Batches
     from anew.data.dataset import open_data
     from anew.optim import build as optim

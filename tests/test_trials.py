@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from anew import checkpoint, time_to_loss
+from anew import time_to_loss
 from anew import trials as trials_module
+from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.errors import Preempted, UserError
 from anew.optim import build as optim

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anew import GPT, GPTConfig, Tokenizer, UserError, weights
+from anew import GPT, GPTConfig, Tokenizer, UserError
+from anew.checkpoint import huggingface as weights
 from tests.conftest import shared
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257)

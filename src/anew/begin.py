@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from anew import metrics, weights
+from anew import metrics
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.config.values import bytes_of, ids_of
 from anew.data.dataloader import Batches

@@ -6,7 +6,7 @@ import io
 import tokenize
 from pathlib import Path
 
-from anew import weights
+from anew.checkpoint import huggingface as weights
 from anew.data import sources
 from anew.generate import generate
 from anew.tokenizer.bpe import Tokenizer

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from anew import GPT, Tokenizer, bench, generate
 from anew.begin import training_loss
+from anew.checkpoint.export import write_gguf
 from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
 from anew.data.dataloader import evaluation_windows
@@ -28,7 +29,6 @@ from anew.data.holdout import Settings
 from anew.evaluate import runner
 from anew.evaluate.task import Example
 from anew.evaluate.tasks import TASKS
-from anew.export import write_gguf
 from anew.state import State
 from anew.train import train_step
 from anew.utils import device as runtime

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from anew import checkpoint
+from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.metrics import RunState
 from anew.state import Snapshot, State

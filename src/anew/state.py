@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anew import checkpoint, weights
+from anew.checkpoint import folder as checkpoint
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.distributed import fsdp as sharded
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anew import checkpoint, metrics
+from anew import metrics
 from anew.begin import Begun, begin
+from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.config.values import bytes_of
 from anew.data.dataloader import prefetch

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from anew import checkpoint, metrics
+from anew import metrics
 from anew.begin import settle
+from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.train import train

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anew import Config, checkpoint, metrics
+from anew import Config, metrics
+from anew.checkpoint import folder as checkpoint
 
 
 @dataclass

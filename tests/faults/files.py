@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from anew import Tokenizer, UserError, checkpoint, weights
+from anew import Tokenizer, UserError
+from anew.checkpoint import folder as checkpoint
+from anew.checkpoint import huggingface as weights
 from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
 from anew.train import train

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from anew import Config, checkpoint, metrics
+from anew import Config, metrics
+from anew.checkpoint import folder as checkpoint
 from anew.errors import Preempted
 from anew.train import train
 from tests.faults.common import SIGNALS, Tally, final, flags, losses, tiny
@@ -317,7 +318,7 @@ def in_phase(argv: list[str], phase: str, marker: str) -> None:
         "compile": ("anew.train", "train_step", 1, 0.0),
         "step": ("anew.train", "train_step", 8, 0.4),
         "evaluation": ("anew.evaluate.during", "mean_loss", 2, 0.4),
-        "save": ("anew.checkpoint", "publish", 2, 0.4),
+        "save": ("anew.checkpoint.folder", "publish", 2, 0.4),
         "loader wait": ("anew.data.dataloader", "evaluation_windows", 1, 0.0),
     }[phase]
     module = importlib.import_module(name)

@@ -265,7 +265,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model: str) -> "GPT":
         """The model in a run folder, a checkpoint folder or a Hugging Face folder (see `weights.load_model`)."""
-        from anew.weights import load_model  # the one upward import: this method is a public name of the model
+        from anew.checkpoint.huggingface import load_model  # the one upward import: this method is a public name of the model
 
         return load_model(model)
 

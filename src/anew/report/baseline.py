@@ -5,7 +5,7 @@ score(Run.read(folder), "gpt2")     # writes RUN/baseline.json, which the page r
 
 import logging
 
-from anew import weights
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import RunConfig
 from anew.config.values import bytes_of
 from anew.data.dataset import open_data

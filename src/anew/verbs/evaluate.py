@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import weights
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data.dataset import open_data
 from anew.distributed import world as parallel

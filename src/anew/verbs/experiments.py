@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anew import checkpoint, pictures, rivals, time_to_loss
+from anew import pictures, rivals, time_to_loss
+from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.config.values import bytes_of
 from anew.errors import UserError

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from anew.export import export
+from anew.checkpoint.export import export
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import weights
+from anew.checkpoint import huggingface as weights
 from anew.errors import UserError
 from anew.generate import stream
 from anew.tokenizer.bpe import Tokenizer

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew import weights
+from anew.checkpoint import huggingface as weights
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anew import tf_checkpoint
+from anew.checkpoint import tensorflow as tf_checkpoint
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
 

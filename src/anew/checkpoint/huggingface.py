@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anew import checkpoint, foreign, hub
+from anew.checkpoint import folder as checkpoint
+from anew.checkpoint import hub
+from anew.checkpoint import nanogpt as foreign
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
 from anew.model.gpt import GPT, Linear, count_parameters

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anew import metrics, weights
+from anew import metrics
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.gpt import GPT, count_parameters
