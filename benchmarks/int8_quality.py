@@ -15,7 +15,7 @@ from anew import GPT, Tokenizer
 from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data.dataset import open_data
-from anew.fast_decode import Kernel, pack
+from anew.inference.decoders import Kernel, pack
 from anew.model.gpt import Cache
 
 

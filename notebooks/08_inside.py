@@ -10,7 +10,7 @@ import torch
 
 from anew import GPT, GPTConfig, generate
 from anew.config.schema import OptimConfig
-from anew.generate import sample
+from anew.inference.generate import sample
 from anew.optim import build as optim
 
 torch.manual_seed(0)

@@ -25,8 +25,8 @@ from anew import GPT, GPTConfig, bench, plan
 from anew.distributed import fsdp as sharded
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import World, identity_of, whole
-from anew.fast_decode import Graphed, Packed, pack
-from anew.generate import _prefill
+from anew.inference.decoders import Graphed, Packed, pack
+from anew.inference.generate import _prefill
 from anew.model.attention import attend
 from anew.state import State
 from anew.train import train, train_step

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from anew import GPT, GPTConfig, generate
-from anew.fast_decode import GROUP, Graphed, Kernel, Packed, Rows, _library, pack, quantised
-from anew.generate import _prefill
+from anew.inference.decoders import GROUP, Graphed, Kernel, Packed, Rows, _library, pack, quantised
+from anew.inference.generate import _prefill
 from anew.model.gpt import Cache
 
 pytestmark = pytest.mark.skipif(_library() is None, reason="the kernel needs Linux and a C++ compiler")
@@ -128,7 +128,7 @@ def test_what_is_packed_where(caplog: pytest.LogCaptureFixture, monkeypatch: pyt
     assert pack(model_of().train(), 1) is None, "no second copy of a model in training"
     assert isinstance(pack(model_of(n_embd=36, n_head=2), 1, int8=True), Kernel)
     assert "int8 weights are for one text" in caplog.text
-    monkeypatch.setattr("anew.fast_decode._library", lambda: None)
+    monkeypatch.setattr("anew.inference.decoders._library", lambda: None)
     assert isinstance(pack(model_of(), 1), Packed), "without a compiler"
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from anew import GPTConfig, UserError, generate
-from anew.generate import sample, stream
+from anew.inference.generate import sample, stream
 from anew.model.gpt import GPT
 
 MODEL = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257), seed=2)

@@ -14,7 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 from anew.config.recipes import RECIPES, recipe
 from anew.config.schema import Config, GPTConfig
 from anew.errors import UserError
-from anew.generate import generate, stream
+from anew.inference.generate import generate, stream
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.train import train

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anew.checkpoint import huggingface as weights
 from anew.data import sources
-from anew.generate import generate
+from anew.inference.generate import generate
 from anew.tokenizer.bpe import Tokenizer
 
 PROMPTS = ("import os\n", "    def __init__(self", "def main():\n")

@@ -14,7 +14,7 @@ from anew.evaluate.loss import computing_in, mean_loss
 from anew.evaluate.runner import run
 from anew.evaluate.task import Example, Task
 from anew.evaluate.tasks import TASKS
-from anew.generate import generate
+from anew.inference.generate import generate
 from anew.metrics import Recorder
 from anew.model.gpt import GPT
 from anew.saver import Saver

@@ -20,7 +20,7 @@ from anew.distributed.world import ALONE, World
 from anew.errors import UserError
 from anew.evaluate.corpora import windows
 from anew.evaluate.score import Question, score
-from anew.generate import stream
+from anew.inference.generate import stream
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anew.errors import UserError
-from anew.generate import check_rules, steps
+from anew.inference.generate import check_rules, steps
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 

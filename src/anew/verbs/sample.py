@@ -12,7 +12,7 @@ import tyro
 
 from anew.checkpoint import huggingface as weights
 from anew.errors import UserError
-from anew.generate import stream
+from anew.inference.generate import stream
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime
 

@@ -38,7 +38,7 @@ from anew.utils.files import atomic_file, cache_folder
 
 log = logging.getLogger("anew")
 
-SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
+SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 GROUP = 32  # values that share a scale, as in decode.cpp
 

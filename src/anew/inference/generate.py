@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anew.errors import UserError
-from anew.fast_decode import Graphed, pack
+from anew.inference.decoders import Graphed, pack
 from anew.model.gpt import GPT, Cache
 
 log = logging.getLogger("anew")
