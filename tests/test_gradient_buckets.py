@@ -14,8 +14,8 @@ from anew.checkpoint import folder as checkpoint
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import joined
 from anew.errors import Preempted
-from anew.evaluate.task import Remote
-from anew.evaluate.tasks import TASKS
+from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.task import Remote
 from anew.train import train
 from anew.utils.files import sha256_of
 from anew.utils.signals import signal_this_process

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anew import GPT, GPTConfig, Tokenizer
 from anew.checkpoint import huggingface as weights
-from anew.evaluate.score import Question, score
+from anew.evaluate.scorer import Question, score
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257)
 ids = st.lists(st.integers(0, 256), min_size=1, max_size=30)

@@ -16,10 +16,10 @@ from anew.data import prepare, sources
 from anew.data.dataset import open_data
 from anew.distributed.world import World
 from anew.evaluate import published, runner
-from anew.evaluate.corpora import wikitext_articles, wikitext_polish, windows
-from anew.evaluate.score import Question
-from anew.evaluate.task import Example, Remote, Task, split_pair
-from anew.evaluate.tasks import TASKS, Validation, with_stride
+from anew.evaluate.scorer import Question
+from anew.evaluate.tasks.corpora import wikitext_articles, wikitext_polish, windows
+from anew.evaluate.tasks.table import TASKS, Validation, with_stride
+from anew.evaluate.tasks.task import Example, Remote, Task, split_pair
 from anew.utils.files import sha256_of
 from tests.conftest import shared
 

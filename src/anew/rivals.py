@@ -27,8 +27,8 @@ from anew.data.dataloader import evaluation_windows
 from anew.data.dataset import open_data
 from anew.data.holdout import Settings
 from anew.evaluate import runner
-from anew.evaluate.task import Example
-from anew.evaluate.tasks import TASKS
+from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.task import Example
 from anew.state import State
 from anew.train import train_step
 from anew.utils import device as runtime

@@ -12,8 +12,8 @@ from anew.distributed.fsdp import whole_model
 from anew.errors import UserError
 from anew.evaluate.loss import computing_in, mean_loss
 from anew.evaluate.runner import run
-from anew.evaluate.task import Example, Task
-from anew.evaluate.tasks import TASKS
+from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.task import Example, Task
 from anew.inference.generate import generate
 from anew.metrics import Recorder
 from anew.model.gpt import GPT

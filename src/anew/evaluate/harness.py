@@ -18,8 +18,8 @@ except ImportError as error:
 
 from anew.distributed.world import ALONE, World
 from anew.errors import UserError
-from anew.evaluate.corpora import windows
-from anew.evaluate.score import Question, score
+from anew.evaluate.scorer import Question, score
+from anew.evaluate.tasks.corpora import windows
 from anew.inference.generate import stream
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer

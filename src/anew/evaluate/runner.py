@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from anew.distributed.world import ALONE, World
-from anew.evaluate.score import score
-from anew.evaluate.task import Example, Result, Task
+from anew.evaluate.scorer import score
+from anew.evaluate.tasks.task import Example, Result, Task
 from anew.model.gpt import GPT
 from anew.utils.device import pick_compile
 from anew.utils.files import json_lines

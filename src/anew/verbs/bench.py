@@ -12,7 +12,7 @@ from anew import bench, pictures, rivals, versus
 from anew.bench import Measured, Rung
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.evaluate.tasks import TASKS
+from anew.evaluate.tasks.table import TASKS
 from anew.model.gpt import flops_per_token
 from anew.utils import device as runtime
 from anew.verbs import experiments

@@ -20,10 +20,10 @@ from anew.distributed import world as parallel
 from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate import runner
-from anew.evaluate.corpora import Corpus
 from anew.evaluate.published import Comparison, compare, size_of
-from anew.evaluate.task import Example, Task
-from anew.evaluate.tasks import TASKS, Validation, with_stride
+from anew.evaluate.tasks.corpora import Corpus
+from anew.evaluate.tasks.table import TASKS, Validation, with_stride
+from anew.evaluate.tasks.task import Example, Task
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils import device as runtime

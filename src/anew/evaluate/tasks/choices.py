@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from anew.errors import UserError
-from anew.evaluate.score import Question, Scored
-from anew.evaluate.task import Remote, Result, Task, json_lines, perplexity, split_pair, text_of
+from anew.evaluate.scorer import Question, Scored
+from anew.evaluate.tasks.task import Remote, Result, Task, json_lines, perplexity, split_pair, text_of
 from anew.tokenizer.bpe import Tokenizer
 
 

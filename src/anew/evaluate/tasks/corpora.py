@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from anew.errors import UserError
-from anew.evaluate.score import Question, Scored
-from anew.evaluate.task import Example, Remote, Result, Task, perplexity, text_of
+from anew.evaluate.scorer import Question, Scored
+from anew.evaluate.tasks.task import Example, Remote, Result, Task, perplexity, text_of
 from anew.tokenizer.bpe import Tokenizer
 
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens seen before the one predicted

@@ -8,10 +8,10 @@ from typing import Any
 from anew.data.dataloader import evaluation_windows
 from anew.data.shards import DataFolder
 from anew.errors import UserError
-from anew.evaluate.choices import ChildrensBook, HellaSwag, HellaSwagHarness, Lambada
-from anew.evaluate.corpora import CORPORA, Corpus, Window, window_figures, window_result
-from anew.evaluate.score import Question, Scored
-from anew.evaluate.task import Example, Result, Task
+from anew.evaluate.scorer import Question, Scored
+from anew.evaluate.tasks.choices import ChildrensBook, HellaSwag, HellaSwagHarness, Lambada
+from anew.evaluate.tasks.corpora import CORPORA, Corpus, Window, window_figures, window_result
+from anew.evaluate.tasks.task import Example, Result, Task
 from anew.tokenizer.bpe import Tokenizer
 
 TASKS: dict[str, Task] = {

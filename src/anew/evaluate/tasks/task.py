@@ -21,7 +21,7 @@ from typing import Any
 
 from anew.data import sources
 from anew.errors import UserError
-from anew.evaluate.score import Question, Scored
+from anew.evaluate.scorer import Question, Scored
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import cache_folder, sha256_of
 

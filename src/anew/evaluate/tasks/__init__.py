@@ -1,0 +1,1 @@
+"""The evaluation tasks: their data, prompts and figures."""
