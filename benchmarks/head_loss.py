@@ -17,8 +17,8 @@ import torch
 
 from anew import recipe
 from anew.model import loss as head
-from anew.state import State
-from anew.train import train_step
+from anew.training.train_state import State
+from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import Stop
 

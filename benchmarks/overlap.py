@@ -58,11 +58,11 @@ def rank(arguments: argparse.Namespace) -> None:
     import torch
 
     from anew import recipe
-    from anew.begin import training_loss
     from anew.bench import text_batch
     from anew.config.schema import RunConfig
     from anew.distributed.world import joined
-    from anew.state import State
+    from anew.training.setup import training_loss
+    from anew.training.train_state import State
     from anew.utils.device import start
 
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from loguru import logger
 
-from anew import metrics
+from anew.training import run_log as metrics
 
 ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs" / "example").is_dir())
 run = ROOT / "docs" / "example"

@@ -10,8 +10,8 @@ import anew
 from anew import bench, rivals, versus
 from anew.cli import main
 from anew.errors import UserError
-from anew.state import State
-from anew.train import train_step
+from anew.training.train_state import State
+from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import Stop
 from tests.faults.common import tiny

@@ -14,7 +14,7 @@ import pytest
 
 from anew.report import page
 from anew.report.run import Run
-from anew.train import train
+from anew.training.trainer import train
 from tests.faults.common import tiny
 from tests.test_report import like_gpt2
 from tests.test_serve import models, served

@@ -15,7 +15,7 @@ from anew import GPT, Config, GPTConfig, Tokenizer, UserError
 from anew.checkpoint import folder as checkpoint
 from anew.checkpoint import huggingface as weights
 from anew.cli import main
-from anew.train import train
+from anew.training.trainer import train
 
 TINY = [
     "--n-layer", "1",

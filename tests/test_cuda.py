@@ -28,8 +28,8 @@ from anew.distributed.world import World, identity_of, whole
 from anew.inference.decoders import Graphed, Packed, pack
 from anew.inference.generate import _prefill
 from anew.model.attention import attend
-from anew.state import State
-from anew.train import train, train_step
+from anew.training.train_state import State
+from anew.training.trainer import train, train_step
 from anew.utils import device as runtime
 from anew.utils.gpus import GPUS
 from anew.utils.signals import Stop

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import anew
-from anew import demo, metrics
+from anew import demo
 from anew.checkpoint import folder as checkpoint
 from anew.cli import main
+from anew.training import run_log as metrics
 from tests.conftest import shared
 
 

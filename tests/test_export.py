@@ -65,7 +65,7 @@ def test_the_real_tiny_gpt2_goes_through_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_run_has_its_figures_on_the_card(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from anew.train import train
+    from anew.training.trainer import train
 
     result = train(tiny)
     main(["evaluate", str(result.folder), "--task", "val", "--json"])

@@ -134,7 +134,7 @@ def test_what_is_packed_where(caplog: pytest.LogCaptureFixture, monkeypatch: pyt
 
 def test_int8_changes_the_loss_by_little(tmp_path: Path) -> None:
     """On a model that has learnt something: what 8 bits cost in nats a token."""
-    from anew.train import train
+    from anew.training.trainer import train
     from tests.faults.common import tiny
 
     config = tiny(tmp_path / "run", n_embd=64, steps=200, warmup_steps=10)

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from anew import GPT, GPTConfig, metrics
+from anew import GPT, GPTConfig
 from anew.checkpoint import folder as checkpoint
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import joined
 from anew.errors import Preempted
 from anew.evaluate.tasks.table import TASKS
 from anew.evaluate.tasks.task import Remote
-from anew.train import train
+from anew.training import run_log as metrics
+from anew.training.trainer import train
 from anew.utils.files import sha256_of
 from anew.utils.signals import signal_this_process
 from tests.faults.common import final, losses, tiny
@@ -107,7 +108,7 @@ def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[b
     """Stop rank 1 before its first micro-batch of `step`; (has every parameter a gradient?, its device) when gradients are clipped."""
     import importlib
 
-    module = importlib.import_module("anew.train")
+    module = importlib.import_module("anew.training.trainer")
     train_step, clip_gradients = module.train_step, module.clip_gradients
     seen: list[tuple[bool, str]] = []
 
@@ -142,7 +143,7 @@ def stopped_at(config: Any, step: int) -> str:
     torch.compile = functools.partial(compile_function, backend="aot_eager")
     torch.nn.Module.compile = functools.partialmethod(compile_module, backend="aot_eager")  # type: ignore[assignment]
 
-    module = importlib.import_module("anew.train")
+    module = importlib.import_module("anew.training.trainer")
     train_step = module.train_step
 
     def watched(loss_of: Any, state: Any, *rest: Any) -> Any:

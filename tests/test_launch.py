@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from anew import Config, metrics
+from anew import Config
 from anew.checkpoint import folder as checkpoint
-from anew.train import train
+from anew.training import run_log as metrics
+from anew.training.trainer import train
 from tests.aws import AWS, serving
 from tests.faults.common import flags, losses, tiny
 from tests.ranks import run_ranks
@@ -130,7 +131,7 @@ def test_sagemaker_with_its_own_launcher_and_a_spot_interruption(aws: AWS, whole
     assert len(metrics.read(base / "output" / "data")) == len(metrics.read(whole.folder))
     assert not (base / "output" / "failure").exists()
     with tarfile.open(fileobj=io.BytesIO(aws.objects["/mine/anew/shakespeare/source.tar.gz"])) as tar:
-        assert {"src/anew/train.py", "launch/sagemaker.py", "pyproject.toml"} <= set(tar.getnames())
+        assert {"src/anew/training/trainer.py", "launch/sagemaker.py", "pyproject.toml"} <= set(tar.getnames())
 
 
 def test_sagemaker_says_why_a_job_failed(aws: AWS, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from anew import Config, metrics
+from anew import Config
 from anew.checkpoint import folder as checkpoint
-from anew.train import train
+from anew.training import run_log as metrics
+from anew.training.trainer import train
 from tests.ranks import free_port, run_ranks
 
 
@@ -22,7 +23,7 @@ def trained(config: Config) -> dict[str, Any]:
     """One rank's part in a run, with a hash of all the sequence ids that it was given and of its final weights."""
     import importlib
 
-    module = importlib.import_module("anew.train")
+    module = importlib.import_module("anew.training.trainer")
     original, ids = module.train_step, hashlib.sha256()
     rows: list[list[list[int]]] = []
 
@@ -128,7 +129,7 @@ def trained_until(config: Config, step: int) -> dict[str, Any]:
 
     from anew.errors import Preempted
 
-    module = importlib.import_module("anew.train")
+    module = importlib.import_module("anew.training.trainer")
     original = module.train_step
     rows: list[list[list[int]]] = []
     first: list[int] = []

@@ -11,7 +11,7 @@ from anew import UserError, plan
 from anew.checkpoint import folder as checkpoint
 from anew.cli import main
 from anew.model.gpt import count_parameters
-from anew.train import train
+from anew.training.trainer import train
 from anew.utils import gpus as devices
 from tests.faults.common import tiny
 

@@ -504,7 +504,7 @@ def web(hub: Hub, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_training_on_what_is_still_being_prepared_is_training_on_what_is_there(hub: Hub, web: Config, tmp_path: Path) -> None:
-    from anew.train import train
+    from anew.training.trainer import train
 
     streamed = train(web.override(out=str(tmp_path / "streamed")))
     [data] = (tmp_path / "cache" / "data").iterdir()
@@ -520,7 +520,7 @@ def test_training_on_what_is_still_being_prepared_is_training_on_what_is_there(h
 
 def test_a_disk_budget_holds_through_a_whole_run_and_its_resume(hub: Hub, web: Config, tmp_path: Path) -> None:
     from anew.errors import Preempted
-    from anew.train import train
+    from anew.training.trainer import train
 
     size = max(len(raw) for raw in hub.files.values())
     budget = 3 * size + 4 * 40_000 + 100_000
@@ -555,7 +555,7 @@ def test_a_disk_budget_holds_through_a_whole_run_and_its_resume(hub: Hub, web: C
 
 
 def test_what_goes_wrong_beside_training_is_said(hub: Hub, web: Config) -> None:
-    from anew.train import train
+    from anew.training.trainer import train
 
     hub.faults = {"sample/10BT/000_00000.parquet": ["404"] * 50}
     with pytest.raises(UserError, match=r"could not be fetched|no longer in"):
@@ -570,7 +570,7 @@ def test_other_datasets_and_names_that_do_not_exist(hub: Hub) -> None:
 
 
 def test_other_projects_token_files_are_read_and_ours_are_llm_cs(whole: DataFolder, tiny: Config, tmp_path: Path) -> None:
-    from anew.train import train
+    from anew.training.trainer import train
 
     streams = {split: np.concatenate([s.tokens for s in whole.splits[split]]) for split in ("train", "val")}
     for name in ("llmc", "npy", "nanogpt", "odd", "wide"):

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from anew import Config, probe
+from anew import Config
 from anew.data.dataset import open_data
-from anew.state import State
 from anew.tokenizer.bpe import Tokenizer
-from anew.train import train
+from anew.training import micro_batch as probe
+from anew.training.train_state import State
+from anew.training.trainer import train
 from anew.utils import device as runtime
 from tests.faults.common import losses, tiny
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ import anew
 from anew.cli import VERBS, main
 from anew.config.recipes import RECIPES
 from anew.data import prepare, sources
-from anew.train import train
+from anew.training.trainer import train
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from anew.report import baseline, page, reference
 from anew.report.charts import Line, line_chart, short, smoothed, thinned, ticks
 from anew.report.run import Run
 from anew.tokenizer.bpe import Tokenizer
-from anew.train import train
+from anew.training.trainer import train
 from tests.conftest import shared
 from tests.faults.common import tiny
 

@@ -16,8 +16,8 @@ from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
 from anew.distributed.world import World, refuse_shared_gpus
 from anew.model.attention import kernels_for
-from anew.probe import is_out_of_memory
-from anew.train import train
+from anew.training.micro_batch import is_out_of_memory
+from anew.training.trainer import train
 from anew.utils import compiler as toolchain
 from anew.utils import device as runtime
 from anew.utils.files import rename

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from anew import UserError
 from anew.checkpoint import folder as checkpoint
-from anew.spikes import WARM_STEPS, Spikes
-from anew.state import Snapshot
-from anew.train import train
+from anew.training.outlier_detector import WARM_STEPS, Spikes
+from anew.training.train_state import Snapshot
+from anew.training.trainer import train
 from tests.faults.common import flags, tiny
 
 
@@ -33,7 +33,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 def test_a_save_is_of_its_step_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each save is held up until three more steps were trained."""
     config = tiny(tmp_path / "run", steps=20, save_every=5, keep=0)
-    module = importlib.import_module("anew.train")
+    module = importlib.import_module("anew.training.trainer")
     original_step, original_write = module.train_step, Snapshot.write
     expected: dict[int, str] = {}
     further: dict[int, int] = {}
@@ -74,7 +74,7 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
 def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of the saver goes three minutes a step."""
     config = tiny(tmp_path / "run", steps=22, save_every=1000, keep=0, save_minutes=10.0)
-    module, saver = importlib.import_module("anew.train"), importlib.import_module("anew.saver")
+    module, saver = importlib.import_module("anew.training.trainer"), importlib.import_module("anew.training.async_checkpoint")
     now = 0.0
     original = module.train_step
 

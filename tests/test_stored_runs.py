@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import anew
-from anew import metrics
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.train import train
+from anew.training import run_log as metrics
+from anew.training.trainer import train
 from tests.conftest import ROOT
 
 STORED = ROOT / "tests" / "fixtures" / "stored_runs"

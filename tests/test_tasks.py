@@ -374,7 +374,7 @@ def test_split_pair_moves_the_space_to_the_ending() -> None:
 
 
 def test_scoring_tasks_while_training_changes_nothing(tiny: Config, tmp_path: Path) -> None:
-    from anew.train import train
+    from anew.training.trainer import train
 
     rows = tmp_path / "cache" / "downloads" / "lambada_test.jsonl"
     rows.parent.mkdir(parents=True)

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import anew
-from anew import Config, UserError, metrics
+from anew import Config, UserError
 from anew.checkpoint import folder as checkpoint
 from anew.errors import Preempted
-from anew.state import State
-from anew.train import _seed, train, train_step
+from anew.training import run_log as metrics
+from anew.training.train_state import State
+from anew.training.trainer import _seed, train, train_step
 from anew.utils import device as runtime
 from anew.utils.signals import Stop
 from tests.conftest import shared
@@ -172,8 +173,8 @@ def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> N
 
 
 def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
-    from anew.begin import begin
-    from anew.train import _batches
+    from anew.training.setup import begin
+    from anew.training.trainer import _batches
     from anew.utils.signals import Stop
 
     seen = []
@@ -225,7 +226,7 @@ def test_validation_loss_is_that_of_a_plain_loop(tiny: Config) -> None:
 
 
 def test_a_non_finite_step_is_skipped_and_said(tiny: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["anew.train"]  # `anew.train` is the function
+    module = sys.modules["anew.training.trainer"]  # `anew.train` is the function
     original, calls = module.train_step, []
 
     def poisoned(loss_of, *rest):
@@ -245,7 +246,7 @@ def test_a_non_finite_step_is_skipped_and_said(tiny: Config, caplog: pytest.LogC
 
 def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a row is written while the next step is computed: before anything that is saved, evaluated or ends the run."""
-    module = sys.modules["anew.train"]
+    module = sys.modules["anew.training.trainer"]
     made = module.LateRows.__init__
 
     def late(self, *arguments):
@@ -286,7 +287,7 @@ def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monke
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["anew.train"]
+    module = sys.modules["anew.training.trainer"]
     original = module.train_step
     monkeypatch.setattr(module, "train_step", lambda loss_of, *rest: original(lambda i, t: loss_of(i, t) * math.inf, *rest))
     with pytest.raises(RuntimeError, match="10 steps in a row"):

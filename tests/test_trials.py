@@ -20,7 +20,7 @@ from anew.config.schema import Config
 from anew.errors import Preempted, UserError
 from anew.optim import build as optim
 from anew.time_to_loss import Arm, Plan, Ratio, against, crossing
-from anew.train import train
+from anew.training.trainer import train
 from anew.trials import Ended, Trial, ended, limited, run_all
 from anew.utils.signals import listening
 from anew.verbs import experiments

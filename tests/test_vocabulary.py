@@ -16,7 +16,7 @@ from anew import Tokenizer, UserError
 from anew.data import prepare, sources
 from anew.data.dataset import open_data
 from anew.tokenizer.learn import learn
-from anew.train import train
+from anew.training.trainer import train
 from tests.conftest import shared
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64, "seq_len": 64, "batch_tokens": 512, "steps": 4, "warmup_steps": 1}

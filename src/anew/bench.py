@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from anew.begin import training_loss
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.attention import attend
 from anew.model.gpt import flops_per_token
-from anew.probe import is_out_of_memory
-from anew.state import State
 from anew.tokenizer.bpe import Tokenizer
-from anew.train import train_step
+from anew.training.micro_batch import is_out_of_memory
+from anew.training.setup import training_loss
+from anew.training.train_state import State
+from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import Stop
 

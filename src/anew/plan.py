@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anew import metrics
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.gpt import count_parameters, flops_per_token
 from anew.model.loss import CHUNK_KERNEL
+from anew.training import run_log as metrics
 from anew.utils.gpus import GPU
 
 LIBRARY_BYTES = 0.8e9  # CUDA's context and kernels

@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from anew import GPT, Tokenizer, bench, generate
-from anew.begin import training_loss
 from anew.checkpoint.export import write_gguf
 from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
@@ -29,8 +28,9 @@ from anew.data.holdout import Settings
 from anew.evaluate import runner
 from anew.evaluate.tasks.table import TASKS
 from anew.evaluate.tasks.task import Example
-from anew.state import State
-from anew.train import train_step
+from anew.training.setup import training_loss
+from anew.training.train_state import State
+from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import Stop
 from anew.versus import Step

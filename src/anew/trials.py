@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from anew import metrics
-from anew.begin import settle
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
-from anew.train import train
+from anew.training import run_log as metrics
+from anew.training.setup import settle
+from anew.training.trainer import train
 from anew.utils.signals import Stop, listening, signal_this_process
 
 DIVERGED = "diverged.txt"  # in the folder of a run that was given up

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anew import Config, metrics
+from anew import Config
 from anew.checkpoint import folder as checkpoint
+from anew.training import run_log as metrics
 
 
 @dataclass

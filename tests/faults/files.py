@@ -24,7 +24,7 @@ from anew.checkpoint import folder as checkpoint
 from anew.checkpoint import huggingface as weights
 from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
-from anew.train import train
+from anew.training.trainer import train
 from tests.faults.common import Tally, tiny
 
 FORK = multiprocessing.get_context("fork")

@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from anew import Config, metrics
+from anew import Config
 from anew.checkpoint import folder as checkpoint
 from anew.errors import Preempted
-from anew.train import train
+from anew.training import run_log as metrics
+from anew.training.trainer import train
 from tests.faults.common import SIGNALS, Tally, final, flags, losses, tiny
 from tests.ranks import run_ranks, start
 from tests.test_parallel import trained, trained_until
@@ -254,7 +255,7 @@ def chain(n: int, rng: random.Random, place: Path) -> Tally:
 @contextlib.contextmanager
 def _signal_at(step: int, where: str, settings: dict[str, Any]) -> Iterator[None]:
     """SIGTERM in the second micro-batch of `step`, in the next evaluation, or behind the step."""
-    module, during = importlib.import_module("anew.train"), importlib.import_module("anew.evaluate.during")
+    module, during = importlib.import_module("anew.training.trainer"), importlib.import_module("anew.training.validation")
     step_before, loss_before = module.train_step, during.mean_loss
     sent = False
 
@@ -314,10 +315,10 @@ def in_phase(argv: list[str], phase: str, marker: str) -> None:
         return wrapper
 
     name, attribute, at, linger = {
-        "start-up": ("anew.begin", "open_data", 1, 3.0),
-        "compile": ("anew.train", "train_step", 1, 0.0),
-        "step": ("anew.train", "train_step", 8, 0.4),
-        "evaluation": ("anew.evaluate.during", "mean_loss", 2, 0.4),
+        "start-up": ("anew.training.setup", "open_data", 1, 3.0),
+        "compile": ("anew.training.trainer", "train_step", 1, 0.0),
+        "step": ("anew.training.trainer", "train_step", 8, 0.4),
+        "evaluation": ("anew.training.validation", "mean_loss", 2, 0.4),
         "save": ("anew.checkpoint.folder", "publish", 2, 0.4),
         "loader wait": ("anew.data.dataloader", "evaluation_windows", 1, 0.0),
     }[phase]
@@ -377,7 +378,7 @@ def signals(n: int, rng: random.Random, place: Path) -> Tally:
 
 def poisoned(config: Config, kind: str, at: int) -> list[Any]:
     """One rank's run in which rank 1's loss is not what it should be at step `at`: what it saw of every step."""
-    module = importlib.import_module("anew.train")
+    module = importlib.import_module("anew.training.trainer")
     original = module.train_step
     factor = {"nan": math.nan, "inf": math.inf}.get(kind, 10.0)
     seen: list[Any] = []

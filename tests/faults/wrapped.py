@@ -8,7 +8,7 @@ from typing import Any
 from anew.cli import main
 
 _, rank, at, marker = os.environ["ANEW_FAULT"].split(":", 3)
-module = importlib.import_module("anew.train")
+module = importlib.import_module("anew.training.trainer")
 original = module.train_step
 
 

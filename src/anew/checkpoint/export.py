@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anew import metrics
 from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.gpt import GPT, count_parameters
 from anew.tokenizer.bpe import Tokenizer
+from anew.training import run_log as metrics
 from anew.utils.files import atomic_file, atomic_folder, json_lines, rename
 
 FORMATS = ("hf", "gguf", "onnx")

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from anew import metrics
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.report.charts import Points
+from anew.training import run_log as metrics
 from anew.utils.files import json_lines, read_json
 
 EVENT = re.compile(r"^(\S+ \S+?)(?:,\d+)? (WARNING|ERROR|INFO) (.*)$")

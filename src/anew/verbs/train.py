@@ -14,9 +14,9 @@ from anew.config.recipes import RECIPES
 from anew.config.schema import Config
 from anew.demo import show_demo
 from anew.errors import UserError
-from anew.metrics import Row, describe
 from anew.report import page
-from anew.train import Result, train
+from anew.training.run_log import Row, describe
+from anew.training.trainer import Result, train
 from anew.verbs.settings import changed, flag, parse, read_recipe, read_run, recipe_and_flags
 
 OWN = [

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
-from anew.metrics import RunState
-from anew.state import Snapshot, State
 from anew.tokenizer.bpe import Tokenizer
+from anew.training.run_log import RunState
+from anew.training.train_state import Snapshot, State
 
 log = logging.getLogger("anew")
 

@@ -15,11 +15,11 @@ from anew.evaluate.runner import run
 from anew.evaluate.tasks.table import TASKS
 from anew.evaluate.tasks.task import Example, Task
 from anew.inference.generate import generate
-from anew.metrics import Recorder
 from anew.model.gpt import GPT
-from anew.saver import Saver
-from anew.state import State
 from anew.tokenizer.bpe import Tokenizer
+from anew.training.async_checkpoint import Saver
+from anew.training.run_log import Recorder
+from anew.training.train_state import State
 from anew.utils.device import DTYPES, matmul_precision
 
 log = logging.getLogger("anew")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from anew import metrics
 from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.config.values import bytes_of, ids_of
@@ -22,11 +21,12 @@ from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
 from anew.distributed.world import World, joined, preflight, refuse_shared_gpus
 from anew.errors import UserError
-from anew.evaluate.during import Evaluator
-from anew.probe import find_micro_batch
-from anew.saver import Saver
-from anew.state import State
 from anew.tokenizer.bpe import Tokenizer
+from anew.training import run_log as metrics
+from anew.training.async_checkpoint import Saver
+from anew.training.micro_batch import find_micro_batch
+from anew.training.train_state import State
+from anew.training.validation import Evaluator
 from anew.utils import device as runtime
 from anew.utils.files import read_json, write_atomic
 from anew.utils.signals import Stop

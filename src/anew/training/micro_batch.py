@@ -14,7 +14,7 @@ import torch
 
 from anew.distributed.fsdp import after_failed_pass
 from anew.errors import UserError
-from anew.state import State
+from anew.training.train_state import State
 
 USABLE_SHARE = 0.9  # of the GPU's memory: compiled code and communication need some as well
 PASSES = 3  # blocks of a later pass may not fit into the gaps that an earlier pass left

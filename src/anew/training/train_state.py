@@ -24,8 +24,8 @@ from anew.distributed.world import ALONE, World, whole
 from anew.errors import UserError
 from anew.model.gpt import GPT
 from anew.optim import build as optim
-from anew.spikes import Spikes
 from anew.tokenizer.bpe import Tokenizer
+from anew.training.outlier_detector import Spikes
 from anew.utils.device import Runtime
 from anew.utils.files import read_json, write_json
 

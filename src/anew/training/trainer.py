@@ -23,8 +23,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anew import metrics
-from anew.begin import Begun, begin
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.config.values import bytes_of
@@ -33,9 +31,11 @@ from anew.data.dataset import Stopped, remove_used
 from anew.distributed.world import whole
 from anew.errors import Preempted, UserError
 from anew.optim import build as optim
-from anew.probe import is_out_of_memory
-from anew.profiling import profiled, quiet_garbage
-from anew.state import State
+from anew.training import run_log as metrics
+from anew.training.micro_batch import is_out_of_memory
+from anew.training.profiler import profiled, quiet_garbage
+from anew.training.setup import Begun, begin
+from anew.training.train_state import State
 from anew.utils.signals import NOTHING_YET, Interrupted, Stop, listening
 
 log = logging.getLogger("anew")
