@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from anew.report import page
+from anew.report import html as page
 from anew.report.run import Run
 from anew.training.trainer import train
 from tests.faults.common import tiny

@@ -15,9 +15,11 @@ from anew.checkpoint import huggingface as weights
 from anew.cli import main
 from anew.config.recipes import RECIPES
 from anew.config.schema import Config
-from anew.report import baseline, page, reference
-from anew.report.charts import Line, line_chart, short, smoothed, thinned, ticks
+from anew.report import baseline
+from anew.report import html as page
+from anew.report import reference_runs as reference
 from anew.report.run import Run
+from anew.report.svg import Line, line_chart, short, smoothed, thinned, ticks
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.trainer import train
 from tests.conftest import shared

@@ -11,7 +11,7 @@ from typing import Any
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
-from anew.report.charts import Points
+from anew.report.svg import Points
 from anew.training import run_log as metrics
 from anew.utils.files import json_lines, read_json
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from anew import bench, pictures, rivals, versus
+from anew import bench, rivals, versus
 from anew.bench import Measured, Rung
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks.table import TASKS
 from anew.model.gpt import flops_per_token
+from anew.report import png as pictures
 from anew.utils import device as runtime
 from anew.verbs import experiments
 from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import tyro
 
-from anew import pictures
 from anew.errors import UserError
-from anew.report import baseline, page
+from anew.report import baseline
+from anew.report import html as page
+from anew.report import png as pictures
 from anew.report.run import Run
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from anew.errors import UserError
-from anew.report.charts import smoothed
 from anew.report.run import Run
+from anew.report.svg import smoothed
 
 COLOURS = ("#1f5fbf", "#b4541a", "#6b3fa0", "#0d7a6a")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from anew.evaluate.published import size_of
 from anew.model.gpt import count_parameters
-from anew.report import reference
-from anew.report.charts import Line, Points, Whisker, line_chart, short, smoothed
+from anew.report import reference_runs as reference
 from anew.report.run import Run
+from anew.report.svg import Line, Points, Whisker, line_chart, short, smoothed
 from anew.utils.files import write_atomic
 
 HERE = Path(__file__).parent
