@@ -21,7 +21,7 @@ import torch
 from anew import GPT, GPTConfig, Tokenizer, generate
 from anew.checkpoint import huggingface as weights
 from anew.errors import UserError
-from anew.serve import wanted
+from anew.serve import schemas as wanted
 from anew.serve.engine import Busy, Engine, Rules, Served
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=256, vocab_size=257)

@@ -23,7 +23,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
 from anew.errors import UserError
-from anew.serve import completions, wanted
+from anew.serve import openai_api as completions
+from anew.serve import schemas as wanted
 from anew.serve.engine import Busy, Engine, Token
 
 log = logging.getLogger("anew")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anew.serve.engine import Engine, Place, Token
-from anew.serve.wanted import Wanted
+from anew.serve.schemas import Wanted
 
 Chunk = dict[str, Any]
 
