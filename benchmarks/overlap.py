@@ -58,7 +58,7 @@ def rank(arguments: argparse.Namespace) -> None:
     import torch
 
     from anew import recipe
-    from anew.bench import text_batch
+    from anew.bench.timing import text_batch
     from anew.config.schema import RunConfig
     from anew.distributed.world import joined
     from anew.training.setup import training_loss

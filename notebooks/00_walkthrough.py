@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import anew
-from anew import bench
+from anew.bench import timing as bench
 from anew.utils import device as runtime
 
 V, C, LAYERS, HEADS, T, B = 50257, 64, 4, 4, 64, 4

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import anew
-from anew import bench
+from anew.bench import timing as bench
 from anew.data import prepare, sources
 from anew.data.dataloader import Batches, permute
 

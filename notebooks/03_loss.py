@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import anew
-from anew import GPT, GPTConfig, bench
+from anew import GPT, GPTConfig
+from anew.bench import timing as bench
 from anew.model.loss import HeadLoss
 
 # %% [markdown]

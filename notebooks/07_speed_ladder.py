@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import anew
-from anew import bench
+from anew.bench import timing as bench
 from anew.model.gpt import count_parameters, flops_per_token
 from anew.utils import device as runtime
 

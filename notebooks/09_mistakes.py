@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 import anew
-from anew import GPT, bench
+from anew import GPT
+from anew.bench import timing as bench
 from anew.config.schema import OptimConfig
 from anew.optim import build as optim
 from anew.utils import device as runtime

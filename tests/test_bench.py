@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import anew
-from anew import bench, rivals, versus
+from anew.bench import compare as versus
+from anew.bench import competitors as rivals
+from anew.bench import timing as bench
 from anew.cli import main
 from anew.errors import UserError
 from anew.training.train_state import State

@@ -21,7 +21,8 @@ from torch import distributed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anew
-from anew import GPT, GPTConfig, bench, plan
+from anew import GPT, GPTConfig, plan
+from anew.bench import timing as bench
 from anew.distributed import fsdp as sharded
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import World, identity_of, whole

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from anew import UserError, rivals
+from anew import UserError
+from anew.bench import competitors as rivals
 from anew.config.schema import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume

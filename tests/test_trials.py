@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from anew import time_to_loss
-from anew import trials as trials_module
+from anew.bench import sweep as trials_module
+from anew.bench import time_to_loss
+from anew.bench.sweep import Ended, Trial, ended, limited, run_all
+from anew.bench.time_to_loss import Arm, Plan, Ratio, against, crossing
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.errors import Preempted, UserError
 from anew.optim import build as optim
-from anew.time_to_loss import Arm, Plan, Ratio, against, crossing
 from anew.training.trainer import train
-from anew.trials import Ended, Trial, ended, limited, run_all
 from anew.utils.signals import listening
 from anew.verbs import experiments
 from tests.test_train import StopAt

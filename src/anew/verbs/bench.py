@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from anew import bench, rivals, versus
-from anew.bench import Measured, Rung
+from anew.bench import compare as versus
+from anew.bench import competitors as rivals
+from anew.bench import timing as bench
+from anew.bench.timing import Measured, Rung
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks.table import TASKS

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anew import rivals, time_to_loss
+from anew.bench import competitors as rivals
+from anew.bench import time_to_loss
+from anew.bench.sweep import Ended, Trial, alone, limited, run_all
+from anew.bench.time_to_loss import Arm, Plan, Ratio, against
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.config.values import bytes_of
 from anew.errors import UserError
 from anew.report import png as pictures
 from anew.report.run import Run
-from anew.time_to_loss import Arm, Plan, Ratio, against
-from anew.trials import Ended, Trial, alone, limited, run_all
 from anew.utils.files import write_atomic
 
 NAMES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from anew import bench
+from anew.bench import timing as bench
 from anew.errors import UserError
 from anew.plan import from_run, lines, make
 from anew.utils import device as runtime

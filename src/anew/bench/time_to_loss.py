@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anew.bench.sweep import Ended, Trial, run_all
 from anew.config.recipes import FAST
 from anew.config.schema import Config
 from anew.errors import Preempted
-from anew.trials import Ended, Trial, run_all
 from anew.utils.signals import Stop
 
 SHARES = (0.25, 0.357, 0.5)  # horizons of the fast recipe: 4, 2.8 and 2 times fewer tokens than the others'

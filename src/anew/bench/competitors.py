@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anew import GPT, Tokenizer, bench, generate
+from anew import GPT, Tokenizer, generate
+from anew.bench import timing as bench
+from anew.bench.compare import Step
 from anew.checkpoint.export import write_gguf
 from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data import prepare, readers, sources
@@ -33,7 +35,6 @@ from anew.training.train_state import State
 from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import Stop
-from anew.versus import Step
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 SHARD_TOKENS = 100_000_000
