@@ -35,7 +35,7 @@ NOT_DATA = ("code", "sm_drivers", "model")  # channels that carry the job itself
 
 def arguments(hyperparameters: dict[str, Any], channels: dict[str, str], base: Path) -> list[str]:
     """The command line of `anew train` that a job's settings mean. Raises ValueError with a sentence for what cannot be one."""
-    from anew.verbs.settings import SWITCHES as settings_switches
+    from anew.cli.args import SWITCHES as settings_switches
 
     settings = {name.replace("-", "_"): value for name, value in hyperparameters.items() if not name.startswith("sagemaker_")}
     recipe = str(settings.get("recipe", "gpt2-124m"))
@@ -77,9 +77,9 @@ def main() -> None:
     install()
     os.environ.setdefault("ANEW_CACHE", str(BASE / "anew-cache"))
 
-    from anew.cli import console
+    from anew.cli.main import console
+    from anew.cli.train import run_train
     from anew.errors import LostRank, Preempted
-    from anew.verbs.train import run_train
 
     channels = {name: os.environ[f"SM_CHANNEL_{name.upper()}"] for name in json.loads(os.environ.get("SM_CHANNELS", "[]"))}
     try:

@@ -10,7 +10,7 @@ import anew
 from anew.bench import compare as versus
 from anew.bench import competitors as rivals
 from anew.bench import timing as bench
-from anew.cli import main
+from anew.cli.main import main
 from anew.errors import UserError
 from anew.training.train_state import State
 from anew.training.trainer import train_step

@@ -14,7 +14,7 @@ import pytest
 from anew import GPT, Config, GPTConfig, Tokenizer, UserError
 from anew.checkpoint import folder as checkpoint
 from anew.checkpoint import huggingface as weights
-from anew.cli import main
+from anew.cli.main import main
 from anew.training.trainer import train
 
 TINY = [

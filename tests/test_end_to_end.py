@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import anew
-from anew import demo
 from anew.checkpoint import folder as checkpoint
-from anew.cli import main
+from anew.cli import demo
+from anew.cli.main import main
 from anew.training import run_log as metrics
 from tests.conftest import shared
 

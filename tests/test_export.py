@@ -11,7 +11,7 @@ import torch
 from anew import GPT, GPTConfig, Tokenizer, UserError
 from anew.checkpoint import huggingface as weights
 from anew.checkpoint.export import write_gguf
-from anew.cli import main
+from anew.cli.main import main
 from anew.config.schema import Config
 from tests.conftest import shared
 

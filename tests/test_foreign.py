@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from anew import GPT, UserError
 from anew.checkpoint import tensorflow as tf_checkpoint
-from anew.cli import main
+from anew.cli.main import main
 from tests.conftest import ROOT
 
 RELEASE = ROOT / "tests" / "fixtures" / "tf_release"

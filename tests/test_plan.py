@@ -9,7 +9,7 @@ import pytest
 import anew
 from anew import UserError, plan
 from anew.checkpoint import folder as checkpoint
-from anew.cli import main
+from anew.cli.main import main
 from anew.model.gpt import count_parameters
 from anew.training.trainer import train
 from anew.utils import gpus as devices

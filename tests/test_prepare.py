@@ -600,7 +600,7 @@ def test_other_projects_token_files_are_read_and_ours_are_llm_cs(whole: DataFold
 
 
 def test_what_prepare_says_beforehand_and_afterwards(posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from anew.cli import main
+    from anew.cli.main import main
 
     main(["prepare", str(posts), "--dry-run", "--disk-budget", "100K", "--json"])
     said = capsys.readouterr().out
@@ -626,7 +626,7 @@ def test_what_prepare_says_beforehand_and_afterwards(posts: Path, tmp_path: Path
     (["{posts}", "--out", "d", "--workers", "-1"], "must be 0 or above"), (["--show", "nowhere"], "is not a data folder"),
 ])  # fmt: skip
 def test_wishes_that_prepare_refuses(posts: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from anew.cli import main
+    from anew.cli.main import main
 
     with pytest.raises(SystemExit) as end:
         main(["prepare", *(a.format(posts=posts) for a in arguments)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import anew
-from anew.cli import VERBS, main
+from anew.cli.main import VERBS, main
 from anew.config.recipes import RECIPES
 from anew.data import prepare, sources
 from anew.training.trainer import train

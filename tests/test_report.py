@@ -12,7 +12,7 @@ import pytest
 
 from anew import GPT, UserError
 from anew.checkpoint import huggingface as weights
-from anew.cli import main
+from anew.cli.main import main
 from anew.config.recipes import RECIPES
 from anew.config.schema import Config
 from anew.report import baseline

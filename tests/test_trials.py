@@ -18,12 +18,12 @@ from anew.bench import time_to_loss
 from anew.bench.sweep import Ended, Trial, ended, limited, run_all
 from anew.bench.time_to_loss import Arm, Plan, Ratio, against, crossing
 from anew.checkpoint import folder as checkpoint
+from anew.cli import experiments
 from anew.config.schema import Config
 from anew.errors import Preempted, UserError
 from anew.optim import build as optim
 from anew.training.trainer import train
 from anew.utils.signals import listening
-from anew.verbs import experiments
 from tests.test_train import StopAt
 
 

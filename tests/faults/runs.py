@@ -297,7 +297,7 @@ PHASES = ("start-up", "compile", "step", "evaluation", "save", "loader wait")
 
 def in_phase(argv: list[str], phase: str, marker: str) -> None:
     """The command line, which touches `marker` when the phase begins, and lingers there for a signal to arrive."""
-    from anew.cli import main
+    from anew.cli.main import main
 
     sys.stderr = sys.stdout = Path(f"{marker}.log").open("w")  # noqa: SIM115
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from anew.cli import main
+from anew.cli.main import main
 
 _, rank, at, marker = os.environ["ANEW_FAULT"].split(":", 3)
 module = importlib.import_module("anew.training.trainer")

@@ -15,17 +15,17 @@ from contextlib import contextmanager
 
 from loguru import logger
 
+from anew.cli.bench import run_bench
+from anew.cli.evaluate import run_evaluate
+from anew.cli.export import run_export
+from anew.cli.plan import run_plan
+from anew.cli.prepare import run_prepare
+from anew.cli.report import run_report
+from anew.cli.sample import run_sample
+from anew.cli.serve import run_serve
+from anew.cli.train import run_train
 from anew.config.recipes import RECIPES
 from anew.errors import LostRank, Preempted, UserError
-from anew.verbs.bench import run_bench
-from anew.verbs.evaluate import run_evaluate
-from anew.verbs.export import run_export
-from anew.verbs.plan import run_plan
-from anew.verbs.prepare import run_prepare
-from anew.verbs.report import run_report
-from anew.verbs.sample import run_sample
-from anew.verbs.serve import run_serve
-from anew.verbs.train import run_train
 
 VERBS = {
     "train": run_train,

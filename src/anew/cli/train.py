@@ -10,14 +10,14 @@ from typing import Any
 
 from loguru import logger
 
+from anew.cli.args import changed, flag, parse, read_recipe, read_run, recipe_and_flags
+from anew.cli.demo import show_demo
 from anew.config.recipes import RECIPES
 from anew.config.schema import Config
-from anew.demo import show_demo
 from anew.errors import UserError
 from anew.report import html as page
 from anew.training.run_log import Row, describe
 from anew.training.trainer import Result, train
-from anew.verbs.settings import changed, flag, parse, read_recipe, read_run, recipe_and_flags
 
 OWN = [
     flag("resume", str, "", "go on with this run folder (the recipe is then not needed)"),

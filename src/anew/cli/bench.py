@@ -12,14 +12,14 @@ from anew.bench import compare as versus
 from anew.bench import competitors as rivals
 from anew.bench import timing as bench
 from anew.bench.timing import Measured, Rung
+from anew.cli import experiments
+from anew.cli.args import changed, flag, parse, read_recipe, recipe_and_flags
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks.table import TASKS
 from anew.model.gpt import flops_per_token
 from anew.report import png as pictures
 from anew.utils import device as runtime
-from anew.verbs import experiments
-from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags
 
 OWN = [
     flag("rounds", int, 5, "timed steps a rung, or turns a side"),

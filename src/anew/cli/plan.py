@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 from anew.bench import timing as bench
+from anew.cli.args import changed, flag, parse, read_recipe, recipe_and_flags
 from anew.errors import UserError
 from anew.plan import from_run, lines, make
 from anew.utils import device as runtime
 from anew.utils.gpus import GPU, find, known
-from anew.verbs.settings import changed, flag, parse, read_recipe, recipe_and_flags
 
 OWN = [
     flag("gpu", str, "", "the kind of GPU, e.g. h100, a100-40, 4090, t4, m2 max"),
