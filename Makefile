@@ -39,6 +39,7 @@ faults: setup
 lint: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports
 
 types: setup
 	$(BIN)/python -m mypy

@@ -117,7 +117,7 @@ def refuse(*arguments):
 torch.cuda.is_available = lambda: True
 torch.cuda._lazy_init = refuse
 torch._C._cuda_getDeviceCount = lambda: 1
-import anew, anew.train, anew.bench, anew.plan, anew.cli
+import anew, anew.training.trainer, anew.bench.timing, anew.plan, anew.cli.main
 assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 """
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anew import GPT, Tokenizer, generate
 from anew.bench import timing as bench
 from anew.bench.compare import Step
 from anew.checkpoint.export import write_gguf
@@ -30,6 +29,9 @@ from anew.data.holdout import Settings
 from anew.evaluate import runner
 from anew.evaluate.tasks.table import TASKS
 from anew.evaluate.tasks.task import Example
+from anew.inference.generate import generate
+from anew.model.gpt import GPT
+from anew.tokenizer.bpe import Tokenizer
 from anew.training.setup import training_loss
 from anew.training.train_state import State
 from anew.training.trainer import train_step

@@ -9,23 +9,19 @@ Each is written beside its place and renamed when it is whole. gguf and onnx are
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from anew.checkpoint import huggingface as weights
-from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.gpt import GPT, count_parameters
 from anew.tokenizer.bpe import Tokenizer
-from anew.training import run_log as metrics
-from anew.utils.files import atomic_file, atomic_folder, json_lines, rename
+from anew.utils.files import atomic_file, atomic_folder, rename
 
 FORMATS = ("hf", "gguf", "onnx")
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -36,8 +32,11 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def export(model: str, to: str, out: Path, dtype: str = "f32") -> None:
-    """Write MODEL at `out` in the format `to`. `dtype` is the matrices' in a GGUF file; the other formats keep fp32."""
+def export(model: str, to: str, out: Path, dtype: str = "f32", readme: str = "") -> None:
+    """Write MODEL at `out` in the format `to`. `dtype` is the matrices' in a GGUF file; the other formats keep fp32.
+
+    `readme` is the README.md of a Hugging Face folder.
+    """
     if to not in FORMATS:
         raise UserError(f"there is no format '{to}'; choose one of {', '.join(FORMATS)}.")
     if dtype not in GGUF_DTYPES or (to != "gguf" and dtype != "f32"):
@@ -53,7 +52,7 @@ def export(model: str, to: str, out: Path, dtype: str = "f32") -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "hf":
         with atomic_folder(out) as temporary:
-            write_hf(temporary, gpt, tokenizer, card(model, path, gpt, tokenizer))
+            write_hf(temporary, gpt, tokenizer, readme)
     else:
         with atomic_file(out) as temporary:
             write_gguf(temporary, gpt, tokenizer, dtype, out.stem)
@@ -61,7 +60,6 @@ def export(model: str, to: str, out: Path, dtype: str = "f32") -> None:
 
 def write_hf(folder: Path, gpt: GPT, tokenizer: Tokenizer, readme: str) -> None:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` open, with a model card."""
-    folder.mkdir()
     weights.save_model(folder, gpt, tokenizer)
     end = tokenizer.end_of_text
     generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
@@ -161,63 +159,3 @@ def _needs(*packages: str) -> None:
     for package in packages:
         if not find_spec(package):
             raise UserError(f"this format needs the package {package}: pip install -e '.[export]'.")
-
-
-# --- the model card ------------------------------------------------------------------------------------------------------------------
-
-
-def card(model: str, path: Path, gpt: GPT, tokenizer: Tokenizer) -> str:
-    """README.md of an exported folder: what it is, how it was trained, how good it is, how to use it. Figures are the run's own."""
-    millions = count_parameters(gpt.config) / 1e6
-    c = gpt.config
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", "",
-        f"# {path.parent.parent.name if path.parent.name == 'checkpoints' else Path(model).name}", "",
-        f"A GPT-2 of {millions:,.1f}M parameters: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads, {c.n_positions} positions, "
-        f"{c.vocab_size:,} tokens ({tokenizer.name}). Exported by anew.", "",
-    ]  # fmt: skip
-    run, step = path.parent.parent, re.fullmatch(r"step-(\d+)", path.name)
-    if step and (run / "config.json").is_file():
-        lines += _training(run, int(step[1]))
-    lines += [
-        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")', 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
-        'ids = tokenizer("The ", return_tensors="pt")', "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))", "```", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _training(run: Path, step: int) -> list[str]:
-    """How the checkpoint of `step` was trained, and every whole evaluation of it, the last one where there are several."""
-    config = Config.read(run / "config.json")
-    lines = ["## Training", "", "| what | value |", "|---|---|"]
-    facts: dict[str, Any] = {
-        "recipe": config.recipe,
-        "steps": f"{step:,} of {config.run.steps:,}",
-        "tokens": f"{step * config.run.batch_tokens:,} ({config.run.batch_tokens:,} a step)",
-        "text": Path(config.data.data).name if os.path.sep in config.data.data else config.data.data,
-        "begun from": config.run.init or "random weights",
-        "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}"
-        + (f", Muon's {config.optim.muon_lr:g}" if config.optim.optimizer == "muon" else ""),
-        "seed": config.run.seed,
-    }
-    rows = [row for row in metrics.read(run) if row["step"] <= step]
-    validated = [row for row in rows if "val/loss" in row]
-    if validated:
-        last = validated[-1]
-        facts["validation loss"] = (
-            f"{last['val/loss']:.4f} nats a token at step {int(last['step']):,} ({last.get('val/precision', 'fp32')})"
-        )
-    lines += [f"| {name} | {value} |" for name, value in facts.items()] + [""]
-    measured: dict[tuple[str, str, str], str] = {}
-    path = run / "evaluations.jsonl"
-    for row in json_lines(path) if path.is_file() else ():
-        if row["step"] == step and not (row["limit"] or row["stride"] or row["file"]):
-            for task, figures in row["tasks"].items():
-                for figure, value in figures.items():
-                    if isinstance(value, float):
-                        shown = f"| {task} | {figure} | {value:.4f} | {figures.get('examples', '')} | {row['precision']} |"
-                        measured[task, figure, row["precision"]] = shown
-    if measured:
-        lines += ["## Evaluation", "", "| task | figure | value | examples | precision |", "|---|---|---|---|---|", *measured.values(), ""]
-    return lines

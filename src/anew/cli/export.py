@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from anew.checkpoint.export import export
+from anew.report.model_card import model_card
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def run_export(argv: list[str]) -> None:
     """Write a model for other programs: transformers, llama.cpp, onnxruntime."""
     a = tyro.cli(ExportArgs, args=argv, prog="anew export")
     out = Path(a.out)
-    export(a.model, a.to, out, a.dtype)
+    export(a.model, a.to, out, a.dtype, readme=model_card(a.model) if a.to == "hf" else "")
     size = sum(p.stat().st_size for p in out.rglob("*")) if out.is_dir() else out.stat().st_size
     print(f"{a.model} is now {out} ({a.to}, {size / 1e6:,.1f} MB)")
     if a.json:

@@ -22,10 +22,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from anew.config.schema import RunConfig
 from anew.errors import UserError
 from anew.utils import gpus as devices
 from anew.utils.compiler import missing_for_compile
@@ -50,6 +50,19 @@ class Runtime:
         return DTYPES[self.precision]
 
 
+class DeviceSettings(Protocol):
+    """The settings that decide where and how a process computes; `config.schema.RunConfig` has them."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def compile(self) -> str: ...
+    @property
+    def deterministic(self) -> bool: ...
+
+
 def environment(rt: Runtime) -> dict[str, str]:
     """What a figure of this process depends on, for whoever reads it later."""
     return {
@@ -63,7 +76,7 @@ def environment(rt: Runtime) -> dict[str, str]:
     }
 
 
-def start(run: RunConfig) -> Runtime:
+def start(run: DeviceSettings) -> Runtime:
     """Choose device, precision and compiler, refuse what the machine lacks, and set torch's process-wide modes to match."""
     device = pick_device(run.device)
     if device.index is not None:
@@ -90,7 +103,7 @@ def _name_of(device: torch.device) -> str:
     return str(torch.get_device_module(device).get_device_name(device))
 
 
-def before_process_group(run: RunConfig) -> None:
+def before_process_group(run: DeviceSettings) -> None:
     """Settings that NCCL reads when the process group is made.
 
     NVSwitch machines can sum inside the switch (NVLS), in another order from call to call (NCCL issue 1497).
