@@ -110,7 +110,9 @@ def pretend_h200() -> None:
     torch.utils._triton.has_triton = constant(True)  # type: ignore[assignment]
     torch.utils._triton.triton_hash_with_backend = constant("none")  # type: ignore[assignment]
     reinplace._inplace_generalized_scatter = lambda tensor, _source, _views: tensor
-    torch.Tensor.__invert__ = lambda tensor: torch.bitwise_not(tensor)  # ~ itself asks for the device's library
+    torch.Tensor.__invert__ = lambda tensor: torch.bitwise_not(
+        tensor
+    )  # ~ itself asks for the device's library
     driver.set_active(H200Driver())
 
 
@@ -155,13 +157,19 @@ class CodeGenerator:
             compile_fx._recursive_post_grad_passes(moved, is_inference=False)
             fakes = [self._on_device(tensor) for tensor in inputs]
             lowering = GraphLowering(moved, example_inputs=fakes, is_backward=name == "backward")
-            with V.set_graph_handler(lowering), V.set_extern_kernel_nodes([]), V.set_debug_handler(DebugContext()):
+            with (
+                V.set_graph_handler(lowering),
+                V.set_extern_kernel_nodes([]),
+                V.set_debug_handler(DebugContext()),
+            ):
                 lowering.run(*fakes)
                 code, _ = lowering.codegen()
                 _, nodes, _ = lowering.count_bytes()
         kernels = [_kernel_of(node, 4.0 * quarter_bytes) for node, quarter_bytes in nodes]
         text = code.value if hasattr(code, "value") else str(code)
-        targets = collections.Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        targets = collections.Counter(
+            str(node.target) for node in graph.graph.nodes if node.op == "call_function"
+        )
         self.found[name] = Generated(text, kernels, _bytes_of_outputs(graph), dict(targets))
         return make_boxed_func(graph.forward)
 
@@ -182,7 +190,9 @@ class CodeGenerator:
         if not isinstance(value, FakeTensor) or value.device.type != "cpu":
             return value
         with _disable_current_modes():
-            shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            shape = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="meta"
+            )
         return FakeTensor(self.mode, shape, self.device)
 
     def _move(self, graph: Any) -> None:
@@ -200,16 +210,34 @@ class CodeGenerator:
 def _kernel_of(node: Any, size: float) -> tuple[str, str, float]:
     """Name, kind and bytes of one node of Inductor's schedule."""
     if "Extern" not in type(node).__name__:
-        names = sorted({str(origin.target).removeprefix("aten.") for n in node.get_nodes() for origin in n.node.get_origins()})
-        return "fused " + ", ".join(name.removesuffix(".default") for name in names)[:70], "fused", size
-    op = str(getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)
+        names = sorted(
+            {
+                str(origin.target).removeprefix("aten.")
+                for n in node.get_nodes()
+                for origin in n.node.get_origins()
+            }
+        )
+        return (
+            "fused " + ", ".join(name.removesuffix(".default") for name in names)[:70],
+            "fused",
+            size,
+        )
+    op = str(
+        getattr(node.node, "op_overload", None)
+        or getattr(node.node, "python_kernel_name", None)
+        or type(node.node).__name__
+    )
     return op, "ours" if "anew" in op else "library", size
 
 
 def _bytes_of_outputs(graph: Any) -> float:
     """Bytes of what a graph returns and did not receive."""
     output = next(node for node in graph.graph.nodes if node.op == "output")
-    values = [node.meta["val"] for node in output.args[0] if hasattr(node, "meta") and node.op != "placeholder"]
+    values = [
+        node.meta["val"]
+        for node in output.args[0]
+        if hasattr(node, "meta") and node.op != "placeholder"
+    ]
     return float(sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor)))
 
 
@@ -268,17 +296,30 @@ def report(config: Any, micro_batch: int, found: dict[str, Generated]) -> dict[s
     from anew.model.gpt import count_parameters, flops_per_token
 
     tokens = micro_batch * config.data.seq_len
-    attention = 12 * config.model.n_layer * config.model.n_embd * (config.data.seq_len + 1) / 2 * tokens
+    attention = (
+        12 * config.model.n_layer * config.model.n_embd * (config.data.seq_len + 1) / 2 * tokens
+    )
     products = flops_per_token(config.model, config.data.seq_len) * tokens - attention
-    print(f"{config.recipe}, {micro_batch} x {config.data.seq_len} tokens, H200, torch {torch.__version__}, Triton {triton.__version__}\n")
+    print(
+        f"{config.recipe}, {micro_batch} x {config.data.seq_len} tokens, H200, torch {torch.__version__}, Triton {triton.__version__}\n"
+    )
     print(f"{'':<30}{'kernels':>8}{'GB':>8}")
     for name, graph in found.items():
-        print(f"{name + ', fused by Inductor':<30}{graph.count_of('fused'):>8}{graph.bytes_of('fused') / 1e9:>8.1f}")
+        print(
+            f"{name + ', fused by Inductor':<30}{graph.count_of('fused'):>8}{graph.bytes_of('fused') / 1e9:>8.1f}"
+        )
         if graph.count_of("ours"):
-            print(f"{name + ', own kernels':<30}{graph.count_of('ours'):>8}{graph.bytes_of('ours') / 1e9:>8.1f}")
+            print(
+                f"{name + ', own kernels':<30}{graph.count_of('ours'):>8}{graph.bytes_of('ours') / 1e9:>8.1f}"
+            )
         print(f"{name + ', library calls':<30}{graph.count_of('library'):>8}")
     fused = sum(graph.bytes_of("fused") for graph in found.values())
-    own = sum(size for graph in found.values() for name, kind, size in graph.kernels if kind == "ours" and "cross_entropy" not in name)
+    own = sum(
+        size
+        for graph in found.values()
+        for name, kind, size in graph.kernels
+        if kind == "ours" and "cross_entropy" not in name
+    )
     loss = 2.0 * tokens * config.model.padded_vocab_size * 2  # read once and written once
     optimizer = OPTIMIZER_BYTES * count_parameters(config.model)
     print(f"\nbetween the products          {(fused + own) / 1e9:.1f} GB")
@@ -287,7 +328,8 @@ def report(config: Any, micro_batch: int, found: dict[str, Generated]) -> dict[s
     least = (products + attention) / PEAK_TFLOPS + (fused + own + loss + optimizer) / PEAK_BYTES
     parts = {
         "matrix products": products / USUAL_PRODUCTS,
-        "attention": attention / 3 / USUAL_ATTENTION["forward"] + 2 * attention / 3 * 1.25 / USUAL_ATTENTION["backward"],
+        "attention": attention / 3 / USUAL_ATTENTION["forward"]
+        + 2 * attention / 3 * 1.25 / USUAL_ATTENTION["backward"],
         "between the products": (fused + own) / (USUAL_BANDWIDTH * PEAK_BYTES),
         "loss kernel": loss / (USUAL_LOSS_BANDWIDTH * PEAK_BYTES),
         "clipping and AdamW": optimizer / (USUAL_BANDWIDTH * PEAK_BYTES),
@@ -310,9 +352,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="gpt2-124m")
     parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=0, help="another number of layers than the recipe's, to be faster")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=0,
+        help="another number of layers than the recipe's, to be faster",
+    )
     parser.add_argument("--attention", choices=["cudnn", "flash"], default="cudnn")
-    parser.add_argument("--kernels", type=int, default=0, help="also list this many kinds of fused kernels, the most bytes first")
+    parser.add_argument(
+        "--kernels",
+        type=int,
+        default=0,
+        help="also list this many kinds of fused kernels, the most bytes first",
+    )
     parser.add_argument("--code", type=Path, help="write the generated code into this folder")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -330,7 +382,9 @@ def main() -> None:
             (kernel, round(size / 1e6)) for kernel, kind, size in graph.kernels if kind != "library"
         )
         print(f"\n{name}: number x MB, and what is in the kernel")
-        for (kernel, size), count in sorted(grouped.items(), key=lambda item: -item[0][1] * item[1])[: arguments.kernels]:
+        for (kernel, size), count in sorted(
+            grouped.items(), key=lambda item: -item[0][1] * item[1]
+        )[: arguments.kernels]:
             print(f"  {count:>3} x {size:>5}  {kernel}")
     if arguments.code:
         arguments.code.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,11 @@ WAYS = {"one pass": head.fused_chunk_loss, "in place": head.chunk_loss}
 
 def step_of(a: argparse.Namespace) -> Callable[[str], object]:
     """A whole step of the recipe over random tokens, its loss in the named way."""
-    shape = {name: value for name in ("batch_tokens", "seq_len", "micro_batch") if (value := getattr(a, name))}
+    shape = {
+        name: value
+        for name in ("batch_tokens", "seq_len", "micro_batch")
+        if (value := getattr(a, name))
+    }
     config = recipe(a.recipe, compile="off", out=tempfile.mkdtemp(), **shape)
     state, stop = State(config, runtime.start(config.run), ""), Stop()
     ids = torch.randint(0, config.model.vocab_size, (config.batch_sequences, config.data.seq_len))
@@ -62,8 +66,14 @@ def main() -> None:
             if i:  # the first is for warming up
                 seconds[way].append(time.perf_counter() - begin)
     ratios = sorted(x / y for x, y in zip(*seconds.values(), strict=True))
-    print(", ".join(f"{way} {1e3 * statistics.median(times):.0f} ms" for way, times in seconds.items()))
-    print(f"in place takes {statistics.median(ratios):.2f} times less ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(
+        ", ".join(
+            f"{way} {1e3 * statistics.median(times):.0f} ms" for way, times in seconds.items()
+        )
+    )
+    print(
+        f"in place takes {statistics.median(ratios):.2f} times less ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,12 @@ def main() -> None:
     model.compute_dtype = torch.bfloat16
     folder = weights.find(a.run)
     with open_data(config.data.data, Tokenizer.of_model(folder, model.config.vocab_size)) as data:
-        text = torch.cat([torch.from_numpy(shard.tokens[: a.tokens + 1].astype("int64")) for shard in data.splits["val"]])
+        text = torch.cat(
+            [
+                torch.from_numpy(shard.tokens[: a.tokens + 1].astype("int64"))
+                for shard in data.splits["val"]
+            ]
+        )
     T = config.data.seq_len
     losses, choices = {}, {}
     for int8 in (False, True):
@@ -45,11 +50,16 @@ def main() -> None:
                 count += 1
         losses[int8], choices[int8] = total / count, likeliest
         print(
-            f"{'int8' if int8 else 'bf16'}: loss {losses[int8]:.4f}, perplexity {math.exp(losses[int8]):.2f}, {count:,} tokens", flush=True
+            f"{'int8' if int8 else 'bf16'}: loss {losses[int8]:.4f}, perplexity {math.exp(losses[int8]):.2f}, {count:,} tokens",
+            flush=True,
         )
-    same = sum(x == y for x, y in zip(choices[False], choices[True], strict=True)) / len(choices[True])
+    same = sum(x == y for x, y in zip(choices[False], choices[True], strict=True)) / len(
+        choices[True]
+    )
     change = math.exp(losses[True] - losses[False]) - 1
-    print(f"perplexity changes by {100 * change:+.2f}%; the likeliest token is the same for {100 * same:.1f}%")
+    print(
+        f"perplexity changes by {100 * change:+.2f}%; the likeliest token is the same for {100 * same:.1f}%"
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,21 @@ def hosts(count: int, rate: str) -> Iterator[list[str]]:
         sh("ip", "-n", bridge, "link", "set", "br0", "up")
         for i, name in enumerate(names):
             sh("ip", "netns", "add", name)
-            sh("ip", "link", "add", f"anew{i}", "netns", bridge, "type", "veth", "peer", "name", "eth0", "netns", name)
+            sh(
+                "ip",
+                "link",
+                "add",
+                f"anew{i}",
+                "netns",
+                bridge,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                name,
+            )
             sh("ip", "-n", bridge, "link", "set", f"anew{i}", "master", "br0", "up")
             sh("ip", "-n", name, "addr", "add", f"{NETWORK}.{i + 1}/24", "dev", "eth0")
             sh("ip", "-n", name, "link", "set", "eth0", "up")
@@ -91,14 +105,18 @@ def rank(arguments: argparse.Namespace) -> None:
                 if turn:
                     seconds[way].append(time.perf_counter() - begin)
         if world.rank == 0:
-            print(json.dumps({"seconds": seconds, "bytes": sum(4 * p.numel() for p in state.params)}))
+            print(
+                json.dumps({"seconds": seconds, "bytes": sum(4 * p.numel() for p in state.params)})
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="gpt2-5m")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rate", default="", help="of each link, as `tc` writes it: 1gbit, 200mbit; needs root")
+    parser.add_argument(
+        "--rate", default="", help="of each link, as `tc` writes it: 1gbit, 200mbit; needs root"
+    )
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
@@ -108,7 +126,11 @@ def main() -> None:
     if arguments.rank is not None:
         rank(arguments)
         return
-    with hosts(arguments.ranks, arguments.rate) if arguments.rate else contextlib.nullcontext([""] * arguments.ranks) as names:
+    with (
+        hosts(arguments.ranks, arguments.rate)
+        if arguments.rate
+        else contextlib.nullcontext([""] * arguments.ranks) as names
+    ):
         address = f"{NETWORK}.1" if arguments.rate else "127.0.0.1"
         started = []
         for i, name in enumerate(names):
@@ -118,17 +140,25 @@ def main() -> None:
                 "MASTER_PORT": "29577", "OMP_NUM_THREADS": "1", **({"GLOO_SOCKET_IFNAME": "eth0"} if name else {}),
             }  # fmt: skip
             command = [*inside, sys.executable, __file__, *sys.argv[1:], "--rank", str(i)]
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+            started.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            )
         outputs = [process.communicate()[0] for process in started]
     found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
     middle = {way: statistics.median(found["seconds"][way]) for way in WAYS}
     for way in WAYS:
         times = found["seconds"][way]
-        print(f"{way:<8} {1e3 * middle[way]:>8.0f} ms  ({1e3 * min(times):.0f} to {1e3 * max(times):.0f})")
+        print(
+            f"{way:<8} {1e3 * middle[way]:>8.0f} ms  ({1e3 * min(times):.0f} to {1e3 * max(times):.0f})"
+        )
     rows = list(zip(*(found["seconds"][way] for way in WAYS), strict=True))
-    shares = sorted((after - during) / (after - without) for without, after, during in rows if after > without)
+    shares = sorted(
+        (after - during) / (after - without) for without, after, during in rows if after > without
+    )
     share = statistics.median(shares)
-    print(f"gradients: {found['bytes'] / 1e6:.1f} MB; hidden: {100 * share:.0f}% ({100 * shares[0]:.0f} to {100 * shares[-1]:.0f})")
+    print(
+        f"gradients: {found['bytes'] / 1e6:.1f} MB; hidden: {100 * share:.0f}% ({100 * shares[0]:.0f} to {100 * shares[-1]:.0f})"
+    )
     print(json.dumps({**found, "hidden": share}))
 
 

@@ -20,8 +20,13 @@ from pathlib import Path
 def seconds(command: list[str], threads: int, out: Path) -> float:
     """Median seconds of the steps of a run."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    subprocess.run([*command, "--out", str(out)], check=True, env=environment, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    subprocess.run(
+        [*command, "--out", str(out)], check=True, env=environment, stdout=subprocess.DEVNULL
+    )
+    rows = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [row["seconds"] for row in rows if "train/loss" in row]
     return statistics.median(b - a for a, b in itertools.pairwise(steps[1:]))
 
@@ -39,18 +44,27 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     settings = f"--data stdlib --batch-tokens {a.batch_tokens} --seq-len {a.seq_len} --micro-batch {a.micro_batch} --steps {a.steps}"
-    settings += " --warmup-steps 0 --evaluate-every 0 --val-tokens 0 --save-every 1000000 --device cpu"
+    settings += (
+        " --warmup-steps 0 --evaluate-every 0 --val-tokens 0 --save-every 1000000 --device cpu"
+    )
     train = ["-m", "anew", "train", a.recipe, *settings.split()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(a.ranks)]
     cores = os.cpu_count() or 1
     rates: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(a.rounds):
-            one = a.batch_tokens / seconds([sys.executable, *train], cores, Path(folder) / f"one-{i}")
+            one = a.batch_tokens / seconds(
+                [sys.executable, *train], cores, Path(folder) / f"one-{i}"
+            )
             ranks = [sys.executable, *torchrun, *train, "--parallel", a.parallel]
-            several = a.batch_tokens / seconds(ranks, max(1, cores // a.ranks), Path(folder) / f"ranks-{i}")
+            several = a.batch_tokens / seconds(
+                ranks, max(1, cores // a.ranks), Path(folder) / f"ranks-{i}"
+            )
             rates.append((several, one))
-            print(f"round {i + 1}: {a.ranks} ranks {several:,.0f} tokens/s, one process {one:,.0f}, ratio {several / one:.2f}", flush=True)
+            print(
+                f"round {i + 1}: {a.ranks} ranks {several:,.0f} tokens/s, one process {one:,.0f}, ratio {several / one:.2f}",
+                flush=True,
+            )
     ratios = sorted(x / y for x, y in rates)
     print(f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     if a.json:

@@ -18,7 +18,9 @@ def record(command: list[str]) -> list[tuple[float, str]]:
     """(seconds since the start, line) of everything the command says."""
     began = time.monotonic()
     lines = [(0.0, "$ " + " ".join(command))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             sys.stdout.write(line)
@@ -40,7 +42,11 @@ def picture(lines: list[tuple[float, str]]) -> str:
     ]
     end = f"translateY({(ROWS - len(lines)) * LINE}px)"
     width, height = COLUMNS * WIDTH + 32, ROWS * LINE + 52
-    rows = "\n".join(f'<text y="{(i + 1) * LINE - 5}">{escape(text)}</text>' for i, (_, text) in enumerate(lines) if text.strip())
+    rows = "\n".join(
+        f'<text y="{(i + 1) * LINE - 5}">{escape(text)}</text>'
+        for i, (_, text) in enumerate(lines)
+        if text.strip()
+    )
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" role="img">
 <title>{escape(lines[0][1])}, recorded over {last:.0f} seconds</title>
 <style>

@@ -14,7 +14,13 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 WIDTH = 1200
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+)
 PORT = 8765
 PROMPT = "    def __init__(self, "
 
@@ -61,11 +67,15 @@ def playground(browser: Any, out: str, *models: str) -> None:
             except Exception:  # noqa: BLE001 (it is not up yet)
                 time.sleep(0.5)
         time.sleep(1)
-        browser.execute_script(f"document.getElementById('prompt').value = {PROMPT!r}; document.getElementById('write').click()")
+        browser.execute_script(
+            f"document.getElementById('prompt').value = {PROMPT!r}; document.getElementById('write').click()"
+        )
         time.sleep(1)
         while browser.execute_script("return document.getElementById('write').disabled"):
             time.sleep(0.2)
-        browser.execute_script("document.querySelectorAll('article:nth-child(1) .token')[24].click()")
+        browser.execute_script(
+            "document.querySelectorAll('article:nth-child(1) .token')[24].click()"
+        )
         take(browser, bottom(browser, "article, #choices") + 40, out)
     finally:
         server.terminate()

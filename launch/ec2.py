@@ -92,14 +92,21 @@ def main(machine: Machine, settings: list[str]) -> None:
             continue
         offers = sorted(prices(clients, machine.instance))
         for price, zone, _ in offers:
-            say(f"{zone}: ${price:.2f} an hour" + (f", above ${machine.max_price:.2f}" if price > machine.max_price else ""))
+            say(
+                f"{zone}: ${price:.2f} an hour"
+                + (f", above ${machine.max_price:.2f}" if price > machine.max_price else "")
+            )
         if machine.dry_run:
             return
         if not offers:
-            fail(f"no zone of {', '.join(machine.regions)} has {machine.instance}; choose another --instance or --regions.")
+            fail(
+                f"no zone of {', '.join(machine.regions)} has {machine.instance}; choose another --instance or --regions."
+            )
         attempt += 1
         if not any(
-            take(clients[region], machine, settings, run, zone, attempt) for price, zone, region in offers if price <= machine.max_price
+            take(clients[region], machine, settings, run, zone, attempt)
+            for price, zone, region in offers
+            if price <= machine.max_price
         ):
             time.sleep(machine.every)
 
@@ -134,13 +141,17 @@ def running(clients: dict[str, Any], run: str) -> str:
     return ""
 
 
-def take(ec2: Any, machine: Machine, settings: list[str], run: str, zone: str, attempt: int) -> bool:
+def take(
+    ec2: Any, machine: Machine, settings: list[str], run: str, zone: str, attempt: int
+) -> bool:
     """Ask for one machine in `zone`; False where there is none now."""
     from botocore.exceptions import ClientError
 
     request: dict[str, Any] = {
         # A request repeated because its answer was lost gets the machine that was started, not another.
-        "ClientToken": hashlib.sha256(f"{run} {zone} {attempt} {time.time():.0f}".encode()).hexdigest()[:48],
+        "ClientToken": hashlib.sha256(
+            f"{run} {zone} {attempt} {time.time():.0f}".encode()
+        ).hexdigest()[:48],
         "ImageId": machine.image,
         "InstanceType": machine.instance,
         "MinCount": 1,
@@ -157,9 +168,17 @@ def take(ec2: Any, machine: Machine, settings: list[str], run: str, zone: str, a
         "InstanceInitiatedShutdownBehavior": "terminate",
         "IamInstanceProfile": {"Name": machine.profile},
         "MetadataOptions": {"HttpTokens": "required"},
-        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": machine.disk_gb, "VolumeType": "gp3"}}],
+        "BlockDeviceMappings": [
+            {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": machine.disk_gb, "VolumeType": "gp3"}}
+        ],
         "TagSpecifications": [
-            {"ResourceType": "instance", "Tags": [{"Key": "anew-run", "Value": run}, {"Key": "Name", "Value": f"anew {run}"}]}
+            {
+                "ResourceType": "instance",
+                "Tags": [
+                    {"Key": "anew-run", "Value": run},
+                    {"Key": "Name", "Value": f"anew {run}"},
+                ],
+            }
         ],
         "UserData": user_data(machine, settings, run),
     }
@@ -170,12 +189,16 @@ def take(ec2: Any, machine: Machine, settings: list[str], run: str, zone: str, a
     except ClientError as error:
         code, text = error.response["Error"]["Code"], error.response["Error"]["Message"]
         if code in QUOTA:
-            fail(f"your account may not have {machine.instance} ({text}); ask AWS for a higher quota, or choose a smaller --instance.")
+            fail(
+                f"your account may not have {machine.instance} ({text}); ask AWS for a higher quota, or choose a smaller --instance."
+            )
         if code not in ELSEWHERE | LATER:
             fail(f"EC2 refused the request: {text} ({code}).")
         say(f"{zone}: {code}")
         return False
-    say(f"{zone}: {instance['InstanceId']} starts, at most ${machine.max_price:.2f} an hour for {machine.hours:g} h")
+    say(
+        f"{zone}: {instance['InstanceId']} starts, at most ${machine.max_price:.2f} an hour for {machine.hours:g} h"
+    )
     return True
 
 
@@ -187,7 +210,9 @@ def user_data(machine: Machine, settings: list[str], run: str) -> str:
         "ANEW_TRAIN": shlex.join([machine.recipe, *settings]),
     }
     first, rest = USER_DATA.read_text(encoding="utf-8").split("\n", 1)
-    text = "\n".join([first, *(f"export {name}={shlex.quote(value)}" for name, value in values.items()), rest])
+    text = "\n".join(
+        [first, *(f"export {name}={shlex.quote(value)}" for name, value in values.items()), rest]
+    )
     if len(text) > 16_384:
         fail("the settings are too long for EC2; put them into a recipe.")
     return text
@@ -200,7 +225,11 @@ def status(s3: Any, bucket: str, run: str) -> str:
     from botocore.exceptions import ClientError
 
     try:
-        return str(json.loads(s3.get_object(Bucket=bucket, Key=f"anew/{run}/run/run_state.json")["Body"].read())["status"])
+        return str(
+            json.loads(
+                s3.get_object(Bucket=bucket, Key=f"anew/{run}/run/run_state.json")["Body"].read()
+            )["status"]
+        )
     except (ClientError, ValueError, KeyError):
         return ""
 

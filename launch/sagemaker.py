@@ -37,7 +37,11 @@ def arguments(hyperparameters: dict[str, Any], channels: dict[str, str], base: P
     """The command line of `anew train` that a job's settings mean. Raises ValueError with a sentence for what cannot be one."""
     from anew.cli.args import SWITCHES as settings_switches
 
-    settings = {name.replace("-", "_"): value for name, value in hyperparameters.items() if not name.startswith("sagemaker_")}
+    settings = {
+        name.replace("-", "_"): value
+        for name, value in hyperparameters.items()
+        if not name.startswith("sagemaker_")
+    }
     recipe = str(settings.get("recipe", "gpt2-124m"))
     line = [recipe]
     for name, value in settings.items():
@@ -45,16 +49,23 @@ def arguments(hyperparameters: dict[str, Any], channels: dict[str, str], base: P
         if name in NOT_SETTINGS or value is None:
             continue
         if isinstance(value, (list, dict)):
-            raise ValueError(f"the hyperparameter {name} is {json.dumps(value)}; it must be one value.")
+            raise ValueError(
+                f"the hyperparameter {name} is {json.dumps(value)}; it must be one value."
+            )
         if name in settings_switches | {"memorise", "json"}:
             line.append(flag if str(value).lower() in ("true", "1", "yes") else f"--no-{flag[2:]}")
         else:
-            line += [flag, {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)]
+            line += [
+                flag,
+                {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value),
+            ]
     data = {name: path for name, path in channels.items() if name not in NOT_DATA}
     if "data" not in settings and data:
         named = [name for name in ("training", "train") if name in data] or list(data)
         if len(data) > 1 and named == list(data):
-            raise ValueError(f"there are the channels {', '.join(data)}; call one of them training.")
+            raise ValueError(
+                f"there are the channels {', '.join(data)}; call one of them training."
+            )
         line += ["--data", data[named[0]]]
     if "out" not in settings:
         kept = base / "checkpoints"
@@ -64,16 +75,35 @@ def arguments(hyperparameters: dict[str, Any], channels: dict[str, str], base: P
 
 def torchrun(processes: int, hosts: list[str], me: str) -> list[str]:
     """The command that starts `processes` on this host and waits for those on the others."""
-    several = ["--node-rank", str(hosts.index(me)), "--master-addr", hosts[0], "--master-port", "7777"]
+    several = [
+        "--node-rank",
+        str(hosts.index(me)),
+        "--master-addr",
+        hosts[0],
+        "--master-port",
+        "7777",
+    ]
     how = ["--nnodes", str(len(hosts)), *several] if len(hosts) > 1 else ["--standalone"]
-    return [sys.executable, "-m", "torch.distributed.run", *how, "--nproc-per-node", str(processes), "--max-restarts", "3", __file__]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *how,
+        "--nproc-per-node",
+        str(processes),
+        "--max-restarts",
+        "3",
+        __file__,
+    ]
 
 
 def main() -> None:
     """Train, or become the torchrun that starts the processes which do."""
     hyperparameters = json.loads(os.environ.get("SM_HPS", "{}"))
     hosts = sorted(json.loads(os.environ.get("SM_HOSTS", "[]"))) or ["localhost"]
-    processes = int(hyperparameters.get("processes") or os.environ.get("SM_NUM_GPUS", "0") or 0) or 1
+    processes = (
+        int(hyperparameters.get("processes") or os.environ.get("SM_NUM_GPUS", "0") or 0) or 1
+    )
     install()
     os.environ.setdefault("ANEW_CACHE", str(BASE / "anew-cache"))
 
@@ -81,17 +111,26 @@ def main() -> None:
     from anew.cli.train import run_train
     from anew.errors import LostRank, Preempted
 
-    channels = {name: os.environ[f"SM_CHANNEL_{name.upper()}"] for name in json.loads(os.environ.get("SM_CHANNELS", "[]"))}
+    channels = {
+        name: os.environ[f"SM_CHANNEL_{name.upper()}"]
+        for name in json.loads(os.environ.get("SM_CHANNELS", "[]"))
+    }
     try:
         with console():
             line = arguments(hyperparameters, channels, BASE)
             if "RANK" not in os.environ and processes * len(hosts) > 1:
-                run_train([*line, "--dry-run"])  # wrong settings are said once, and not by each process and each restart
+                run_train(
+                    [*line, "--dry-run"]
+                )  # wrong settings are said once, and not by each process and each restart
                 command = torchrun(processes, hosts, os.environ.get("SM_CURRENT_HOST", hosts[0]))
                 os.execv(command[0], command)
             run_train(line)
             if os.environ.get("RANK", "0") == "0":
-                publish(Path(line[line.index("--out") + 1]) if "--out" in line else Path(hyperparameters["out"]))
+                publish(
+                    Path(line[line.index("--out") + 1])
+                    if "--out" in line
+                    else Path(hyperparameters["out"])
+                )
     except Preempted as error:
         print(f"anew: {error}", file=sys.stderr)
         sys.exit(75)
@@ -112,7 +151,8 @@ def publish(run: Path) -> None:
 
     newest, _ = checkpoint.newest(run)
     model, output = (
-        Path(os.environ.get(name, BASE / other)) for name, other in (("SM_MODEL_DIR", "model"), ("SM_OUTPUT_DATA_DIR", "output/data"))
+        Path(os.environ.get(name, BASE / other))
+        for name, other in (("SM_MODEL_DIR", "model"), ("SM_OUTPUT_DATA_DIR", "output/data"))
     )
     if newest is not None:
         ours = shutil.ignore_patterns("optimizer.safetensors", "trainer.json", "manifest.json")
@@ -137,11 +177,26 @@ def fail(sentence: str, code: int) -> None:
 def install() -> None:
     """Make `import anew` work: from the source folder, with what it needs installed by one process a host."""
     sys.path.insert(0, str(ROOT / "src"))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
+    )
     with (ROOT / ".install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if subprocess.run([sys.executable, "-c", "import anew.cli.main, torch.utils.tensorboard"], stderr=subprocess.DEVNULL).returncode:
-            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{ROOT}[tensorboard,vocabulary]"], check=True)
+        if subprocess.run(
+            [sys.executable, "-c", "import anew.cli.main, torch.utils.tensorboard"],
+            stderr=subprocess.DEVNULL,
+        ).returncode:
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    f"{ROOT}[tensorboard,vocabulary]",
+                ],
+                check=True,
+            )
 
 
 if __name__ == "__main__":

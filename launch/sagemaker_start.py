@@ -57,7 +57,9 @@ def start(job: Job, settings: list[str]) -> str:
 
     run = job.name or job.recipe
     unique = f"{run}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
-    s3, sagemaker = (boto3.client(service, region_name=job.region) for service in ("s3", "sagemaker"))
+    s3, sagemaker = (
+        boto3.client(service, region_name=job.region) for service in ("s3", "sagemaker")
+    )
     place = f"s3://{job.bucket}/anew/{run}"
     s3.put_object(Bucket=job.bucket, Key=f"anew/{run}/source.tar.gz", Body=archive())
     seconds = int(job.hours * 3600)
@@ -73,15 +75,28 @@ def start(job: Job, settings: list[str]) -> str:
             "sagemaker_submit_directory": f"{place}/source.tar.gz",
             "sagemaker_region": s3.meta.region_name,
         },
-        "ResourceConfig": {"InstanceType": job.instance, "InstanceCount": job.count, "VolumeSizeInGB": job.disk_gb},
+        "ResourceConfig": {
+            "InstanceType": job.instance,
+            "InstanceCount": job.count,
+            "VolumeSizeInGB": job.disk_gb,
+        },
         "CheckpointConfig": {"S3Uri": f"{place}/checkpoints"},
         "OutputDataConfig": {"S3OutputPath": f"{place}/output"},
-        "StoppingCondition": {"MaxRuntimeInSeconds": seconds, **({"MaxWaitTimeInSeconds": 2 * seconds} if job.spot else {})},
+        "StoppingCondition": {
+            "MaxRuntimeInSeconds": seconds,
+            **({"MaxWaitTimeInSeconds": 2 * seconds} if job.spot else {}),
+        },
         "EnableManagedSpotTraining": job.spot,
     }
     if job.data:
-        where = {"S3DataType": "S3Prefix", "S3Uri": job.data, "S3DataDistributionType": "FullyReplicated"}
-        request["InputDataConfig"] = [{"ChannelName": "training", "DataSource": {"S3DataSource": where}}]
+        where = {
+            "S3DataType": "S3Prefix",
+            "S3Uri": job.data,
+            "S3DataDistributionType": "FullyReplicated",
+        }
+        request["InputDataConfig"] = [
+            {"ChannelName": "training", "DataSource": {"S3DataSource": where}}
+        ]
     sagemaker.create_training_job(**request)
     return unique
 

@@ -20,9 +20,13 @@ from anew.bench import timing as bench
 from anew.utils import device as runtime
 
 V, C, LAYERS, HEADS, T, B = 50257, 64, 4, 4, 64, 4
-runtime.start(anew.recipe("demo").run)  # torch's settings as in training: memory that is freed is kept, results can be repeated
+runtime.start(
+    anew.recipe("demo").run
+)  # torch's settings as in training: memory that is freed is kept, results can be repeated
 tokenizer = anew.Tokenizer.named("gpt2")
-text = torch.tensor([i for path in bench.stdlib()[:40] for i in tokenizer.encode(path.read_text(encoding="utf-8"))])
+text = torch.tensor(
+    [i for path in bench.stdlib()[:40] for i in tokenizer.encode(path.read_text(encoding="utf-8"))]
+)
 print(f"{len(text):,} tokens of Python's own source")
 
 
@@ -47,7 +51,10 @@ class Block(nn.Module):
         self.c_fc, self.mlp_proj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p.view(*p.shape[:2], HEADS, -1).transpose(1, 2) for p in self.c_attn(self.ln_1(x)).split(C, dim=-1))
+        q, k, v = (
+            p.view(*p.shape[:2], HEADS, -1).transpose(1, 2)
+            for p in self.c_attn(self.ln_1(x)).split(C, dim=-1)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
         x = x + self.attn_proj(y)
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
@@ -97,7 +104,14 @@ table: list[tuple[str, int, float, float, float]] = []
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def try_it(name: str, net: nn.Module, loss_of: Step | None = None, lr: float = 1e-3, tuned: bool = False, fused: bool = False) -> None:
+def try_it(
+    name: str,
+    net: nn.Module,
+    loss_of: Step | None = None,
+    lr: float = 1e-3,
+    tuned: bool = False,
+    fused: bool = False,
+) -> None:
     loss_of = loss_of or net
     settings = {"betas": (0.9, 0.95)} if tuned else {}
     groups = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 0.1 if tuned else 0.01},
@@ -118,8 +132,18 @@ def try_it(name: str, net: nn.Module, loss_of: Step | None = None, lr: float = 1
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
         losses.append(loss.item())
-    table.append((name, sum(p.numel() for p in net.parameters()), losses[0], sum(losses[-10:]) / 10, 1e3 * sorted(times)[20]))
-    print("{:<28} {:>11,} parameters   loss {:6.2f} -> {:.2f}   {:4.0f} ms a step".format(*table[-1]))
+    table.append(
+        (
+            name,
+            sum(p.numel() for p in net.parameters()),
+            losses[0],
+            sum(losses[-10:]) / 10,
+            1e3 * sorted(times)[20],
+        )
+    )
+    print(
+        "{:<28} {:>11,} parameters   loss {:6.2f} -> {:.2f}   {:4.0f} ms a step".format(*table[-1])
+    )
 
 
 try_it("bare", Net())
@@ -153,7 +177,14 @@ def initialise(net: Net, scaled: bool = True) -> Net:
         if p.ndim < 2:
             nn.init.zeros_(p)
         else:
-            nn.init.normal_(p, std=0.01 if "wpe" in name else 0.02 / math.sqrt(2 * LAYERS) if "proj" in name and scaled else 0.02)
+            nn.init.normal_(
+                p,
+                std=0.01
+                if "wpe" in name
+                else 0.02 / math.sqrt(2 * LAYERS)
+                if "proj" in name and scaled
+                else 0.02,
+            )
     return net
 
 
@@ -180,7 +211,9 @@ plt.legend()
 plt.title("48 layers at initialisation")
 plt.tight_layout()
 plt.show()
-print(f"after 48 blocks: {stds[True][-1]:.3f} scaled, {stds[False][-1]:.3f} not scaled, {stds[True][0]:.3f} after the first")
+print(
+    f"after 48 blocks: {stds[True][-1]:.3f} scaled, {stds[False][-1]:.3f} not scaled, {stds[True][0]:.3f} after the first"
+)
 assert stds[False][-1] > 5 * stds[True][-1]
 
 # %% [markdown]
@@ -217,7 +250,9 @@ net = initialise(Net())
 try_it("+ fused AdamW", net, in_bf16(net), lr=3e-3, tuned=True, fused=True)
 net = initialise(Net())
 try_it("+ compiled", net, in_bf16(torch.compile(net)), lr=3e-3, tuned=True, fused=True)
-assert max(row[3] for row in table[-4:]) - min(row[3] for row in table[-4:]) < 0.1, "rounding, and no more"
+assert max(row[3] for row in table[-4:]) - min(row[3] for row in table[-4:]) < 0.1, (
+    "rounding, and no more"
+)
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 3))
 names = [row[0] for row in table]
@@ -238,7 +273,12 @@ plt.show()
 # %%
 config = anew.GPTConfig(n_layer=LAYERS, n_head=HEADS, n_embd=C, n_positions=T)
 model = anew.GPT(config, seed=None)
-names = {"c_attn": "attn.c_attn", "attn_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_proj": "mlp.c_proj"}
+names = {
+    "c_attn": "attn.c_attn",
+    "attn_proj": "attn.c_proj",
+    "c_fc": "mlp.c_fc",
+    "mlp_proj": "mlp.c_proj",
+}
 with torch.no_grad():
     state = dict(model.named_parameters())
     for name, p in net.named_parameters():

@@ -18,7 +18,9 @@ from anew.bench import timing as bench
 from anew.data import prepare, sources
 from anew.data.dataloader import Batches, permute
 
-text = "\n".join(path.read_text(encoding="utf-8") for path in bench.stdlib()[:60])  # Python's own source: real text, on every machine
+text = "\n".join(
+    path.read_text(encoding="utf-8") for path in bench.stdlib()[:60]
+)  # Python's own source: real text, on every machine
 print(f"{len(text):,} characters of real text")
 
 # %% [markdown]
@@ -62,7 +64,9 @@ for word in ("hello", " tokenization", " antidisestablishmentarianism", " naïve
 ids = tokenizer.encode(text)
 assert tokenizer.decode(ids) == text
 counts = np.array(sorted(Counter(ids).values(), reverse=True))
-print(f"{len(ids):,} tokens, {len(text) / len(ids):.2f} characters each; {len(counts):,} of {tokenizer.n_vocab:,} ids occur")
+print(
+    f"{len(ids):,} tokens, {len(text) / len(ids):.2f} characters each; {len(counts):,} of {tokenizer.n_vocab:,} ids occur"
+)
 plt.figure(figsize=(6, 3))
 plt.loglog(np.arange(1, len(counts) + 1), counts)
 plt.xlabel("rank of the token")
@@ -81,8 +85,12 @@ plt.show()
 folder = Path(tempfile.mkdtemp())
 (folder / "texts").mkdir()
 for path in bench.stdlib()[:60]:
-    (folder / "texts" / f"{path.stem}.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-data = prepare.prepare(sources.find(str(folder / "texts")), prepare.Settings("gpt2"), folder / "tokens")
+    (folder / "texts" / f"{path.stem}.txt").write_text(
+        path.read_text(encoding="utf-8"), encoding="utf-8"
+    )
+data = prepare.prepare(
+    sources.find(str(folder / "texts")), prepare.Settings("gpt2"), folder / "tokens"
+)
 for split, shards in data.splits.items():
     print(split, [(shard.path.name, f"{shard.n_tokens:,} tokens") for shard in shards])
 first = data.splits["train"][0].tokens
@@ -100,11 +108,15 @@ n = 10
 shuffled = permute(np.arange(n), n, key=(1337, 0))
 print("epoch 0:", shuffled, "  epoch 1:", permute(np.arange(n), n, key=(1337, 1)))
 assert sorted(shuffled) == list(range(n))  # each window once an epoch
-assert permute(np.array([7]), n, key=(1337, 0))[0] == shuffled[7]  # any place can be asked for alone
+assert (
+    permute(np.array([7]), n, key=(1337, 0))[0] == shuffled[7]
+)  # any place can be asked for alone
 
 batches = Batches(data.splits["train"], seq_len=64, seed=1337)
 straight = batches.rows(first=0, count=12)
-again = np.concatenate([batches.rows(8, 4), batches.rows(0, 8)])  # a run that was resumed at step 2, and looked back
+again = np.concatenate(
+    [batches.rows(8, 4), batches.rows(0, 8)]
+)  # a run that was resumed at step 2, and looked back
 assert (np.concatenate([straight[8:], straight[:8]]) == again).all()
 x, y = straight[:, :-1], straight[:, 1:]
 assert (x[:, 1:] == y[:, :-1]).all()  # the target of each token is the next one

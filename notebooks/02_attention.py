@@ -46,7 +46,9 @@ plt.show()
 for size in (16, 64, 256):
     a, b = torch.randn(2000, size), torch.randn(2000, size)
     products = (a * b).sum(-1)
-    print(f"d = {size:<4} std of q.k = {products.std():5.1f}   after dividing = {(products / math.sqrt(size)).std():.2f}")
+    print(
+        f"d = {size:<4} std of q.k = {products.std():5.1f}   after dividing = {(products / math.sqrt(size)).std():.2f}"
+    )
     assert abs((products / math.sqrt(size)).std() - 1) < 0.1
 
 # %% [markdown]
@@ -77,13 +79,19 @@ def in_tiles(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int = 16) 
     for i in range(0, T, tile):  # a tile of queries
         most = torch.full((tile, 1), -torch.inf, dtype=q.dtype)
         total, mixed = torch.zeros(tile, 1, dtype=q.dtype), torch.zeros(tile, d, dtype=q.dtype)
-        for j in range(0, i + tile, tile):  # tiles of keys behind the diagonal are never touched: half of the work is saved
+        for j in range(
+            0, i + tile, tile
+        ):  # tiles of keys behind the diagonal are never touched: half of the work is saved
             s = q[0, 0, i : i + tile] @ k[0, 0, j : j + tile].T / math.sqrt(d)
             if i == j:
                 s = s.masked_fill(~torch.ones(tile, tile, dtype=torch.bool).tril(), -torch.inf)
             higher = torch.maximum(most, s.amax(-1, keepdim=True))
             p, shrink = (s - higher).exp(), (most - higher).exp()
-            total, mixed, most = total * shrink + p.sum(-1, keepdim=True), mixed * shrink + p @ v[0, 0, j : j + tile], higher
+            total, mixed, most = (
+                total * shrink + p.sum(-1, keepdim=True),
+                mixed * shrink + p @ v[0, 0, j : j + tile],
+                higher,
+            )
         result[0, 0, i : i + tile] = mixed / total
     return result
 
@@ -124,10 +132,16 @@ from anew import GPT, GPTConfig
 config = GPTConfig(n_layer=1, n_head=4, n_embd=32, n_positions=16, vocab_size=257)
 module = GPT(config, torch.float64, seed=2).double().transformer.h[0].attn
 x = torch.randn(2, 10, 32, dtype=torch.float64)
-projected = (x @ module.c_attn.weight + module.c_attn.bias).split(32, dim=-1)  # three times (2, 10, 32)
+projected = (x @ module.c_attn.weight + module.c_attn.bias).split(
+    32, dim=-1
+)  # three times (2, 10, 32)
 heads = [part.view(2, 10, 4, 8).transpose(1, 2) for part in projected]  # (2, 4, 10, 8)
-s = (heads[0] @ heads[1].mT / math.sqrt(8)).masked_fill(~torch.ones(10, 10, dtype=torch.bool).tril(), -torch.inf)
-mine = (s.softmax(-1) @ heads[2]).transpose(1, 2).reshape(2, 10, 32) @ module.c_proj.weight + module.c_proj.bias
+s = (heads[0] @ heads[1].mT / math.sqrt(8)).masked_fill(
+    ~torch.ones(10, 10, dtype=torch.bool).tril(), -torch.inf
+)
+mine = (s.softmax(-1) @ heads[2]).transpose(1, 2).reshape(
+    2, 10, 32
+) @ module.c_proj.weight + module.c_proj.bias
 torch.testing.assert_close(mine, module(x))
 
 # %% [markdown]

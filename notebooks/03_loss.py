@@ -57,9 +57,15 @@ torch.testing.assert_close(x.grad, expected)
 
 # %%
 text = tokenizer.decode(ids[0, 1:].tolist())
-for name, loss in (("untrained", start), ("GPT-2 124M on web text", 3.29), ("trained on one batch only", 0.01)):
+for name, loss in (
+    ("untrained", start),
+    ("GPT-2 124M on web text", 3.29),
+    ("trained on one batch only", 0.01),
+):
     per_byte = loss / math.log(2) * len(t) / len(text.encode())
-    print(f"{name:<28} loss {loss:6.3f}   perplexity {math.exp(loss):>9,.1f}   {per_byte:5.2f} bits a byte of this text")
+    print(
+        f"{name:<28} loss {loss:6.3f}   perplexity {math.exp(loss):>9,.1f}   {per_byte:5.2f} bits a byte of this text"
+    )
 
 p = torch.linspace(0.001, 1, 400)
 plt.figure(figsize=(5.5, 3))
@@ -88,7 +94,11 @@ targets[::7] = -100  # not scored
 results = []
 for chunked in (False, True):
     h, w = hidden.clone().requires_grad_(), wte.clone().requires_grad_()
-    loss = HeadLoss.apply(h, w, targets, 257, True) if chunked else F.cross_entropy((h @ w.T)[:, :257], targets, ignore_index=-100)
+    loss = (
+        HeadLoss.apply(h, w, targets, 257, True)
+        if chunked
+        else F.cross_entropy((h @ w.T)[:, :257], targets, ignore_index=-100)
+    )
     loss.backward()
     results.append((loss.double().detach(), h.grad, w.grad))
 for plain, chunk in zip(*results, strict=True):

@@ -20,7 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 folder = Path(os.environ.get("GPT2_FOLDER") or tempfile.mkdtemp())
 if "GPT2_FOLDER" not in os.environ:
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=128)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=128)).save_pretrained(
+        folder
+    )
 print(sorted(path.name for path in folder.iterdir()))
 
 # %% [markdown]
@@ -28,11 +30,16 @@ print(sorted(path.name for path in folder.iterdir()))
 
 # %%
 shape = json.loads((folder / "config.json").read_text())
-w = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+w = {
+    name.removeprefix("transformer."): tensor
+    for name, tensor in load_file(folder / "model.safetensors").items()
+}
 
 
 def norm(x, name):  # each token's vector to mean 0 and variance 1, then scaled and shifted
-    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + shape["layer_norm_epsilon"]).sqrt()
+    x = (x - x.mean(-1, keepdim=True)) / (
+        x.var(-1, keepdim=True, unbiased=False) + shape["layer_norm_epsilon"]
+    ).sqrt()
     return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
@@ -40,14 +47,21 @@ def linear(x, name):  # OpenAI stores matrices as (in, out)
     return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def gelu(x):  # OpenAI's, by tanh: the exact one differs from it in the fourth decimal, and a loaded GPT-2 notices
+def gelu(
+    x,
+):  # OpenAI's, by tanh: the exact one differs from it in the fourth decimal, and a loaded GPT-2 notices
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def attention(x, name):
     B, T, C = x.shape
-    q, k, v = (part.view(B, T, shape["n_head"], -1).transpose(1, 2) for part in linear(x, f"{name}.c_attn").split(C, dim=-1))
-    scores = (q @ k.mT / math.sqrt(C // shape["n_head"])).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+    q, k, v = (
+        part.view(B, T, shape["n_head"], -1).transpose(1, 2)
+        for part in linear(x, f"{name}.c_attn").split(C, dim=-1)
+    )
+    scores = (q @ k.mT / math.sqrt(C // shape["n_head"])).masked_fill(
+        ~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf
+    )
     return linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C), f"{name}.c_proj")
 
 
@@ -55,8 +69,12 @@ def gpt2(ids):
     x = w["wte.weight"][ids] + w["wpe.weight"][: ids.size(1)]
     for n in range(shape["n_layer"]):
         x = x + attention(norm(x, f"h.{n}.ln_1"), f"h.{n}.attn")  # what tokens tell each other
-        x = x + linear(gelu(linear(norm(x, f"h.{n}.ln_2"), f"h.{n}.mlp.c_fc")), f"h.{n}.mlp.c_proj")  # what each makes of it
-    return norm(x, "ln_f") @ w["wte.weight"].T  # the table that read the tokens also names the next one
+        x = x + linear(
+            gelu(linear(norm(x, f"h.{n}.ln_2"), f"h.{n}.mlp.c_fc")), f"h.{n}.mlp.c_proj"
+        )  # what each makes of it
+    return (
+        norm(x, "ln_f") @ w["wte.weight"].T
+    )  # the table that read the tokens also names the next one
 
 
 ids = torch.randint(50257, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -71,7 +89,9 @@ import anew
 with torch.no_grad():
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()(ids).logits
     ours = anew.GPT.from_pretrained(str(folder)).eval()(ids)
-print(f"largest difference from transformers {(mine - theirs).abs().max():.1e}, from anew {(mine - ours).abs().max():.1e}")
+print(
+    f"largest difference from transformers {(mine - theirs).abs().max():.1e}, from anew {(mine - ours).abs().max():.1e}"
+)
 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -100,7 +120,9 @@ total = sum(parts.values())
 assert total == 124_439_808  # "124M"
 for name, count in parts.items():
     print(f"{name:<13} {count:>12,}  {100 * count / total:5.1f}%")
-print(f"{'all':<13} {total:>12,}; with a head of its own it would be {total + V * C:,}: tying saves {100 * V * C / (total + V * C):.0f}%")
+print(
+    f"{'all':<13} {total:>12,}; with a head of its own it would be {total + V * C:,}: tying saves {100 * V * C / (total + V * C):.0f}%"
+)
 plt.figure(figsize=(5.5, 2.4))
 plt.barh(list(parts), [n / 1e6 for n in parts.values()])
 plt.gca().invert_yaxis()
@@ -122,19 +144,34 @@ plt.show()
 base = torch.nn.Transformer(512, 8, 6, 6, 2048, batch_first=True, device="meta")
 table = 37_000 * 512
 both = sum(p.numel() for p in base.parameters())
-alone = sum(p.numel() for name, p in base.decoder.named_parameters() if "multihead_attn" not in name and "norm2" not in name)
-print(f"the base model of 2017, 6 + 6 layers of 512: {both + table:,} (the paper says 65M); its decoder as GPT-2 has it: {alone + table:,}")
+alone = sum(
+    p.numel()
+    for name, p in base.decoder.named_parameters()
+    if "multihead_attn" not in name and "norm2" not in name
+)
+print(
+    f"the base model of 2017, 6 + 6 layers of 512: {both + table:,} (the paper says 65M); its decoder as GPT-2 has it: {alone + table:,}"
+)
 assert abs((both + table) / 65e6 - 1) < 0.05
 
 stds = {}
-for name in ("norms in front, c_proj scaled by 1/sqrt(2 layers)", "norms in front, not scaled", "norms behind, 2017"):
-    model = anew.GPT(anew.GPTConfig(n_layer=24, n_head=4, n_embd=128, n_positions=64, vocab_size=257), seed=3)
+for name in (
+    "norms in front, c_proj scaled by 1/sqrt(2 layers)",
+    "norms in front, not scaled",
+    "norms behind, 2017",
+):
+    model = anew.GPT(
+        anew.GPTConfig(n_layer=24, n_head=4, n_embd=128, n_positions=64, vocab_size=257), seed=3
+    )
     with torch.no_grad():
         if "not scaled" in name:
             for parameter, p in model.named_parameters():
                 if parameter.endswith("c_proj.weight"):
                     p.mul_(math.sqrt(2 * 24))
-        x, found = model.transformer.wte(torch.randint(257, (4, 64))) + model.transformer.wpe.weight, []
+        x, found = (
+            model.transformer.wte(torch.randint(257, (4, 64))) + model.transformer.wpe.weight,
+            [],
+        )
         for block in model.transformer.h:
             if "behind" in name:
                 x = block.ln_1(x + block.attn(x))

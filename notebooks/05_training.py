@@ -31,12 +31,18 @@ def bits(value: float, exponent: int, mantissa: int) -> str:
 
 value = 3.14159265
 for name, exponent, mantissa in (("fp32", 8, 23), ("TF32", 8, 10), ("bf16", 8, 7), ("fp16", 5, 10)):
-    print(f"{name}: {bits(value, exponent, mantissa):<36} steps of {2.0 ** (1 - mantissa):.1e} near pi")
+    print(
+        f"{name}: {bits(value, exponent, mantissa):<36} steps of {2.0 ** (1 - mantissa):.1e} near pi"
+    )
 for dtype in (torch.bfloat16, torch.float16):
     info = torch.finfo(dtype)
-    print(f"{dtype}: largest {info.max:.3g}, smallest normal {info.tiny:.3g}, next after 1 is 1 + {info.eps:.3g}")
+    print(
+        f"{dtype}: largest {info.max:.3g}, smallest normal {info.tiny:.3g}, next after 1 is 1 + {info.eps:.3g}"
+    )
 assert torch.tensor(value).bfloat16().item() == 3.140625
-assert torch.tensor(1e-8).half().item() == 0, "fp16 loses small gradients, which is why it needs loss scaling"
+assert torch.tensor(1e-8).half().item() == 0, (
+    "fp16 loses small gradients, which is why it needs loss scaling"
+)
 assert torch.tensor(1e-8).bfloat16().item() > 0
 
 # %% [markdown]
@@ -72,7 +78,9 @@ assert dtypes["cross_entropy"] == torch.float32
 config = GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=257)
 ids = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(2))
 x, y = ids[:, :-1], ids[:, 1:]
-losses = {dtype: GPT(config, dtype, seed=1)(x, y).item() for dtype in (torch.float32, torch.bfloat16)}
+losses = {
+    dtype: GPT(config, dtype, seed=1)(x, y).item() for dtype in (torch.float32, torch.bfloat16)
+}
 print("loss in fp32 and bf16:", losses)
 assert abs(losses[torch.float32] - losses[torch.bfloat16]) < 0.01
 
@@ -140,7 +148,9 @@ for parts in (1, 2):
     subprocess.run([*torchrun, str(script), str(file), str(parts)], check=True, capture_output=True)
     ranks = torch.load(file, weights_only=True)
     off = ((ranks - whole).norm() / whole.norm()).item()
-    print(f"2 processes x {parts} micro-batches x {4 // parts} sequences against 8 sequences at once: {off:.1e}")
+    print(
+        f"2 processes x {parts} micro-batches x {4 // parts} sequences against 8 sequences at once: {off:.1e}"
+    )
     assert off < 1e-6
 
 # %% [markdown]

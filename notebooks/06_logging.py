@@ -32,11 +32,18 @@ for panel, (name, key) in zip(axes.flat, [("loss", "train/loss"), ("learning rat
     panel.plot([row["tokens"] / 1e6 for row in steps], [row[key] for row in steps], linewidth=0.8)
     panel.set(title=name, xlabel="million tokens")
 val = [row for row in rows if "val/loss" in row]
-axes[0, 0].plot([row["tokens"] / 1e6 for row in val], [row["val/loss"] for row in val], "o--", label="validation")
+axes[0, 0].plot(
+    [row["tokens"] / 1e6 for row in val],
+    [row["val/loss"] for row in val],
+    "o--",
+    label="validation",
+)
 axes[0, 0].legend()
 plt.tight_layout()
 plt.show()
-print(f"validation: {val[0]['val/loss']:.3f} -> {val[-1]['val/loss']:.3f} nats, perplexity {math.exp(val[-1]['val/loss']):.0f}")
+print(
+    f"validation: {val[0]['val/loss']:.3f} -> {val[-1]['val/loss']:.3f} nats, perplexity {math.exp(val[-1]['val/loss']):.0f}"
+)
 assert val[-1]["val/loss"] < val[0]["val/loss"]
 
 # %% [markdown]
@@ -84,7 +91,9 @@ file = Path(tempfile.mkdtemp()) / "log.txt"
 logger.remove()  # here only to the file
 sink = logger.add(file, format="{level: <8} {message}")
 logger.info("step {:,}: loss {:.4f}", steps[-1]["step"], steps[-1]["train/loss"])
-logger.warning("a gradient norm of {:.1f} is far above the usual", max(row["train/grad_norm"] for row in steps))
+logger.warning(
+    "a gradient norm of {:.1f} is far above the usual", max(row["train/grad_norm"] for row in steps)
+)
 logger.remove(sink)
 print(file.read_text())
 assert "WARNING" in file.read_text()

@@ -23,7 +23,9 @@ from anew.utils import device as runtime
 config = anew.recipe("gpt2-124m", n_layer=4, n_head=4, n_embd=256, device="cpu")
 config = bench.at(config, micro_batch=4, seq_len=128)
 flops = flops_per_token(config.model, 128)
-print(f"{count_parameters(config.model):,} parameters, {flops / 1e6:.0f} million operations a token")
+print(
+    f"{count_parameters(config.model):,} parameters, {flops / 1e6:.0f} million operations a token"
+)
 by_hand = 6 * (4 * 12 * 256**2 + 50304 * 256) + 12 * 4 * 256 * 129 / 2
 assert abs(by_hand - flops) < 2
 rt = runtime.start(config.override(precision="auto").run)
@@ -50,7 +52,9 @@ for rung in bench.RUNGS:
     print(f"{rung.name:<18} {1e3 * found.seconds:7.1f} ms   {found.tokens_per_second:8,.0f} tokens/s   MFU {100 * found.tflops * 1e12 / peak:3.0f}%"
           f"   loss {found.losses[-1]:.4f}")  # fmt: skip
 torch.set_float32_matmul_precision("highest")
-print("The last rung is there for memory: without it all logits lie there at once. On a small model it may cost time.")
+print(
+    "The last rung is there for memory: without it all logits lie there at once. On a small model it may cost time."
+)
 assert max(abs(found.losses[-1] - rows[0][1].losses[-1]) for _, found in rows) < 0.05
 
 plt.figure(figsize=(7, 3))

@@ -29,7 +29,9 @@ T = 32
 def batch(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """(count, T + 1) letters that repeat with periods of 5 to 12, and the periods."""
     periods = torch.randint(5, 13, (count,), generator=generator)
-    letters = torch.rand(count, 26, generator=generator).argsort(1) + 97  # no letter twice in a period
+    letters = (
+        torch.rand(count, 26, generator=generator).argsort(1) + 97
+    )  # no letter twice in a period
     places = torch.arange(T + 1) % periods[:, None]
     return letters.gather(1, places), periods
 
@@ -83,7 +85,9 @@ with torch.no_grad():
     for block in model.transformer.h:
         B, T, C = x.shape
         q, k, v = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, 2, 32).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.mT / 32**0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+        scores = (q @ k.mT / 32**0.5).masked_fill(
+            ~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf
+        )
         maps.append(scores.softmax(-1)[0])
         x = block(x)
         streams.append(x)
@@ -92,24 +96,42 @@ with torch.no_grad():
 # the attention recomputed here is the model's own: with it, the first block gives the same output
 block = model.transformer.h[0]
 with torch.no_grad():
-    v = block.attn.c_attn(block.ln_1(streams[0])).view(1, ids.size(1), 3, 2, 32).permute(2, 0, 3, 1, 4)[2]
-    mixed = streams[0] + block.attn.c_proj((maps[0][None] @ v).transpose(1, 2).reshape(1, ids.size(1), 64))
-    torch.testing.assert_close(mixed + block.mlp(block.ln_2(mixed)), streams[1], rtol=1e-4, atol=1e-5)
+    v = (
+        block.attn.c_attn(block.ln_1(streams[0]))
+        .view(1, ids.size(1), 3, 2, 32)
+        .permute(2, 0, 3, 1, 4)[2]
+    )
+    mixed = streams[0] + block.attn.c_proj(
+        (maps[0][None] @ v).transpose(1, 2).reshape(1, ids.size(1), 64)
+    )
+    torch.testing.assert_close(
+        mixed + block.mlp(block.ln_2(mixed)), streams[1], rtol=1e-4, atol=1e-5
+    )
 
 figure, axes = plt.subplots(1, 4, figsize=(14, 3.6))
 letters = list(bytes(test[:-1]).decode())
 for n, axis in enumerate(axes):
     axis.imshow(maps[n // 2][n % 2])
-    axis.set(title=f"block {n // 2 + 1}, head {n % 2 + 1}", xticks=range(len(letters)), yticks=range(len(letters)))
+    axis.set(
+        title=f"block {n // 2 + 1}, head {n % 2 + 1}",
+        xticks=range(len(letters)),
+        yticks=range(len(letters)),
+    )
     axis.set_xticklabels(letters, fontsize=7)
     axis.set_yticklabels(letters, fontsize=7)
 plt.tight_layout()
 plt.show()
 # the induction diagonal: a head of block 2 looks at what followed the same letter last time, P - 1 back
 rows = range(2 * P, T)
-strength = max(sum(maps[1][h][r, [c for c in range(r) if c % P == (r + 1) % P]].sum().item() for r in rows) / len(rows) for h in range(2))
+strength = max(
+    sum(maps[1][h][r, [c for c in range(r) if c % P == (r + 1) % P]].sum().item() for r in rows)
+    / len(rows)
+    for h in range(2)
+)
 chance = sum(len([c for c in range(r) if c % P == (r + 1) % P]) / (r + 1) for r in rows) / len(rows)
-print(f"weight on the letters that came next before: {strength:.2f} (a look at random: {chance:.2f})")
+print(
+    f"weight on the letters that came next before: {strength:.2f} (a look at random: {chance:.2f})"
+)
 assert strength > 3 * chance
 
 # %% [markdown]
@@ -119,12 +141,18 @@ assert strength > 3 * chance
 
 # %%
 with torch.no_grad():
-    probabilities = [model.head(model.transformer.ln_f(stream))[0].softmax(-1) for stream in streams]
-    torch.testing.assert_close(probabilities[-1], logits[0].softmax(-1))  # at the last layer the lens is the model
+    probabilities = [
+        model.head(model.transformer.ln_f(stream))[0].softmax(-1) for stream in streams
+    ]
+    torch.testing.assert_close(
+        probabilities[-1], logits[0].softmax(-1)
+    )  # at the last layer the lens is the model
 truth = torch.tensor(test[1:])
 for depth, p in enumerate(probabilities):
     share = p[torch.arange(len(truth)), truth][P:].mean().item()
-    print(f"after {depth} blocks: probability of the right letter from the second round on {share:.2f}")
+    print(
+        f"after {depth} blocks: probability of the right letter from the second round on {share:.2f}"
+    )
 assert probabilities[-1][torch.arange(len(truth)), truth][P:].mean() > 0.5
 
 # %% [markdown]

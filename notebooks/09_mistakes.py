@@ -21,7 +21,9 @@ from anew.utils import device as runtime
 
 runtime.start(anew.recipe("demo").run)
 T, B, STEPS = 64, 16, 150
-config = anew.GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=T, vocab_size=257, attention="plain")
+config = anew.GPTConfig(
+    n_layer=2, n_head=2, n_embd=64, n_positions=T, vocab_size=257, attention="plain"
+)
 settings = OptimConfig(lr=6e-3, min_lr=6e-4, warmup_steps=15)
 text = torch.tensor(list(b"".join(path.read_bytes() for path in bench.stdlib()[:40])))
 cut = int(0.9 * len(text))
@@ -29,7 +31,9 @@ cut = int(0.9 * len(text))
 
 def batch(step: int, rows: int = B, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     part = text[cut:] if held_out else text[:cut]
-    starts = torch.randint(len(part) - T - 1, (rows,), generator=torch.Generator().manual_seed(step))
+    starts = torch.randint(
+        len(part) - T - 1, (rows,), generator=torch.Generator().manual_seed(step)
+    )
     found = torch.stack([part[s : s + T + 1] for s in starts])
     return found[:, :-1], found[:, 1:]
 
@@ -78,7 +82,13 @@ def draw(title: str, key: str = "loss", log: bool = False, **runs: dict[str, lis
     for name, run in {"right": right, **runs}.items():
         values = run[key]
         xs = range(1, STEPS + 1) if len(values) == STEPS else range(25, STEPS + 1, 25)
-        plt.plot(xs, values, label=name.replace("_", " "), color="#9aa3b2" if name == "right" else None, linewidth=1.2)
+        plt.plot(
+            xs,
+            values,
+            label=name.replace("_", " "),
+            color="#9aa3b2" if name == "right" else None,
+            linewidth=1.2,
+        )
     if log:
         plt.yscale("log")
     plt.legend()
@@ -90,7 +100,9 @@ def draw(title: str, key: str = "loss", log: bool = False, **runs: dict[str, lis
 
 
 right = train()
-print(f"right: {right['loss'][0]:.2f} -> {right['loss'][-1]:.2f}, held out {right['held out'][-1]:.2f}")
+print(
+    f"right: {right['loss'][0]:.2f} -> {right['loss'][-1]:.2f}, held out {right['held out'][-1]:.2f}"
+)
 
 # %% [markdown]
 # ## The schedule that never arrives
@@ -177,13 +189,17 @@ def no_mask(model: GPT, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     for block in t.h:
         n, H = block.ln_1(h), config.n_head
         q, k, v = block.attn.c_attn(n).view(*n.shape[:2], 3, H, -1).permute(2, 0, 3, 1, 4)
-        h = h + block.attn.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n.shape))
+        h = h + block.attn.c_proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n.shape)
+        )
         h = h + block.mlp(block.ln_2(h))
     return F.cross_entropy(model.head(t.ln_f(h)).flatten(0, 1), y.flatten())
 
 
 copying = train(loss_of=lambda model, x, y: model(x, x))
-seeing = train(loss_of=no_mask, settings=dataclasses.replace(settings, optimizer="muon", muon_lr=0.05))
+seeing = train(
+    loss_of=no_mask, settings=dataclasses.replace(settings, optimizer="muon", muon_lr=0.05)
+)
 draw("Training loss", targets_not_shifted=copying, no_mask=seeing)
 print(
     f"held out, asked honestly: right {right['held out'][-1]:.2f}, copying {copying['held out'][-1]:.2f}, seeing {seeing['held out'][-1]:.2f}"

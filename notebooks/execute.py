@@ -19,13 +19,21 @@ HERE = Path(__file__).parent
 def execute(path: Path) -> NotebookNode:
     """The notebook of one lesson, executed; what differs from run to run (times, ids) is left out."""
     notebook = jupytext.read(path)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+    ).execute()
     for n, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{n}"
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell["outputs"] = [output for output in cell.outputs if output.get("name") != "stderr"]  # progress bars
+            cell["outputs"] = [
+                output for output in cell.outputs if output.get("name") != "stderr"
+            ]  # progress bars
     return notebook
 
 

@@ -45,13 +45,26 @@ class AWS:
             )
             return 200, f"<spotPriceHistorySet>{items}</spotPriceHistorySet>"
         if action == "DescribeInstances":
-            assert (form["Filter.1.Name"], form["Filter.2.Name"]) == ("tag:anew-run", "instance-state-name")
-            items = "<item><instanceId>i-1</instanceId></item>" if form["Filter.1.Value.1"] in self.machines else ""
-            return 200, f"<reservationSet><item><instancesSet>{items}</instancesSet></item></reservationSet>"
+            assert (form["Filter.1.Name"], form["Filter.2.Name"]) == (
+                "tag:anew-run",
+                "instance-state-name",
+            )
+            items = (
+                "<item><instanceId>i-1</instanceId></item>"
+                if form["Filter.1.Value.1"] in self.machines
+                else ""
+            )
+            return (
+                200,
+                f"<reservationSet><item><instancesSet>{items}</instancesSet></item></reservationSet>",
+            )
         assert action == "RunInstances"
         self.launches.append(form)
         if code := self.refuse(form["Placement.AvailabilityZone"]):
-            return 400, f"<Errors><Error><Code>{code}</Code><Message>not now</Message></Error></Errors>"
+            return (
+                400,
+                f"<Errors><Error><Code>{code}</Code><Message>not now</Message></Error></Errors>",
+            )
         self.machines.append(form["TagSpecification.1.Tag.1.Value"])
         return 200, "<instancesSet><item><instanceId>i-1</instanceId></item></instancesSet>"
 
@@ -93,12 +106,22 @@ def serving(aws: AWS) -> Iterator[AWS]:
             if target := self.headers.get("X-Amz-Target"):
                 assert target == "SageMaker.CreateTrainingJob"
                 aws.jobs.append(json.loads(body))
-                self.answer(200, b'{"TrainingJobArn": "arn:aws:sagemaker:us-east-1:1:training-job/x"}', "application/x-amz-json-1.1")
+                self.answer(
+                    200,
+                    b'{"TrainingJobArn": "arn:aws:sagemaker:us-east-1:1:training-job/x"}',
+                    "application/x-amz-json-1.1",
+                )
                 return
-            form = {name: values[0] for name, values in parse_qs(body.decode(), keep_blank_values=True).items()}
+            form = {
+                name: values[0]
+                for name, values in parse_qs(body.decode(), keep_blank_values=True).items()
+            }
             status, inner = aws.ec2(form)
             root = "Response" if status >= 400 else f"{form['Action']}Response"
-            self.answer(status, f"<?xml version='1.0'?><{root}>{inner}<RequestID>1</RequestID></{root}>".encode())
+            self.answer(
+                status,
+                f"<?xml version='1.0'?><{root}>{inner}<RequestID>1</RequestID></{root}>".encode(),
+            )
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *_: Any) -> None: ...  # a client that was killed

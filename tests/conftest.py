@@ -10,7 +10,9 @@ import torch
 from anew.config.schema import Config
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is imported: its kernels then run on a CPU
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read once, when Triton is imported: its kernels then run on a CPU
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -35,8 +37,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 20 kB of English with some structure, made without randomness."""
-    nouns, verbs = ["cat", "dog", "king", "queen", "ship", "tower", "river"], ["sees", "finds", "builds", "crosses", "leaves"]
-    lines = [f"The {nouns[i % 7]} {verbs[i * i % 5]} the {nouns[i * 3 % 7]} on day {i}.\n" for i in range(550)]
+    nouns, verbs = (
+        ["cat", "dog", "king", "queen", "ship", "tower", "river"],
+        ["sees", "finds", "builds", "crosses", "leaves"],
+    )
+    lines = [
+        f"The {nouns[i % 7]} {verbs[i * i % 5]} the {nouns[i * 3 % 7]} on day {i}.\n"
+        for i in range(550)
+    ]
     path = tmp_path_factory.mktemp("text") / "story.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path

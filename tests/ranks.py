@@ -13,7 +13,9 @@ from typing import Any
 # A fork of a process that has initialised CUDA cannot use it, so nothing that is preloaded here may do so. Windows has no fork.
 CONTEXT: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
-    CONTEXT.set_forkserver_preload(["anew", "torch.distributed.tensor", "torch.utils.tensorboard", "tests.ranks"])
+    CONTEXT.set_forkserver_preload(
+        ["anew", "torch.distributed.tensor", "torch.utils.tensorboard", "tests.ranks"]
+    )
 
 
 def free_port() -> int:
@@ -22,16 +24,25 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def start(function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> tuple[BaseProcess, Connection]:
+def start(
+    function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None
+) -> tuple[BaseProcess, Connection]:
     """`function(*arguments)` in a process of its own; what it returns or raises comes through the connection."""
     here, there = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=_work, args=(function, arguments, there, {**os.environ, **(environment or {})}))
+    process = CONTEXT.Process(
+        target=_work, args=(function, arguments, there, {**os.environ, **(environment or {})})
+    )
     process.start()
     there.close()
     return process, here
 
 
-def _work(function: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection, environment: dict[str, str]) -> None:
+def _work(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    connection: Connection,
+    environment: dict[str, str],
+) -> None:
     import torch
 
     os.environ.update(environment)
@@ -49,10 +60,15 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[tuple[str, Any]]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60
+) -> list[tuple[str, Any]]:
     """`function(*arguments)` on `size` ranks: ("ok", what it returned) or (name of an exception, its text) of each, in rank order."""
     port = free_port()
-    started = [start(function, *arguments, environment=rank_environment(rank, size, port)) for rank in range(size)]
+    started = [
+        start(function, *arguments, environment=rank_environment(rank, size, port))
+        for rank in range(size)
+    ]
     found = []
     for process, connection in started:
         found.append(connection.recv() if connection.poll(seconds) else ("Timeout", ""))

@@ -18,20 +18,55 @@ from anew.utils import device as runtime
 from anew.utils.signals import Stop
 from tests.faults.common import tiny
 
-SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--seq-len", "32", "--micro-batch", "2", "--rounds", "2"]
+SMALL = [
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "32",
+    "--seq-len",
+    "32",
+    "--micro-batch",
+    "2",
+    "--rounds",
+    "2",
+]
 
 
-def test_the_ladder_prints_draws_and_counts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = tuple(bench.Rung(r.name, {**r.settings, "compile": "off"}, r.matmul, r.devices, r.lacking) for r in bench.RUNGS)
+def test_the_ladder_prints_draws_and_counts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = tuple(
+        bench.Rung(r.name, {**r.settings, "compile": "off"}, r.matmul, r.devices, r.lacking)
+        for r in bench.RUNGS
+    )
     monkeypatch.setattr(bench, "RUNGS", quick)
-    monkeypatch.setattr(bench, "apart", bench.measure)  # starting eight processes takes half a minute; another test does it
+    monkeypatch.setattr(
+        bench, "apart", bench.measure
+    )  # starting eight processes takes half a minute; another test does it
     picture = tmp_path / "ladder.png"
-    main(["bench", "ladder", "gpt2-124m", *SMALL, "--device", "cpu", "--picture", str(picture), "--json"])
+    main(
+        [
+            "bench",
+            "ladder",
+            "gpt2-124m",
+            *SMALL,
+            "--device",
+            "cpu",
+            "--picture",
+            str(picture),
+            "--json",
+        ]
+    )
     out = capsys.readouterr().out
     facts = json.loads(out.splitlines()[-1])
     names = [row["rung"] for row in facts["rungs"]]
     assert names == [r.name for r in bench.RUNGS if "cpu" in r.devices]
-    assert facts["skipped"] == {"TF32 matrices": "only NVIDIA GPUs have TF32", "cuDNN's attention": "cuDNN is NVIDIA's"}
+    assert facts["skipped"] == {
+        "TF32 matrices": "only NVIDIA GPUs have TF32",
+        "cuDNN's attention": "cuDNN is NVIDIA's",
+    }
     for row in facts["rungs"]:
         assert row["ms"] > 0
         assert row["tokens_per_second"] == pytest.approx(64 / row["ms"] * 1e3)
@@ -46,7 +81,14 @@ def test_bottom_and_top_are_the_same_computation_in_fp32(tmp_path: Path) -> None
     """Plain attention, all logits at once, unpadded rows and torch's default AdamW, against the product's own: the same losses."""
     found = []
     for settings in ({}, {**bench.BOTTOM}):
-        config = tiny(tmp_path / "run", vocab_size=50257, tokenizer="gpt2", steps=6, warmup_steps=1, **{"precision": "fp32", **settings})
+        config = tiny(
+            tmp_path / "run",
+            vocab_size=50257,
+            tokenizer="gpt2",
+            steps=6,
+            warmup_steps=1,
+            **{"precision": "fp32", **settings},
+        )
         losses = bench.measure(bench.at(config, 4, 16), steps=5).losses
         found.append(losses)
     assert found[0] == pytest.approx(found[1], rel=2e-6)
@@ -64,7 +106,9 @@ def test_an_unfused_optimizer_keeps_weights_at_a_bad_step_too(tmp_path: Path) ->
     assert train_step(state.model, state, batch, 1.0, Stop()).applied
 
 
-def test_attention_and_what_a_rung_cannot_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_and_what_a_rung_cannot_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = anew.recipe("gpt2-124m", n_layer=1, n_head=2, n_embd=32, device="cpu", compile="off")
     for kind in ("plain", "flash"):
         found = bench.attention_apart(config, kind, (64, 128), 2, "cpu")
@@ -75,8 +119,12 @@ def test_attention_and_what_a_rung_cannot_do(capsys: pytest.CaptureFixture[str],
     )
 
 
-@pytest.mark.parametrize(("what", "more"), [("train", ["--compile", "off"]), ("generate", ["--new-tokens", "4"])])
-def test_side_by_side_with_transformers(what: str, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("what", "more"), [("train", ["--compile", "off"]), ("generate", ["--new-tokens", "4"])]
+)
+def test_side_by_side_with_transformers(
+    what: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["bench", what, "gpt2-124m", *SMALL, *more, "--device", "cpu", "--json"])
     out = capsys.readouterr().out
     facts = json.loads(out.splitlines()[-1])
@@ -86,13 +134,25 @@ def test_side_by_side_with_transformers(what: str, more: list[str], capsys: pyte
     assert [line for line in out.splitlines()[:-1] if len(line) > 80] == []
 
 
-def test_evaluate_and_prepare_beside_the_usual_way(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_evaluate_and_prepare_beside_the_usual_way(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     questions = [{"ind": i, "ctx": f"A cook stands in kitchen {i}. She", "endings": ["stirs", "flies off", "is a car", "sings"], "label": 0}
                  for i in range(12)]  # fmt: skip
     file = tmp_path / "hellaswag_val.jsonl"
     file.write_text(
         "".join(
-            json.dumps(q | {"ctx_a": "A", "ctx_b": "b", "activity_label": "Cooking", "source_id": "1", "split": "val"}) + "\n"
+            json.dumps(
+                q
+                | {
+                    "ctx_a": "A",
+                    "ctx_b": "b",
+                    "activity_label": "Cooking",
+                    "source_id": "1",
+                    "split": "val",
+                }
+            )
+            + "\n"
             for q in questions
         )
     )
@@ -116,7 +176,11 @@ def test_ratios_are_of_neighbouring_turns() -> None:
 
 
 def test_what_there_is_to_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    for line, words in (("bench", "say which."), ("bench dreams", "not dreams"), ("bench ladder demo --rounds 0", "at least 1")):
+    for line, words in (
+        ("bench", "say which."),
+        ("bench dreams", "not dreams"),
+        ("bench ladder demo --rounds 0", "at least 1"),
+    ):
         with pytest.raises(SystemExit) as left:
             main(line.split())
         assert left.value.code == 2

@@ -20,7 +20,8 @@ from tests.test_report import like_gpt2
 from tests.test_serve import models, served
 
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs Debian's chromium and chromium-driver"
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs Debian's chromium and chromium-driver",
 )
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
@@ -51,13 +52,19 @@ def look(browser: Any, name: str, width: int, dark: bool = False) -> None:
     sizes = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
     wait_for(browser, f"innerWidth == {width}", 5)
-    sizes["height"] = min(max(700, browser.execute_script("return document.documentElement.scrollHeight")), 2600)
+    sizes["height"] = min(
+        max(700, browser.execute_script("return document.documentElement.scrollHeight")), 2600
+    )
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
     wait_for(browser, f"document.documentElement.scrollWidth <= {width}", 5)
     if folder := os.environ.get("ANEW_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
-    complaints = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
+    complaints = [
+        entry
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
+    ]
     assert complaints == []
 
 
@@ -69,8 +76,17 @@ def wait_for(browser: Any, script: str, seconds: float = 30) -> Any:
     return found
 
 
-def test_a_report_fits_a_phone_and_a_desk_and_shows_values_under_the_pointer(browser: Any, tmp_path: Path) -> None:
-    config = tiny(tmp_path / "run", steps=60, evaluate_every=20, sample_every=20, sample_prompt="The king ", sample_tokens=60)
+def test_a_report_fits_a_phone_and_a_desk_and_shows_values_under_the_pointer(
+    browser: Any, tmp_path: Path
+) -> None:
+    config = tiny(
+        tmp_path / "run",
+        steps=60,
+        evaluate_every=20,
+        sample_every=20,
+        sample_prompt="The king ",
+        sample_tokens=60,
+    )
     train(config)
     like_gpt2(tmp_path / "gpt2", 0.4)
     for name, folder in (("report-small-run", config.folder), ("report-124m", tmp_path / "gpt2")):
@@ -79,7 +95,9 @@ def test_a_report_fits_a_phone_and_a_desk_and_shows_values_under_the_pointer(bro
         for width, dark in ((375, False), (1200, True), (1200, False)):
             look(browser, f"{name}-{width}{'-dark' if dark else ''}", width, dark)
         assert not Run.read(folder).baseline
-        assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0, "nothing was fetched"
+        assert (
+            browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+        ), "nothing was fetched"
         browser.execute_script("""
             const svg = document.querySelector("svg[data-lines]"), box = svg.getBoundingClientRect();
             svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 4, clientY: box.top + 50, bubbles: true}));
@@ -89,7 +107,9 @@ def test_a_report_fits_a_phone_and_a_desk_and_shows_values_under_the_pointer(bro
         assert any(c.isdigit() for c in tip)
 
 
-def test_the_playground_writes_branches_compares_and_stops(browser: Any, models: list[Path]) -> None:
+def test_the_playground_writes_branches_compares_and_stops(
+    browser: Any, models: list[Path]
+) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -104,12 +124,20 @@ def test_the_playground_writes_branches_compares_and_stops(browser: Any, models:
             element.clear()
             element.send_keys(value)
         browser.find_element(By.ID, "write").click()
-        wait_for(browser, f"!document.getElementById('write').disabled && {tokens.format(1)} > 20 && {tokens.format(2)} > 20")
-        assert browser.execute_script("return document.querySelector('.prompt').textContent") == "The tower <b>"
+        wait_for(
+            browser,
+            f"!document.getElementById('write').disabled && {tokens.format(1)} > 20 && {tokens.format(2)} > 20",
+        )
+        assert (
+            browser.execute_script("return document.querySelector('.prompt').textContent")
+            == "The tower <b>"
+        )
         before = browser.execute_script(f"return {texts.format(1)}")
         other = browser.execute_script(f"return {texts.format(2)}")
         assert before != other, "two models side by side"
-        browser.execute_script("document.querySelectorAll('article:nth-child(1) .token')[7].click()")
+        browser.execute_script(
+            "document.querySelectorAll('article:nth-child(1) .token')[7].click()"
+        )
         wait_for(browser, "!document.getElementById('choices').hidden")
         choices = browser.find_elements(By.CSS_SELECTOR, "#choices button")
         assert len(choices) == 10

@@ -99,7 +99,9 @@ def test_a_step_written_again_replaces_the_broken_one(tmp_path: Path) -> None:
 def test_sigkill_at_any_moment_of_saving_loses_nothing_acknowledged(tmp_path: Path) -> None:
     chance = random.Random(0)
     for trial in range(6):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         wanted = chance.randint(1, 40)

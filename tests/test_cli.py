@@ -30,7 +30,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: str, stdin: str | None = None) -> tuple[int, str, str]:
+def run(
+    capsys: pytest.CaptureFixture[str], *argv: str, stdin: str | None = None
+) -> tuple[int, str, str]:
     try:
         main([str(a) for a in argv])
         code = 0
@@ -42,7 +44,11 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str, stdin: str | None = None
 
 def command(*argv: str, **options) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "anew", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-m", "anew", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -52,9 +58,13 @@ def model(tiny: Config) -> Path:
     return tiny.folder
 
 
-def test_train_then_sample_from_the_shell(capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path) -> None:
+def test_train_then_sample_from_the_shell(
+    capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    code, stdout, stderr = run(capsys, "train", *TINY, "shakespeare", "--data", text_file, "--out", out, "--json")
+    code, stdout, stderr = run(
+        capsys, "train", *TINY, "shakespeare", "--data", text_file, "--out", out, "--json"
+    )
     assert code == 0, stderr
     result = json.loads(stdout.splitlines()[-1])
     assert result["step"] == 4
@@ -62,7 +72,9 @@ def test_train_then_sample_from_the_shell(capsys: pytest.CaptureFixture[str], te
     assert result["val_loss"] > 0
     assert "warm-up shortened from 20 to 0 steps" in stderr
     assert "vocabulary 257 padded to 384" in stderr
-    code, stdout, _ = run(capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3", "--json")
+    code, stdout, _ = run(
+        capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3", "--json"
+    )
     assert code == 0
     assert len(json.loads(stdout.splitlines()[-1])["samples"]) == 3
     again = run(capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3")[1]
@@ -72,9 +84,15 @@ def test_train_then_sample_from_the_shell(capsys: pytest.CaptureFixture[str], te
     assert f"run folder: {out}" in stdout
 
 
-def test_recipe_may_stand_before_or_after_the_flags(capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path) -> None:
-    for i, argv in enumerate((["overfit", *TINY], [*TINY, "overfit"], [*TINY[:4], "overfit", *TINY[4:]])):
-        code, stdout, stderr = run(capsys, "train", *argv, "--data", text_file, f"--out={tmp_path / str(i)}")
+def test_recipe_may_stand_before_or_after_the_flags(
+    capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path
+) -> None:
+    for i, argv in enumerate(
+        (["overfit", *TINY], [*TINY, "overfit"], [*TINY[:4], "overfit", *TINY[4:]])
+    ):
+        code, stdout, stderr = run(
+            capsys, "train", *argv, "--data", text_file, f"--out={tmp_path / str(i)}"
+        )
         assert code == 0, stderr
         assert "loss of the one batch" in stdout
 
@@ -92,7 +110,10 @@ WRONG = [
     (["train", "gpt2-124m"], "hub cannot be reached for HuggingFaceFW/fineweb-edu"),
     (["train", "finetune"], "add --init MODEL"),
     (["train", "finetune", "--init", "{tmp}"], "is not a model"),
-    (["train", "demo", "--out", "{tmp}/empty.txt"], "empty.txt/.* cannot be used|empty.txt cannot be used"),
+    (
+        ["train", "demo", "--out", "{tmp}/empty.txt"],
+        "empty.txt/.* cannot be used|empty.txt cannot be used",
+    ),
     (["train", "--resume", "{model}", "--memorise"], "leave one out"),
     (["train", "--resume="], "needs the run folder"),
     (["train", "finetune", "--init", "{model}", "--n-layer", "3"], "--n-layer contradicts --init"),
@@ -144,7 +165,9 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     (shard / "train-00000.bin").write_bytes(raw)
     if argv[:2] == ["train", "shakespeare"] and "--data" not in argv:
         argv = [*argv, "--data", "{tmp}/short.txt"]
-    code, stdout, stderr = run(capsys, *(a.format(tmp=tmp_path, model=model, broken=broken, shard=shard) for a in argv))
+    code, stdout, stderr = run(
+        capsys, *(a.format(tmp=tmp_path, model=model, broken=broken, shard=shard) for a in argv)
+    )
     assert code == 2
     assert re.search(words, stderr), stderr
     last = stderr.strip().splitlines()[-1]
@@ -154,15 +177,22 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("argv", [["train", "--steps", "many"], ["train", "--no-such-flag", "3"], ["sample"], ["prepare", "x"]])
-def test_malformed_flags_are_exit_code_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "--steps", "many"], ["train", "--no-such-flag", "3"], ["sample"], ["prepare", "x"]],
+)
+def test_malformed_flags_are_exit_code_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
     code, stdout, stderr = run(capsys, *argv)
     assert code == 2
     assert "Traceback" not in stdout + stderr
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "prepare"])
-def test_help_names_units_defaults_and_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+def test_help_names_units_defaults_and_an_example(
+    capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
     code, stdout, _ = run(capsys, verb, "--help")
     assert code == 0
     assert f"Example: anew {verb}" in " ".join(stdout.split())
@@ -179,13 +209,17 @@ def test_a_sample_streams_stops_at_end_of_text_and_crops_a_long_prompt(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompt.txt").write_text("long " * 50)
-    code, stdout, stderr = run(capsys, "sample", model, "--prompt-file", tmp_path / "prompt.txt", "--tokens", "5")
+    code, stdout, stderr = run(
+        capsys, "sample", model, "--prompt-file", tmp_path / "prompt.txt", "--tokens", "5"
+    )
     assert code == 0
     assert stdout.startswith("long long")
     assert "only its last 16 tokens are read" in stderr
 
 
-def test_interactive_answers_each_line(capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interactive_answers_each_line(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = iter(["The cat", "A dog", ""])
     monkeypatch.setattr("builtins.input", lambda: next(lines))
     code, stdout, _ = run(capsys, "sample", model, "--interactive", "--tokens", "4")
@@ -194,17 +228,25 @@ def test_interactive_answers_each_line(capsys: pytest.CaptureFixture[str], model
     assert "\nA dog" in stdout
 
 
-def test_prepare_writes_a_folder_that_train_reads(capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path) -> None:
-    code, stdout, stderr = run(capsys, "prepare", text_file, "--out", tmp_path / "data", "--tokenizer", "bytes", "--json")
+def test_prepare_writes_a_folder_that_train_reads(
+    capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path
+) -> None:
+    code, stdout, stderr = run(
+        capsys, "prepare", text_file, "--out", tmp_path / "data", "--tokenizer", "bytes", "--json"
+    )
     assert code == 0, stderr
     assert json.loads(stdout.splitlines()[-1])["train"] > 10_000
-    code, _, stderr = run(capsys, "train", "overfit", *TINY, "--data", tmp_path / "data", "--out", tmp_path / "run")
+    code, _, stderr = run(
+        capsys, "train", "overfit", *TINY, "--data", tmp_path / "data", "--out", tmp_path / "run"
+    )
     assert code == 0, stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_exits_75_and_the_same_command_finishes(text_file: Path, tmp_path: Path, number: int) -> None:
+def test_a_signal_saves_exits_75_and_the_same_command_finishes(
+    text_file: Path, tmp_path: Path, number: int
+) -> None:
     argv = [
         "train",
         "shakespeare",
@@ -247,7 +289,9 @@ def test_a_signal_saves_exits_75_and_the_same_command_finishes(text_file: Path, 
 
 def test_the_last_words_are_ours(text_file: Path, tmp_path: Path) -> None:
     """Libraries that find their objects alive when Python ends complain about it, below what a run has to say."""
-    _, stderr = command("train", "shakespeare", *TINY, "--data", text_file, "--out", tmp_path / "run").communicate()
+    _, stderr = command(
+        "train", "shakespeare", *TINY, "--data", text_file, "--out", tmp_path / "run"
+    ).communicate()
     assert stderr.splitlines()[-1].startswith("step 4: val loss "), stderr
 
 
@@ -265,13 +309,36 @@ def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
 def passages(tmp_path: Path) -> Path:
     path = tmp_path / "lambada.jsonl"
     path.write_text(
-        "".join(json.dumps({"text": f"The ship leaves on day {i} and the king stays {'at home ' * (i % 7)}here"}) + "\n" for i in range(90))
+        "".join(
+            json.dumps(
+                {
+                    "text": f"The ship leaves on day {i} and the king stays {'at home ' * (i % 7)}here"
+                }
+            )
+            + "\n"
+            for i in range(90)
+        )
     )
     return path
 
 
-def test_evaluate_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture[str], model: Path, passages: Path) -> None:
-    code, out, err = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--against", model, "--json")
+def test_evaluate_prints_a_table_and_one_json_line(
+    capsys: pytest.CaptureFixture[str], model: Path, passages: Path
+) -> None:
+    code, out, err = run(
+        capsys,
+        "evaluate",
+        model,
+        "--task",
+        "lambada",
+        "--file",
+        passages,
+        "--limit",
+        "20",
+        "--against",
+        model,
+        "--json",
+    )
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["tasks"]["lambada"]["examples"] == 20
@@ -279,16 +346,42 @@ def test_evaluate_prints_a_table_and_one_json_line(capsys: pytest.CaptureFixture
     assert result["limit"] == 20
     assert "No GPT-2 of this shape was published" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    again = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--json")
+    again = run(
+        capsys,
+        "evaluate",
+        model,
+        "--task",
+        "lambada",
+        "--file",
+        passages,
+        "--limit",
+        "20",
+        "--json",
+    )
     assert json.loads(again[1].splitlines()[-1])["tasks"] == result["tasks"]
     assert "20 of them kept from before" in again[2]
-    rows = [json.loads(line) for line in (model / "evaluations.jsonl").read_text().splitlines() if line]
+    rows = [
+        json.loads(line) for line in (model / "evaluations.jsonl").read_text().splitlines() if line
+    ]
     assert [row["step"] for row in rows] == [12, 12]
-    fresh = run(capsys, "evaluate", model, "--task", "lambada", "--file", passages, "--limit", "20", "--fresh")
+    fresh = run(
+        capsys,
+        "evaluate",
+        model,
+        "--task",
+        "lambada",
+        "--file",
+        passages,
+        "--limit",
+        "20",
+        "--fresh",
+    )
     assert "kept" not in fresh[2]
 
 
-def test_all_tasks_say_which_could_not_be_run(capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tasks_say_which_could_not_be_run(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_network(url: str, *_: object, hint: str, **__: object) -> None:
         raise UserError(f"{url} could not be downloaded (no network); {hint}.")
 
@@ -308,18 +401,33 @@ def test_all_tasks_say_which_could_not_be_run(capsys: pytest.CaptureFixture[str]
     ("--task wikitext2 --file {passages} --against {other}", "figures a token cannot be compared"),
 ])  # fmt: skip
 def test_wishes_that_evaluate_refuses(
-    capsys: pytest.CaptureFixture[str], model: Path, passages: Path, tmp_path: Path, arguments: str, words: str
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    passages: Path,
+    tmp_path: Path,
+    arguments: str,
+    words: str,
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    weights.save_model(other, GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_positions=16)), Tokenizer.named("gpt2"))
-    code, _, err = run(capsys, "evaluate", model, *arguments.format(passages=passages, other=other).split())
+    weights.save_model(
+        other,
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_positions=16)),
+        Tokenizer.named("gpt2"),
+    )
+    code, _, err = run(
+        capsys, "evaluate", model, *arguments.format(passages=passages, other=other).split()
+    )
     assert code == 2
     assert words in err
 
 
 def test_val_is_the_text_of_the_run_and_no_other(
-    capsys: pytest.CaptureFixture[str], model: Path, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     newest = sorted((model / "checkpoints").iterdir())[-1]
     monkeypatch.chdir(model / "checkpoints")
@@ -344,9 +452,19 @@ def test_evaluate_under_torchrun_reports_the_same(
 ) -> None:
     arguments = ["evaluate", str(model), "--task", "lambada", "--file", str(passages), "--json"]
     alone = json.loads(run(capsys, *arguments)[1].splitlines()[-1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "anew"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "anew",
+    ]
     env = {**os.environ, "ANEW_CACHE": str(tmp_path / "other")}
-    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, env=env, timeout=200)
+    done = subprocess.run(
+        [*torchrun, *arguments], capture_output=True, text=True, env=env, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert json.loads(line)["tasks"] == alone["tasks"]

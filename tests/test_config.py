@@ -12,11 +12,24 @@ from anew.errors import UserError
 
 def test_the_reference_recipe_carries_the_published_figures() -> None:
     c = recipe("gpt2-124m")
-    assert (c.optim.beta1, c.optim.beta2, c.optim.eps, c.optim.weight_decay, c.optim.clip) == (0.9, 0.95, 1e-8, 0.1, 1.0)
+    assert (c.optim.beta1, c.optim.beta2, c.optim.eps, c.optim.weight_decay, c.optim.clip) == (
+        0.9,
+        0.95,
+        1e-8,
+        0.1,
+        1.0,
+    )
     assert (c.optim.lr, c.optim.warmup_steps, c.optim.schedule) == (6e-4, 715, "cosine")
     assert c.optim.min_lr == pytest.approx(6e-5)
-    assert (c.run.batch_tokens, c.run.micro_batch, c.data.seq_len, c.run.steps) == (524_288, "auto", 1024, 19_073)
-    assert c.micro_batches(4) == (16, 8), "as the reference runs on four GPUs, before it is known what fits"
+    assert (c.run.batch_tokens, c.run.micro_batch, c.data.seq_len, c.run.steps) == (
+        524_288,
+        "auto",
+        1024,
+        19_073,
+    )
+    assert c.micro_batches(4) == (16, 8), (
+        "as the reference runs on four GPUs, before it is known what fits"
+    )
     assert c.run.steps * c.run.batch_tokens == pytest.approx(10e9, rel=1e-4)
     assert recipe("gpt2-124m-openwebtext").run.steps == 90_000
 
@@ -27,7 +40,12 @@ def test_the_reference_recipe_carries_the_published_figures() -> None:
 ])  # fmt: skip
 def test_larger_sizes(name: str, layers: int, heads: int, width: int, lr: float) -> None:
     c = recipe(name)
-    assert (c.model.n_layer, c.model.n_head, c.model.n_embd, c.optim.lr) == (layers, heads, width, lr)
+    assert (c.model.n_layer, c.model.n_head, c.model.n_embd, c.optim.lr) == (
+        layers,
+        heads,
+        width,
+        lr,
+    )
 
 
 def test_every_recipe_is_sound_and_every_setting_explains_itself() -> None:
@@ -50,7 +68,9 @@ def test_every_recipe_is_sound_and_every_setting_explains_itself() -> None:
     ({"beta2": 1.0}, "must lie in"),
     ({"no_such": 1}, "no setting 'no_such'"),
 ])  # fmt: skip
-def test_impossible_settings_are_refused_with_the_arithmetic(settings: dict[str, float], words: str) -> None:
+def test_impossible_settings_are_refused_with_the_arithmetic(
+    settings: dict[str, float], words: str
+) -> None:
     with pytest.raises(UserError, match=words.replace("(", r"\(")) as caught:
         recipe("gpt2-124m", **settings)
     assert "\n" not in str(caught.value)
@@ -93,5 +113,7 @@ def test_config_survives_its_file(tmp_path) -> None:
 
 def test_differences_name_what_would_be_another_run() -> None:
     a = recipe("shakespeare")
-    assert a.differences(a.override(micro_batch=2, device="cpu", save_every=7, out="elsewhere")) == []
+    assert (
+        a.differences(a.override(micro_batch=2, device="cpu", save_every=7, out="elsewhere")) == []
+    )
     assert a.differences(a.override(seed=2)) == ["seed: 1337 -> 2"]

@@ -14,7 +14,9 @@ from anew import GPT, GPTConfig
 
 pytest.importorskip("triton", reason="Triton is not made for this platform")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"  # code for a CPU would take a minute and prove nothing of the kernel
+BACKEND = (
+    "inductor" if DEVICE == "cuda" else "aot_eager"
+)  # code for a CPU would take a minute and prove nothing of the kernel
 kernel: Any = importlib.import_module("anew.model.kernels.cross_entropy")
 
 
@@ -22,7 +24,9 @@ kernel: Any = importlib.import_module("anew.model.kernels.cross_entropy")
     (50257, 50304, torch.bfloat16), (50257, 50304, torch.float32), (257, 384, torch.float32), (8192, 8192, torch.float16),
     (8193, 8193, torch.float32), (1, 128, torch.float32),
 ])  # fmt: skip
-def test_losses_and_gradients_are_those_of_float64(vocab_size: int, columns: int, dtype: torch.dtype) -> None:
+def test_losses_and_gradients_are_those_of_float64(
+    vocab_size: int, columns: int, dtype: torch.dtype
+) -> None:
     rows = 5
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(rows, columns, generator=generator) * 4).to(DEVICE, dtype)
@@ -54,15 +58,22 @@ def test_the_model_trains_the_same_with_it(compiled: bool, monkeypatch: pytest.M
     targets[0, :7] = -100
     results = []
     for by_kernel in (False, True):
-        monkeypatch.setattr("anew.model.loss.has_kernel", torch.compiler.assume_constant_result(lambda device, found=by_kernel: found))
+        monkeypatch.setattr(
+            "anew.model.loss.has_kernel",
+            torch.compiler.assume_constant_result(lambda device, found=by_kernel: found),
+        )
         monkeypatch.setattr("anew.model.loss.CHUNK_KERNEL", 64)
         model = GPT(config, seed=2).to(DEVICE)
-        loss = (torch.compile(model, dynamic=False, backend=BACKEND) if compiled else model)(ids, targets)
+        loss = (torch.compile(model, dynamic=False, backend=BACKEND) if compiled else model)(
+            ids, targets
+        )
         (3 * loss).backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
         torch._dynamo.reset()
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # cuBLAS sums products of 64 and of 100 rows in different orders
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-6
+        )  # cuBLAS sums products of 64 and of 100 rows in different orders
 
 
 def test_for_a_gpu_it_reads_and_writes_16_bytes_at_a_time() -> None:
@@ -84,9 +95,13 @@ for generation in (80, 90, 100):
     print(generation, *narrow, "wide stores" * bool(wide), "wide loads" * bool(copies))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for line in done.stdout.splitlines():
-        assert line.endswith(" ld.global.b16 wide stores wide loads"), f"the target's logit alone is read by itself: {line}"
+        assert line.endswith(" ld.global.b16 wide stores wide loads"), (
+            f"the target's logit alone is read by itself: {line}"
+        )
         assert line.count("b16") == 1, line
     assert len(done.stdout.splitlines()) == 3

@@ -39,13 +39,17 @@ from tests.faults.common import losses, tiny
 from tests.ranks import free_port
 
 DEVICE = os.environ.get("ANEW_TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="no NVIDIA GPU here"
+)
 only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="a rehearsal on another device")
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=256, n_positions=256)
 
 
 def ids_for(rows: int, columns: int, vocab_size: int = 50257) -> torch.Tensor:
-    return torch.randint(vocab_size, (rows, columns), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    return torch.randint(
+        vocab_size, (rows, columns), generator=torch.Generator().manual_seed(3)
+    ).to(DEVICE)
 
 
 def train_losses(run: Path) -> list[float]:
@@ -62,7 +66,9 @@ def gradients(model: GPT, compiled: bool = False) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("attention", ["auto", "flash", "cudnn"])
-def test_loss_and_gradients_are_those_of_fp64(compiled: bool, dtype: torch.dtype, off: float, attention: Any) -> None:
+def test_loss_and_gradients_are_those_of_fp64(
+    compiled: bool, dtype: torch.dtype, off: float, attention: Any
+) -> None:
     """The whole model, its loss kernel and each attention kernel, forward and backward, against the same model in fp64."""
     exact_loss, exact = gradients(GPT(SMALL, torch.float64, seed=1).double().to(DEVICE))
     config = dataclasses.replace(SMALL, attention=attention)
@@ -88,17 +94,28 @@ def test_each_attention_kernel_runs_and_is_the_formula(backend: SDPBackend) -> N
 @pytest.mark.parametrize(("kind", "training", "kernel"), [
     ("flash", True, "flash"), ("cudnn", True, "cudnn"), ("flash", False, "flash"), ("cudnn", False, "flash"), ("auto", False, "flash"),
 ])  # fmt: skip
-def test_the_attention_kernel_is_the_one_that_was_asked_for(kind: str, training: bool, kernel: str) -> None:
+def test_the_attention_kernel_is_the_one_that_was_asked_for(
+    kind: str, training: bool, kernel: str
+) -> None:
     """By the names of the operations that ran. Since torch 2.11 the H200's default is cuDNN, whatever `flash` meant before."""
-    q, k, v = (torch.randn(2, 4, 384, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=training) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 4, 384, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=training)
+        for _ in range(3)
+    )
     with torch.set_grad_enabled(training), torch.profiler.profile() as profile:
         attend(q, k, v, None, 0.0, True, kind)
     ran = {event.key for event in profile.key_averages()}
     assert any(f"scaled_dot_product_{kernel}_attention" in name for name in ran), ran
-    assert not any(f"scaled_dot_product_{other}_attention" in name for name in ran for other in {"flash", "cudnn"} - {kernel}), ran
+    assert not any(
+        f"scaled_dot_product_{other}_attention" in name
+        for name in ran
+        for other in {"flash", "cudnn"} - {kernel}
+    ), ran
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("tf32", marks=only_cuda), "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("tf32", marks=only_cuda), "bf16", "fp16"]
+)
 def test_a_run_learns_in_every_precision(precision: str, tmp_path: Path) -> None:
     """The loss falls by a third in sixty steps of a whole run, with loss scaling in fp16."""
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision, steps=60)
@@ -110,7 +127,13 @@ def test_a_run_learns_in_every_precision(precision: str, tmp_path: Path) -> None
 def test_a_stopped_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     """Deterministic kernels, in a process that has used cuBLAS before: its workspace setting is read once, at the first call."""
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    settings = {"device": DEVICE, "precision": "bf16", "deterministic": True, "steps": 20, "optimizer": optimizer}
+    settings = {
+        "device": DEVICE,
+        "precision": "bf16",
+        "deterministic": True,
+        "steps": 20,
+        "optimizer": optimizer,
+    }
     whole, parts = tiny(tmp_path / "whole", **settings), tiny(tmp_path / "parts", **settings)
     train(whole)
 
@@ -128,7 +151,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> None:
     """torch warns at each point where the host waits; a second one in a step would leave the GPU idle."""
-    config = tiny(tmp_path / "run", device=DEVICE, precision="bf16", batch_tokens=1024, optimizer=optimizer)
+    config = tiny(
+        tmp_path / "run", device=DEVICE, precision="bf16", batch_tokens=1024, optimizer=optimizer
+    )
     state = State(config, runtime.start(config.run), "")
     batch = bench.text_batch(config, state.rt.device)
     stop = Stop()
@@ -141,7 +166,9 @@ def test_a_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> Non
             train_step(state.model, state, batch, 1.0, stop)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1, [str(w.message)[:200] for w in caught]
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1, [
+        str(w.message)[:200] for w in caught
+    ]
 
 
 @only_cuda
@@ -170,7 +197,11 @@ def test_texts_of_different_numbers_of_rows_take_turns(monkeypatch: pytest.Monke
     graphed, packed = Graphed(model), Packed(model)
     texts = [[[9] * 4, [10] * 9, [11] * 2], [[5, 6, 7]]]
     recorded, record = [], graphed._record
-    monkeypatch.setattr(graphed, "_record", lambda *arguments: (recorded.append(arguments[:3]), record(*arguments))[1])
+    monkeypatch.setattr(
+        graphed,
+        "_record",
+        lambda *arguments: (recorded.append(arguments[:3]), record(*arguments))[1],
+    )
     mine, theirs = ([_prefill(model, prompts, 256)[0] for prompts in texts] for _ in range(2))
     for step in range(6):
         for text, prompts in enumerate(texts):
@@ -203,7 +234,9 @@ def test_memory_is_what_the_plan_says() -> None:
     """Most bytes of torch's allocator in three steps of 124M at 8 x 1024; CUDA's context is not the allocator's."""
     gpu = next(iter(GPUS))
     for recompute in (False, True):
-        config = bench.at(anew.recipe("gpt2-124m", device=DEVICE, precision="bf16", recompute=recompute), 8, 1024)
+        config = bench.at(
+            anew.recipe("gpt2-124m", device=DEVICE, precision="bf16", recompute=recompute), 8, 1024
+        )
         found = bench.apart(config, 3)
         assert not isinstance(found, str), found
         planned = plan.make(config, gpu).memory.total - plan.LIBRARY_BYTES
@@ -235,7 +268,9 @@ def test_gradient_buckets_over_nccl(group: World) -> None:
         buckets.start_step()
         buckets.start_when_ready()
         model(ids, ids.roll(-1, 1)).backward()
-        assert len(buckets.works) == SMALL.n_layer + 1, "all are under way when the backward pass ends"
+        assert len(buckets.works) == SMALL.n_layer + 1, (
+            "all are under way when the backward pass ends"
+        )
         buckets.all_reduce()
     for p, gradient in zip(model.parameters(), expected, strict=True):
         assert p.grad is not None
@@ -243,7 +278,9 @@ def test_gradient_buckets_over_nccl(group: World) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_rank_that_is_asked_to_stop_before_its_first_micro_batch_ends_the_step(precision: str, group: World, tmp_path: Path) -> None:
+def test_a_rank_that_is_asked_to_stop_before_its_first_micro_batch_ends_the_step(
+    precision: str, group: World, tmp_path: Path
+) -> None:
     """The real step, for a world that it takes for two ranks: the gradient norm must be where the loss is, and no scale is missing."""
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision)
     state = State(config, runtime.start(config.run), "", World(0, 2))
@@ -270,7 +307,9 @@ def test_fsdp_on_one_rank_is_the_same_model(dtype: torch.dtype, group: World) ->
     for p, gradient in zip(model.parameters(), expected, strict=True):
         assert p.grad is not None
         found = whole(p.grad)
-        assert ((found - gradient).norm() / gradient.norm()).item() < (0.05 if dtype == torch.bfloat16 else 1e-4)
+        assert ((found - gradient).norm() / gradient.norm()).item() < (
+            0.05 if dtype == torch.bfloat16 else 1e-4
+        )
     with sharded.whole_model(model) as copy:
         for p, q in zip(plain.parameters(), copy.parameters(), strict=True):
             assert torch.equal(p, q)
@@ -293,6 +332,16 @@ def test_a_launch_by_torchrun_with_one_rank_is_a_run_alone(tmp_path: Path) -> No
         "from pathlib import Path\nfrom anew import train\nfrom tests.faults.common import tiny\n"
         f"train(tiny(Path({str(tmp_path)!r}) / 'ranked', device={DEVICE!r}))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(script)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        str(script),
+    ]
+    subprocess.run(
+        command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
+    )
     assert train_losses(tmp_path / "ranked") == pytest.approx(train_losses(alone.folder), rel=1e-5)

@@ -49,7 +49,12 @@ def test_a_split_is_cut_where_the_shard_is_full_and_loses_nothing(tmp_path: Path
     entries = writer.close()
     assert not list(tmp_path.glob("*.part"))
     assert [e["tokens"] for e in entries] == [100, 100, 100, 80]
-    read = np.concatenate([Shard(tmp_path / str(e["name"]), int(str(e["tokens"])), str(e["sha256"])).tokens for e in entries])
+    read = np.concatenate(
+        [
+            Shard(tmp_path / str(e["name"]), int(str(e["tokens"])), str(e["sha256"])).tokens
+            for e in entries
+        ]
+    )
     assert np.array_equal(read, np.concatenate(documents))
 
 
@@ -58,7 +63,9 @@ def prepared(text_file: Path, out: Path, tokenizer: Tokenizer = BYTES) -> DataFo
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "grow", "magic", "version", "missing"])
-def test_a_damaged_shard_is_refused_before_its_tokens_are_used(text_file: Path, tmp_path: Path, harm: str) -> None:
+def test_a_damaged_shard_is_refused_before_its_tokens_are_used(
+    text_file: Path, tmp_path: Path, harm: str
+) -> None:
     folder = prepared(text_file, tmp_path / "data")
     path = folder.splits["train"][0].path
     raw = bytearray(path.read_bytes())
@@ -81,7 +88,9 @@ def test_a_damaged_shard_is_refused_before_its_tokens_are_used(text_file: Path, 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
     st.sampled_from(["version", "dtype", "shards", "tokenizer", "source", "revision",
                      "name", "tokens", "sha256", "split"]), inner, max_size=6)))  # fmt: skip
-def test_any_other_index_is_refused_in_words(tmp_path_factory: pytest.TempPathFactory, content: object) -> None:
+def test_any_other_index_is_refused_in_words(
+    tmp_path_factory: pytest.TempPathFactory, content: object
+) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "index.json").write_text(json.dumps(content))
     with pytest.raises(UserError):
@@ -108,7 +117,9 @@ def test_split_of_documents_is_by_their_own_hash(tmp_path: Path) -> None:
     held_out = set(_documents(folder, "val"))
     assert sorted([*_documents(folder, "val"), *_documents(folder, "train")]) == sorted(documents)
     assert 5 < len(held_out) < 40
-    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in ["another", *reversed(documents)]))
+    path.write_text(
+        "".join(json.dumps({"text": d}) + "\n" for d in ["another", *reversed(documents)])
+    )
     assert held_out <= set(_documents(prepared(path, tmp_path / "again"), "val"))
 
 
@@ -145,7 +156,12 @@ def test_folder_skips_hidden_and_binary_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("", "is empty"), ('{"text": 3}\n', "line 1"), ('{"text": "ok"}\nnot json\n', "line 2"), ('["text"]\n', "line 1")],
+    [
+        ("", "is empty"),
+        ('{"text": 3}\n', "line 1"),
+        ('{"text": "ok"}\nnot json\n', "line 2"),
+        ('["text"]\n', "line 1"),
+    ],
 )
 def test_bad_files_are_refused_by_line(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "bad.jsonl"
@@ -154,7 +170,9 @@ def test_bad_files_are_refused_by_line(tmp_path: Path, content: str, words: str)
         open_data(str(path), "bytes")
 
 
-def test_data_is_prepared_once_and_found_again(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_prepared_once_and_found_again(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ANEW_CACHE", str(tmp_path))
     first = open_data(str(text_file), "gpt2")
     stamp = (first.path / "index.json").stat().st_mtime_ns
@@ -188,7 +206,12 @@ def test_permute_shuffles_and_keys_differ() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(2, 90), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 99), st.booleans())
+@given(
+    st.lists(st.integers(2, 90), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 99),
+    st.booleans(),
+)
 def test_an_epoch_reads_every_window_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], T: int, seed: int, recut: bool
 ) -> None:
@@ -200,9 +223,15 @@ def test_an_epoch_reads_every_window_once(
         return
     batches = Batches(made, T, seed, recut=recut)
     for epoch, shift in enumerate([0, int(0.618 * T), int(0.236 * T)] if recut else [0, 0, 0]):
-        starts = [(s, min(w * T + shift, s.n_tokens - 1 - T)) for s in made for w in range((s.n_tokens - 1) // T)]
+        starts = [
+            (s, min(w * T + shift, s.n_tokens - 1 - T))
+            for s in made
+            for w in range((s.n_tokens - 1) // T)
+        ]
         rows = batches.rows(epoch * windows, windows).tolist()
-        assert sorted(rows) == sorted(s.tokens[start : start + T + 1].tolist() for s, start in starts)
+        assert sorted(rows) == sorted(
+            s.tokens[start : start + T + 1].tolist() for s, start in starts
+        )
     first = batches.rows(0, windows)[:, 0]
     boundaries = np.cumsum(lengths)
     owners = np.searchsorted(boundaries, first, side="right")
@@ -217,9 +246,15 @@ def test_a_token_that_comes_again_has_another_context(tmp_path: Path) -> None:
             for place, token in enumerate(row[:-1]):
                 places.setdefault(int(token), []).append(place)
     inside = [stood for token, stood in places.items() if 64 <= token < 960]
-    assert {len(stood) for stood in inside} == {10}, "each token of a shard's inside is an input once an epoch"
-    assert all(len(set(stood)) == 10 for stood in inside), "and never twice at the same distance from its window's start"
-    assert all(max(np.diff([0, *sorted(stood), 63])) <= 12 for stood in inside), "its places are spread evenly"
+    assert {len(stood) for stood in inside} == {10}, (
+        "each token of a shard's inside is an input once an epoch"
+    )
+    assert all(len(set(stood)) == 10 for stood in inside), (
+        "and never twice at the same distance from its window's start"
+    )
+    assert all(max(np.diff([0, *sorted(stood), 63])) <= 12 for stood in inside), (
+        "its places are spread evenly"
+    )
 
 
 def test_batches_do_not_depend_on_how_they_are_divided(tmp_path: Path) -> None:
@@ -232,7 +267,12 @@ def test_batches_do_not_depend_on_how_they_are_divided(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(2, 70), min_size=1, max_size=3), st.integers(1, 12), st.integers(1, 5), st.integers(2, 200))
+@given(
+    st.lists(st.integers(2, 70), min_size=1, max_size=3),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(2, 200),
+)
 def test_every_validation_token_is_scored_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], T: int, batch: int, limit: int
 ) -> None:
@@ -275,4 +315,7 @@ def test_prefetch_keeps_order_passes_errors_and_stops_its_thread() -> None:
 
 def test_sha256_of_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256_of(tmp_path / "x")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

@@ -12,10 +12,22 @@ pytest.importorskip("myst_nb", reason="needs the docs extra")
 
 
 def test_the_documentation_builds_and_its_pages_are_there(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "docs", str(tmp_path / "html")]
+    line = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "--fail-on-warning",
+        "--keep-going",
+        "-q",
+        "docs",
+        str(tmp_path / "html"),
+    ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    pages = {path.relative_to(tmp_path / "html").with_suffix("").as_posix() for path in (tmp_path / "html").rglob("*.html")}
+    pages = {
+        path.relative_to(tmp_path / "html").with_suffix("").as_posix()
+        for path in (tmp_path / "html").rglob("*.html")
+    }
     lessons = {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
     written = {path.stem for path in (ROOT / "docs").glob("*.md")}
     assert lessons | written <= pages

@@ -34,7 +34,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault != "no length":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if fault.startswith("cut") or fault == "no length" else body)
+        self.wfile.write(
+            body[: len(body) // 2] if fault.startswith("cut") or fault == "no length" else body
+        )
 
     def log_message(self, *args: object) -> None:
         pass
@@ -51,10 +53,18 @@ def server() -> Iterator[Server]:
     server.server_close()
 
 
-@pytest.mark.parametrize("faults", [["ok"], ["503", "429", "ok"], ["cut", "ok"], ["no length", "cut", "error page", "ok"]])
+@pytest.mark.parametrize(
+    "faults",
+    [["ok"], ["503", "429", "ok"], ["cut", "ok"], ["no length", "cut", "error page", "ok"]],
+)
 def test_passing_faults_are_outlasted(server: Server, tmp_path: Path, faults: list[str]) -> None:
     server.plan = faults
-    download(f"http://127.0.0.1:{server.server_port}/input.txt", tmp_path / "a" / "input.txt", SHA256, pause_seconds=0)
+    download(
+        f"http://127.0.0.1:{server.server_port}/input.txt",
+        tmp_path / "a" / "input.txt",
+        SHA256,
+        pause_seconds=0,
+    )
     assert (tmp_path / "a" / "input.txt").read_bytes() == BODY
     assert server.requests == len(faults)
 
@@ -63,14 +73,23 @@ def test_passing_faults_are_outlasted(server: Server, tmp_path: Path, faults: li
     ("404", "answered 404", 1), ("503", "answered 503", 4), ("error page", "another sha256", 4), ("cut", "Incomplete", 4),
     ("no length", "another sha256", 4),
 ])  # fmt: skip
-def test_lasting_faults_leave_no_file_and_say_what_to_do(server: Server, tmp_path: Path, fault: str, words: str, requests: int) -> None:
+def test_lasting_faults_leave_no_file_and_say_what_to_do(
+    server: Server, tmp_path: Path, fault: str, words: str, requests: int
+) -> None:
     server.plan = [fault]
     with pytest.raises(UserError, match=f"{words}.*pass the file with --data"):
-        download(f"http://127.0.0.1:{server.server_port}/input.txt", tmp_path / "input.txt", SHA256, pause_seconds=0)
+        download(
+            f"http://127.0.0.1:{server.server_port}/input.txt",
+            tmp_path / "input.txt",
+            SHA256,
+            pause_seconds=0,
+        )
     assert list(tmp_path.iterdir()) == []
     assert server.requests == requests
 
 
 def test_nobody_listening(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could not be downloaded"):
-        download("http://127.0.0.1:9/input.txt", tmp_path / "x", SHA256, attempts=2, pause_seconds=0)
+        download(
+            "http://127.0.0.1:9/input.txt", tmp_path / "x", SHA256, attempts=2, pause_seconds=0
+        )

@@ -20,14 +20,18 @@ TEXT = "The king crosses the river, and 12 ships leave.\n  def it(self):"
 
 def lively(**shape: int) -> GPT:
     """A model whose logits differ clearly, as a trained one's do."""
-    model = GPT(GPTConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 64} | shape), seed=3).eval()  # type: ignore[arg-type]
+    model = GPT(
+        GPTConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 64} | shape), seed=3
+    ).eval()  # type: ignore[arg-type]
     for p in model.transformer.parameters():
         p.data.mul_(5 if p.ndim == 2 else 1)
     return model
 
 
 @pytest.fixture(scope="module", params=["gpt2", "bytes"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Tokenizer, Path]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GPT, Tokenizer, Path]:
     tokenizer = Tokenizer.named(request.param)
     gpt, folder = lively(vocab_size=tokenizer.n_vocab), tmp_path_factory.mktemp("model")
     weights.save_model(folder, gpt, tokenizer)
@@ -40,7 +44,10 @@ def test_hugging_face_folder(model: tuple[GPT, Tokenizer, Path], tmp_path: Path)
     gpt, tokenizer, folder = model
     out = tmp_path / "new" / "hf"
     main(["export", str(folder), "--to", "hf", "--out", str(out)])
-    theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(out)
+    theirs, their_tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(out),
+    )
     ids = tokenizer.encode(TEXT)
     assert their_tokenizer(TEXT)["input_ids"] == ids
     assert their_tokenizer.decode(ids) == TEXT
@@ -49,7 +56,9 @@ def test_hugging_face_folder(model: tuple[GPT, Tokenizer, Path], tmp_path: Path)
     again = tmp_path / "again"
     main(["export", str(out), "--to", "hf", "--out", str(again)])
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (again / name).read_bytes() == (out / name).read_bytes() == (folder / name).read_bytes(), name
+        assert (
+            (again / name).read_bytes() == (out / name).read_bytes() == (folder / name).read_bytes()
+        ), name
     assert "AutoModelForCausalLM" in (out / "README.md").read_text()
     assert [p.name for p in out.parent.iterdir()] == ["hf"], "nothing is left beside it"
 
@@ -59,12 +68,20 @@ def test_the_real_tiny_gpt2_goes_through_unchanged(tmp_path: Path) -> None:
 
     source = shared("tiny_gpt2")
     main(["export", str(source), "--to", "hf", "--out", str(tmp_path / "hf")])
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
-    before = {name if name.startswith("transformer.") else f"transformer.{name}": t for name, t in before.items()}
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "hf" / "model.safetensors"),
+    )
+    before = {
+        name if name.startswith("transformer.") else f"transformer.{name}": t
+        for name, t in before.items()
+    }
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
-def test_a_run_has_its_figures_on_the_card(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_has_its_figures_on_the_card(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from anew.training.trainer import train
 
     result = train(tiny)
@@ -110,20 +127,31 @@ def test_gguf_reads_back(model: tuple[GPT, Tokenizer, Path], dtype: str, tmp_pat
     }  # fmt: skip
     for name, expected in pairs.items():
         stored = tensors[name].reshape(expected.shape)
-        assert np.abs(stored - expected.detach().numpy()).max() <= spacing * expected.detach().abs().max().item(), name
+        assert (
+            np.abs(stored - expected.detach().numpy()).max()
+            <= spacing * expected.detach().abs().max().item()
+        ), name
     assert len(tensors) == 5 + 12 * gpt.config.n_layer
     assert np.array_equal(tensors["position_embd.weight"], own["wpe.weight"].detach().numpy())
     value = {name: reader.fields[name].contents() for name in reader.fields}
     assert value["general.architecture"] == "gpt2"
-    assert (value["gpt2.block_count"], value["gpt2.attention.head_count"], value["gpt2.context_length"]) == (2, 2, 64)
+    assert (
+        value["gpt2.block_count"],
+        value["gpt2.attention.head_count"],
+        value["gpt2.context_length"],
+    ) == (2, 2, 64)
     assert value["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
     assert value["tokenizer.ggml.tokens"][-1] == "<|endoftext|>"
     assert len(value["tokenizer.ggml.tokens"]) == tokenizer.n_vocab
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-def test_the_real_llama_cpp_writes_the_same_tokens(model: tuple[GPT, Tokenizer, Path], dtype: str, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="opt-in: pip install llama-cpp-python (it compiles for some minutes)")
+def test_the_real_llama_cpp_writes_the_same_tokens(
+    model: tuple[GPT, Tokenizer, Path], dtype: str, tmp_path: Path
+) -> None:
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="opt-in: pip install llama-cpp-python (it compiles for some minutes)"
+    )
     gpt, tokenizer, _ = model
     write_gguf(tmp_path / "model.gguf", gpt, tokenizer, dtype, "test")
     llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
@@ -133,7 +161,9 @@ def test_the_real_llama_cpp_writes_the_same_tokens(model: tuple[GPT, Tokenizer, 
     theirs = np.array(llama.scores[: len(ids)])
     with torch.no_grad():
         ours = gpt(torch.tensor([ids]))[0].numpy()
-    assert np.abs(ours - theirs).max() <= {"f32": 0.02, "f16": 0.02, "bf16": 0.2}[dtype]  # llama.cpp keeps its cache in f16
+    assert (
+        np.abs(ours - theirs).max() <= {"f32": 0.02, "f16": 0.02, "bf16": 0.2}[dtype]
+    )  # llama.cpp keeps its cache in f16
     second, first = np.sort(ours, axis=1)[:, -2:].T
     clear = first - second > {"f32": 0.02, "f16": 0.02, "bf16": 0.2}[dtype]
     assert clear.mean() > 0.2
@@ -141,7 +171,9 @@ def test_the_real_llama_cpp_writes_the_same_tokens(model: tuple[GPT, Tokenizer, 
 
 
 def test_q8_0_is_llama_cpps_own_bit_for_bit(tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="opt-in: pip install llama-cpp-python (it compiles for some minutes)")
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="opt-in: pip install llama-cpp-python (it compiles for some minutes)"
+    )
     import gguf
 
     gpt, tokenizer = lively(n_embd=256, vocab_size=50257), Tokenizer.named("gpt2")
@@ -150,17 +182,24 @@ def test_q8_0_is_llama_cpps_own_bit_for_bit(tmp_path: Path) -> None:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
     outcome = llama_cpp.llama_model_quantize(
-        str(tmp_path / "f32.gguf").encode(), str(tmp_path / "theirs.gguf").encode(), ctypes.byref(settings)
+        str(tmp_path / "f32.gguf").encode(),
+        str(tmp_path / "theirs.gguf").encode(),
+        ctypes.byref(settings),
     )
     assert outcome == 0
-    ours, theirs = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in ("q8_0", "theirs"))
+    ours, theirs = (
+        {t.name: t for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("q8_0", "theirs")
+    )
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.tensor_type == theirs[name].tensor_type
         assert np.array_equal(tensor.data, theirs[name].data), name
 
 
-def test_wrong_wishes_are_refused(model: tuple[GPT, Tokenizer, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_wishes_are_refused(
+    model: tuple[GPT, Tokenizer, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from anew.checkpoint.export import export
 
     _, _, folder = model

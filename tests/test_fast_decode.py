@@ -11,14 +11,20 @@ from anew.inference.decoders import GROUP, Graphed, Kernel, Packed, Rows, _libra
 from anew.inference.generate import _prefill
 from anew.model.gpt import Cache
 
-pytestmark = pytest.mark.skipif(_library() is None, reason="the kernel needs Linux and a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    _library() is None, reason="the kernel needs Linux and a C++ compiler"
+)
 
 
 def model_of(**shape: Any) -> GPT:
-    config = GPTConfig(**{"n_layer": 3, "n_head": 4, "n_embd": 96, "n_positions": 64, "vocab_size": 1000, **shape})
+    config = GPTConfig(
+        **{"n_layer": 3, "n_head": 4, "n_embd": 96, "n_positions": 64, "vocab_size": 1000, **shape}
+    )
     model = GPT(config, torch.bfloat16, seed=3).eval()
     generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():  # biases and norms away from where they start, weights large enough to matter
+    with (
+        torch.no_grad()
+    ):  # biases and norms away from where they start, weights large enough to matter
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 0.08))
         model.transformer.wte.weight[config.vocab_size :] = 0
@@ -36,7 +42,9 @@ def reference(model: GPT, int8: bool) -> GPT:
             matrix = p if "wte" in name else p.t()
             if int8:
                 values, scales = quantised(matrix.float())
-                matrix = (values.view(len(values), -1, GROUP) * scales[..., None]).reshape(matrix.shape)
+                matrix = (values.view(len(values), -1, GROUP) * scales[..., None]).reshape(
+                    matrix.shape
+                )
             else:
                 matrix = matrix.bfloat16()
             target.copy_(matrix if "wte" in name else matrix.t())
@@ -50,14 +58,18 @@ WIDE = {"n_embd": 768, "n_head": 12, "n_layer": 2}
     (1, False, {}), (1, True, {}), (1, False, WIDE), (1, True, WIDE), (1, False, {"n_embd": 36, "n_head": 2}),
     (1, True, {"n_embd": 32, "n_head": 1}), (2, False, {}), (16, False, {"n_embd": 160, "n_head": 5}),
 ])  # fmt: skip
-def test_logits_are_those_of_the_stored_weights_in_fp64(rows: int, int8: bool, shape: dict[str, Any]) -> None:
+def test_logits_are_those_of_the_stored_weights_in_fp64(
+    rows: int, int8: bool, shape: dict[str, Any]
+) -> None:
     model = model_of(**shape)
     decoder = pack(model, rows, int8)
     assert isinstance(decoder, Kernel if rows == 1 else Rows)
     exact = reference(model, int8)
     lookup = exact.transformer.wte.weight.detach().clone()
     with torch.no_grad():
-        exact.transformer.wte.weight.copy_(model.transformer.wte.weight)  # ids are looked up in fp32
+        exact.transformer.wte.weight.copy_(
+            model.transformer.wte.weight
+        )  # ids are looked up in fp32
     prompts = [[(7 * b + 3 * i) % 1000 for i in range(2 + 5 * b % 11)] for b in range(rows)]
     cache, _ = _prefill(model, prompts, 64)
     truth = Cache.empty(exact, rows, 64)
@@ -70,7 +82,9 @@ def test_logits_are_those_of_the_stored_weights_in_fp64(rows: int, int8: bool, s
             logits = decoder.step(ids, cache)
             hidden = exact.hidden(torch.tensor(ids)[:, None], truth)[:, -1]
             expected = hidden @ lookup[:1000].t()
-            worst = 0.05 if rows > 1 or int8 else 0.02  # keys and values are kept in bf16, oneDNN rounds to it, and int8 multiplies bytes
+            worst = (
+                0.05 if rows > 1 or int8 else 0.02
+            )  # keys and values are kept in bf16, oneDNN rounds to it, and int8 multiplies bytes
             assert (logits - expected).abs().max() < worst * expected.abs().max()
             assert cache.lengths.tolist() == truth.lengths.tolist()
 
@@ -88,16 +102,24 @@ def test_a_step_of_fixed_shapes_is_the_same_step(lengths: list[int]) -> None:
     for step in range(3):
         ids = [11, 400 + step, 7]
         fixed = graphed.fixed(torch.tensor(ids)[:, None], cache.lengths, 32, other)
-        torch.testing.assert_close(fixed, usual.step(ids, cache), rtol=0.02, atol=0.02 * fixed.abs().max().item())
+        torch.testing.assert_close(
+            fixed, usual.step(ids, cache), rtol=0.02, atol=0.02 * fixed.abs().max().item()
+        )
 
 
-def test_it_writes_what_torch_writes_and_stops_where_torch_stops(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_writes_what_torch_writes_and_stops_where_torch_stops(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Up to the last position and past it, where the text is cropped and read again."""
     model = model_of()
     fast = generate(model, [[1, 2, 3], [4]], 90, temperature=0.0)
     assert "cropped" in caplog.text
-    slow = [[i for step in [*_by_hand(model, prompt, 20)] for i in step] for prompt in ([1, 2, 3], [4])]
-    same = [sum(a == b for a, b in zip(f, s, strict=False)) for f, s in zip(fast, slow, strict=True)]
+    slow = [
+        [i for step in [*_by_hand(model, prompt, 20)] for i in step] for prompt in ([1, 2, 3], [4])
+    ]
+    same = [
+        sum(a == b for a, b in zip(f, s, strict=False)) for f, s in zip(fast, slow, strict=True)
+    ]
     assert min(same) >= 15, "but for near ties they agree"
     assert [len(row) for row in fast] == [90, 90]
 
@@ -123,7 +145,9 @@ def test_a_model_that_was_trained_on_is_packed_anew() -> None:
     assert third is not second
 
 
-def test_what_is_packed_where(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_packed_where(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert pack(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32)), 1) is None, "fp32 stays as it is"
     assert pack(model_of().train(), 1) is None, "no second copy of a model in training"
     assert isinstance(pack(model_of(n_embd=36, n_head=2), 1, int8=True), Kernel)

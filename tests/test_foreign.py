@@ -65,18 +65,29 @@ class Theirs(nn.Module):
         x = t["wte"](ids) + t["wpe"](torch.arange(T))
         for block in t["h"]:
             q, k, v = (
-                part.view(B, T, self.n_head, -1).transpose(1, 2) for part in block["attn"]["c_attn"](block["ln_1"](x)).chunk(3, dim=-1)
+                part.view(B, T, self.n_head, -1).transpose(1, 2)
+                for part in block["attn"]["c_attn"](block["ln_1"](x)).chunk(3, dim=-1)
             )
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
+            y = (
+                F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                .transpose(1, 2)
+                .reshape(B, T, -1)
+            )
             x = x + block["attn"]["c_proj"](y)
-            x = x + block["mlp"]["c_proj"](F.gelu(block["mlp"]["c_fc"](block["ln_2"](x)), approximate=self.gelu))
+            x = x + block["mlp"]["c_proj"](
+                F.gelu(block["mlp"]["c_fc"](block["ln_2"](x)), approximate=self.gelu)
+            )
         return self.lm_head(t["ln_f"](x))[..., :50257]
 
 
 def checkpoint(kind: str) -> tuple[Theirs, dict]:
     torch.manual_seed(7)
     config = GPTConfig()
-    model = Theirs(config, bias=kind != "nanogpt without biases", gelu="tanh" if kind == "build-nanogpt" else "none").eval()
+    model = Theirs(
+        config,
+        bias=kind != "nanogpt without biases",
+        gelu="tanh" if kind == "build-nanogpt" else "none",
+    ).eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     if kind == "build-nanogpt":
@@ -84,9 +95,19 @@ def checkpoint(kind: str) -> tuple[Theirs, dict]:
     weights = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
     weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     arguments = {**dataclasses.asdict(config), "bias": kind == "nanogpt", "dropout": 0.0}
-    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 6e-4}]}
+    optimizer = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
+        "param_groups": [{"lr": 6e-4}],
+    }
     best = torch.tensor(2.85)
-    return model, {"model": weights, "optimizer": optimizer, "model_args": arguments, "iter_num": 5, "best_val_loss": best, "config": {}}
+    return model, {
+        "model": weights,
+        "optimizer": optimizer,
+        "model_args": arguments,
+        "iter_num": 5,
+        "best_val_loss": best,
+        "config": {},
+    }
 
 
 def save(content: object, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +117,9 @@ def save(content: object, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nanogpt", "nanogpt without biases", "build-nanogpt"])
-def test_pt_files_compute_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pt_files_compute_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs, content = checkpoint(kind)
     save(content, tmp_path / "ckpt.pt", monkeypatch)
     ours = GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
@@ -137,7 +160,17 @@ def test_a_pt_file_becomes_a_hugging_face_folder_and_can_be_trained_further(
         "fp32",
     ]
     main(
-        ["train", "finetune", "--init", str(tmp_path / "model_19072.pt"), "--data", str(text_file), "--out", str(tmp_path / "run"), *flags]
+        [
+            "train",
+            "finetune",
+            "--init",
+            str(tmp_path / "model_19072.pt"),
+            "--data",
+            str(text_file),
+            "--out",
+            str(tmp_path / "run"),
+            *flags,
+        ]
     )
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors").is_file()
 
@@ -162,7 +195,9 @@ FC = "_orig_mod.transformer.h.1.mlp.c_fc.weight"
     (lambda c: c["model_args"].update(n_layer=12, n_embd=768, n_head=24), "n_head 24, and these weights were made with 12"),
     (lambda c: c.update(model={"a": 1}), "is not a tensor"),
 ])  # fmt: skip
-def test_wrong_pt_files_are_refused(harm: object, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_pt_files_are_refused(
+    harm: object, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, content = checkpoint("nanogpt")
     harm(content)  # type: ignore[operator]
     torch.save(content, tmp_path / "ckpt.pt")
@@ -211,12 +246,16 @@ def test_the_release_is_a_model(tmp_path: Path) -> None:
     model, values = GPT.from_pretrained(str(RELEASE)), written()
     own = dict(model.named_parameters())
     assert model.config.n_head == 2
-    assert np.array_equal(own["transformer.h.1.mlp.c_fc.weight"].detach(), values["model/h1/mlp/c_fc/w"][0])
+    assert np.array_equal(
+        own["transformer.h.1.mlp.c_fc.weight"].detach(), values["model/h1/mlp/c_fc/w"][0]
+    )
     assert np.array_equal(own["transformer.ln_f.bias"].detach(), values["model/ln_f/b"])
     assert np.array_equal(own["transformer.wte.weight"].detach()[:257], values["model/wte"])
     main(["export", str(RELEASE), "--to", "hf", "--out", str(tmp_path / "hf")])
     again = GPT.from_pretrained(str(tmp_path / "hf"))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_every_flipped_byte_and_every_cut_of_the_release_is_noticed(tmp_path: Path) -> None:
@@ -233,7 +272,9 @@ def test_every_flipped_byte_and_every_cut_of_the_release_is_noticed(tmp_path: Pa
                 found = tf_checkpoint.read(tmp_path / "release" / "model.ckpt")
             except UserError:
                 continue
-            expected = written()  # a byte that nothing points to, or a restart point: then nothing is different
+            expected = (
+                written()
+            )  # a byte that nothing points to, or a restart point: then nothing is different
             assert found.keys() == expected.keys()
             assert all(np.array_equal(found[key], expected[key]) for key in expected)
         path.write_bytes(good[: len(good) // 2])

@@ -6,7 +6,9 @@ from anew.inference.generate import sample, stream
 from anew.model.gpt import GPT
 
 MODEL = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257), seed=2)
-for parameter in MODEL.transformer.h.parameters():  # a fresh model repeats itself; larger weights give it something to say
+for parameter in (
+    MODEL.transformer.h.parameters()
+):  # a fresh model repeats itself; larger weights give it something to say
     parameter.data.mul_(8.0)
 
 
@@ -15,7 +17,13 @@ def sampler(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    "rules", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"top_k": 5, "seed": 4}, {"top_p": 0.8, "seed": 5}]
+    "rules",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 3},
+        {"top_k": 5, "seed": 4},
+        {"top_p": 0.8, "seed": 5},
+    ],
 )
 def test_cached_decoding_equals_reading_everything_again(rules: dict[str, float]) -> None:
     prompts = [[1, 2, 3], [7], [250, 4, 9, 9, 1]]
@@ -31,19 +39,28 @@ def test_top_k_and_top_p_keep_what_they_say() -> None:
     assert set(sample(logits, 1.0, 0, 0.6, sampler()).tolist()) == {0, 1}
     assert set(sample(logits, 1.0, 0, 0.4, sampler()).tolist()) == {0}
     everything = sample(logits, 1.0, 0, 1.0, sampler())
-    assert torch.bincount(everything) / 4000 == pytest.approx(torch.tensor([0.5, 0.3, 0.15, 0.05]), abs=0.04)
+    assert torch.bincount(everything) / 4000 == pytest.approx(
+        torch.tensor([0.5, 0.3, 0.15, 0.05]), abs=0.04
+    )
     cold = sample(logits, 0.5, 0, 1.0, sampler())
     squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert torch.bincount(cold, minlength=4) / 4000 == pytest.approx(squared / squared.sum(), abs=0.04)
+    assert torch.bincount(cold, minlength=4) / 4000 == pytest.approx(
+        squared / squared.sum(), abs=0.04
+    )
 
 
 def test_what_a_decoder_has_found_is_what_sample_would_find() -> None:
     logits = torch.randn(3, 257, generator=sampler(1))
     one, five = logits.topk(1), logits.topk(5)
-    assert torch.equal(sample(logits, 0.0, 0, 1.0, sampler(), (one.values, one.indices)), logits.argmax(-1))
+    assert torch.equal(
+        sample(logits, 0.0, 0, 1.0, sampler(), (one.values, one.indices)), logits.argmax(-1)
+    )
     for seed in range(20):
         rules = 0.9, 5, 0.8, sampler(seed)
-        assert torch.equal(sample(logits, *rules), sample(logits, 0.9, 5, 0.8, sampler(seed), (five.values, five.indices)))
+        assert torch.equal(
+            sample(logits, *rules),
+            sample(logits, 0.9, 5, 0.8, sampler(seed), (five.values, five.indices)),
+        )
 
 
 def test_a_seed_is_a_text_and_nothing_else_moves() -> None:
@@ -73,7 +90,16 @@ def test_generation_ends_at_the_stop_id() -> None:
     assert stopped == free[: free.index(free[4])]
 
 
-@pytest.mark.parametrize("rules", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+    ],
+)
 def test_rules_that_mean_nothing_are_refused(rules: dict[str, float]) -> None:
     with pytest.raises(UserError):
         generate(MODEL, [[1]], 3, **rules)

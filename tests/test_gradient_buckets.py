@@ -67,7 +67,9 @@ def test_gradients_are_the_mean_over_ranks() -> None:
     found = ok(run_ranks(3, mean_gradients_of_a_rank))
     for gradients, expected in found:
         for gradient, mean in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(torch.tensor(gradient), torch.tensor(mean), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                torch.tensor(gradient), torch.tensor(mean), rtol=1e-5, atol=1e-7
+            )
         assert gradients == found[0][0], "all ranks have the same bits"
 
 
@@ -112,14 +114,21 @@ def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[b
     train_step, clip_gradients = module.train_step, module.clip_gradients
     seen: list[tuple[bool, str]] = []
 
-    def stopped(loss_of: Any, state: Any, micro_batches: Any, rate: float, stop: Any, *rest: Any) -> Any:
+    def stopped(
+        loss_of: Any, state: Any, micro_batches: Any, rate: float, stop: Any, *rest: Any
+    ) -> Any:
         if state.step == step and state.world.rank == 1:
             stop.set()
         return train_step(loss_of, state, micro_batches, rate, stop, *rest)
 
     def watched(state: Any) -> Any:
         if state.step == step:
-            seen.append((all(p.grad is not None for p in state.params), str(gradient_of(state.params[0]).device)))
+            seen.append(
+                (
+                    all(p.grad is not None for p in state.params),
+                    str(gradient_of(state.params[0]).device),
+                )
+            )
         return clip_gradients(state)
 
     module.train_step, module.clip_gradients = stopped, watched
@@ -162,16 +171,23 @@ def stopped_at(config: Any, step: int) -> str:
 @pytest.mark.parametrize("settings", [
     {"precision": "fp32"}, {"precision": "fp16"}, {"precision": "fp16", "optimizer": "muon"}, {"precision": "bf16", "parallel": "fsdp"},
 ])  # fmt: skip
-def test_a_stop_before_the_first_micro_batch_changes_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stop_before_the_first_micro_batch_changes_nothing(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Weights, moments and the loss scale are those of a run that was never stopped, and stopping ends in a save."""
-    whole, parts = tiny(tmp_path / "whole", steps=9, **settings), tiny(tmp_path / "parts", steps=9, **settings)
+    whole, parts = (
+        tiny(tmp_path / "whole", steps=9, **settings),
+        tiny(tmp_path / "parts", steps=9, **settings),
+    )
     assert ok(run_ranks(2, stopped_at, whole, -1)) == ["complete"] * 2
     assert ok(run_ranks(2, stopped_at, parts, 4)) == ["preempted"] * 2
     folder, _ = checkpoint.newest(parts.folder)
     assert folder is not None
     assert folder.name == "step-00000004"
     scaler = json.loads((folder / "trainer.json").read_text())["scaler"]
-    assert not scaler or scaler["_growth_tracker"] == 4, "a step that was broken off does not count towards a larger scale"
+    assert not scaler or scaler["_growth_tracker"] == 4, (
+        "a step that was broken off does not count towards a larger scale"
+    )
     assert ok(run_ranks(2, stopped_at, parts, -1)) == ["complete"] * 2
     assert losses(parts.folder) == losses(whole.folder)
     assert final(parts.folder) == final(whole.folder)
@@ -186,7 +202,14 @@ def test_a_stop_in_the_very_first_step_of_a_process_is_a_stop(tmp_path: Path) ->
 
 
 def test_compiled_blocks_with_overlap_resume_bit_for_bit_on_three_ranks(tmp_path: Path) -> None:
-    settings = {"compile": "on", "batch_tokens": 192, "micro_batch": 2, "steps": 8, "n_layer": 2, "timeout_seconds": 200.0}
+    settings = {
+        "compile": "on",
+        "batch_tokens": 192,
+        "micro_batch": 2,
+        "steps": 8,
+        "n_layer": 2,
+        "timeout_seconds": 200.0,
+    }
     whole, parts = (tiny(tmp_path / name, **settings) for name in ("whole", "parts"))
     ok(run_ranks(3, stopped_at, whole, -1, seconds=200))
     assert ok(run_ranks(3, stopped_at, parts, 3, seconds=200)) == ["preempted"] * 3
@@ -200,7 +223,9 @@ def test_compiled_blocks_with_overlap_resume_bit_for_bit_on_three_ranks(tmp_path
     {"evaluate_every": 2, "val_tokens": 40},  # fewer windows than ranks
     {"evaluate_every": 2, "sample_every": 3, "sample_tokens": 12, "compile": "on"},
 ])  # fmt: skip
-def test_looking_at_a_sharded_model_leaves_the_ranks_in_step(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_looking_at_a_sharded_model_leaves_the_ranks_in_step(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     """With FSDP, a forward pass on one rank alone would make it exchange something else than the others in its next step."""
     watched = tiny(tmp_path / "watched", steps=6, parallel="fsdp", **settings)
     plain = tiny(tmp_path / "plain", steps=6, parallel="fsdp", compile=watched.run.compile)
@@ -226,7 +251,11 @@ def reductions_of_a_step() -> tuple[int, int]:
             with CommDebugMode() as communication:
                 model(ids, ids.roll(-1, 1)).backward()
             seen = communication.get_comm_counts()
-            counts.append(sum(count for operation, count in seen.items() if "reduce_scatter" in str(operation)))
+            counts.append(
+                sum(
+                    count for operation, count in seen.items() if "reduce_scatter" in str(operation)
+                )
+            )
         return counts[0], counts[1]
 
 
@@ -239,14 +268,26 @@ def scored_by_one_rank(run: Path) -> float:
     """A run that scores a task of a single chunk, which only rank 0 gets."""
     file = run.parent / "cache" / "downloads" / "lambada_test.jsonl"
     os.environ["ANEW_CACHE"] = str(run.parent / "cache")
-    object.__setattr__(TASKS["lambada"], "remote", Remote("https://localhost/lambada_test.jsonl", sha256_of(file)))
-    config = tiny(run, steps=5, parallel="fsdp", n_positions=64, evaluate_every=2, evaluate_tasks="lambada", evaluate_limit=2)
+    object.__setattr__(
+        TASKS["lambada"], "remote", Remote("https://localhost/lambada_test.jsonl", sha256_of(file))
+    )
+    config = tiny(
+        run,
+        steps=5,
+        parallel="fsdp",
+        n_positions=64,
+        evaluate_every=2,
+        evaluate_tasks="lambada",
+        evaluate_limit=2,
+    )
     return train(config).train_loss
 
 
 def test_a_task_of_one_chunk_leaves_sharded_ranks_in_step(tmp_path: Path) -> None:
     file = tmp_path / "cache" / "downloads" / "lambada_test.jsonl"
     file.parent.mkdir(parents=True)
-    file.write_text('{"text": "The cat sees the dog on day one"}\n{"text": "The king builds the tower"}\n')
+    file.write_text(
+        '{"text": "The cat sees the dog on day one"}\n{"text": "The king builds the tower"}\n'
+    )
     first, second = ok(run_ranks(2, scored_by_one_rank, tmp_path / "run"))
     assert first == second

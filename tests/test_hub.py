@@ -52,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(404, "RepoNotFound")
         if name not in server.files:
             return self.fail(404, "EntryNotFound")
-        fault = server.faults.pop(0) if server.faults and body and name.endswith(".safetensors") else ""
+        fault = (
+            server.faults.pop(0) if server.faults and body and name.endswith(".safetensors") else ""
+        )
         if fault.isdigit():
             return self.fail(int(fault), "")
         content = server.files[name]
@@ -93,13 +95,19 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("model")
-    weights.save_model(out, GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32), seed=4), Tokenizer.named("gpt2"))
+    weights.save_model(
+        out,
+        GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32), seed=4),
+        Tokenizer.named("gpt2"),
+    )
     return out
 
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Hub]:
-    server = Hub({name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    server = Hub(
+        {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -108,7 +116,9 @@ def server(folder: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def load(server: Hub | None, cache: Path, model: str = "gpt2", **environment: str) -> subprocess.CompletedProcess[str]:
+def load(
+    server: Hub | None, cache: Path, model: str = "gpt2", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`GPT.from_pretrained(model)` as a user's program runs it; prints a hash of the weights, or leaves as the command line would."""
     program = (
         "import sys, hashlib, anew\n"
@@ -120,9 +130,23 @@ def load(server: Hub | None, cache: Path, model: str = "gpt2", **environment: st
         **os.environ, "HF_HOME": str(cache), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port if server else 9}",
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
     } | environment  # fmt: skip
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         env.pop(name, None)
-    return subprocess.run([sys.executable, "-c", program, model], env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-c", program, model],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
 def fingerprint(folder: Path) -> str:
@@ -140,7 +164,9 @@ def test_download_then_cache_then_offline(server: Hub, folder: Path, tmp_path: P
     assert load(None, tmp_path, HF_HUB_OFFLINE="1").stdout == first.stdout
 
 
-@pytest.mark.parametrize("name", ["gpt2-xl", "somebody/small-gpt2", "somebody/small-gpt2@" + COMMIT])
+@pytest.mark.parametrize(
+    "name", ["gpt2-xl", "somebody/small-gpt2", "somebody/small-gpt2@" + COMMIT]
+)
 def test_other_names(server: Hub, folder: Path, tmp_path: Path, name: str) -> None:
     if name == "gpt2-xl":  # pinned to a commit that this hub does not have
         outcome = load(server, tmp_path, name)
@@ -157,7 +183,9 @@ def test_weights_in_several_files(server: Hub, folder: Path, tmp_path: Path) -> 
     names = sorted(tensors)
     files = {f"model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
     del server.files["model.safetensors"]
-    server.files |= {file: save({name: tensors[name] for name in part}) for file, part in files.items()}
+    server.files |= {
+        file: save({name: tensors[name] for name in part}) for file, part in files.items()
+    }
     index = {"weight_map": {name: file for file, part in files.items() for name in part}}
     server.files["model.safetensors.index.json"] = json.dumps(index).encode()
     assert load(server, tmp_path).stdout.strip() == fingerprint(folder)
@@ -170,7 +198,9 @@ def test_a_cut_download_goes_on_where_it_was(server: Hub, folder: Path, tmp_path
         assert "goes on where it was" in outcome.stdout
         outcome = load(server, tmp_path)
     assert outcome.stdout.strip() == fingerprint(folder), outcome.stdout + outcome.stderr
-    assert any(byte_range for _, _, byte_range in server.seen), "the second request asks only for the rest"
+    assert any(byte_range for _, _, byte_range in server.seen), (
+        "the second request asks only for the rest"
+    )
 
 
 def test_a_wrong_body_is_refused_and_removed(server: Hub, folder: Path, tmp_path: Path) -> None:
@@ -181,7 +211,9 @@ def test_a_wrong_body_is_refused_and_removed(server: Hub, folder: Path, tmp_path
     assert load(server, tmp_path).stdout.strip() == fingerprint(folder)
 
 
-@pytest.mark.parametrize(("status", "words"), [("404", "404"), ("429", "429"), ("503", "503"), ("403", "403")])
+@pytest.mark.parametrize(
+    ("status", "words"), [("404", "404"), ("429", "429"), ("503", "503"), ("403", "403")]
+)
 def test_a_server_that_refuses(server: Hub, tmp_path: Path, status: str, words: str) -> None:
     server.faults = [status] * 20
     outcome = load(server, tmp_path)

@@ -48,11 +48,24 @@ def settings_of(config: Config, *left_out: str) -> list[str]:
     """Flags but for data, out and `left_out`."""
     given = flags(config)
     pairs = dict(zip(given[::2], given[1::2], strict=True))
-    return [word for name, value in pairs.items() if name not in ("--data", "--out", *left_out) for word in (name, value)]
+    return [
+        word
+        for name, value in pairs.items()
+        if name not in ("--data", "--out", *left_out)
+        for word in (name, value)
+    ]
 
 
-def run(command: list[Any], environment: dict[str, str], seconds: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds)
+def run(
+    command: list[Any], environment: dict[str, str], seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(c) for c in command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -75,45 +88,98 @@ def step_of(run_folder: Path) -> int:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The run that nothing happened to, on two ranks."""
-    config = tiny(tmp_path_factory.mktemp("whole") / "run", steps=150, save_every=25, warmup_steps=2)
+    config = tiny(
+        tmp_path_factory.mktemp("whole") / "run", steps=150, save_every=25, warmup_steps=2
+    )
     assert [status for status, _ in run_ranks(2, plain, config)] == ["ok", "ok"]
     return config
 
 
 def container(base: Path, job: dict[str, Any], text: Path) -> dict[str, str]:
     """/opt/ml as SageMaker fills it for a job, under `base`."""
-    for folder in ("input/config", "input/data/training", "checkpoints", "model", "output/data", "code"):
+    for folder in (
+        "input/config",
+        "input/data/training",
+        "checkpoints",
+        "model",
+        "output/data",
+        "code",
+    ):
         (base / folder).mkdir(parents=True, exist_ok=True)
     shutil.copy2(text, base / "input/data/training")
     config = base / "input/config"
     (config / "hyperparameters.json").write_text(json.dumps(job["HyperParameters"]))
-    hosts = {"current_host": "localhost", "hosts": ["localhost"], "current_instance_type": "ml.m5.large", "network_interface_name": "lo"}
+    hosts = {
+        "current_host": "localhost",
+        "hosts": ["localhost"],
+        "current_instance_type": "ml.m5.large",
+        "network_interface_name": "lo",
+    }
     (config / "resourceconfig.json").write_text(json.dumps(hosts))
-    (config / "inputdataconfig.json").write_text(json.dumps({c["ChannelName"]: {} for c in job["InputDataConfig"]}))
-    return {"SAGEMAKER_BASE_DIR": str(base), "TRAINING_JOB_NAME": job["TrainingJobName"], "OMP_NUM_THREADS": "1"}
+    (config / "inputdataconfig.json").write_text(
+        json.dumps({c["ChannelName"]: {} for c in job["InputDataConfig"]})
+    )
+    return {
+        "SAGEMAKER_BASE_DIR": str(base),
+        "TRAINING_JOB_NAME": job["TrainingJobName"],
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def started(aws: AWS, config: Config, *more: str) -> dict[str, Any]:
     """What the documented command asks SageMaker for."""
-    command = [sys.executable, LAUNCH / "sagemaker_start.py", "shakespeare", "--role", "arn:aws:iam::1:role/r", "--bucket", "mine"]
-    command += ["--image", "some/image:1", "--spot", "--processes", "2", "--data", "s3://mine/text", "--", *settings_of(config), *more]
+    command = [
+        sys.executable,
+        LAUNCH / "sagemaker_start.py",
+        "shakespeare",
+        "--role",
+        "arn:aws:iam::1:role/r",
+        "--bucket",
+        "mine",
+    ]
+    command += [
+        "--image",
+        "some/image:1",
+        "--spot",
+        "--processes",
+        "2",
+        "--data",
+        "s3://mine/text",
+        "--",
+        *settings_of(config),
+        *more,
+    ]
     done = run(command, aws.environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == aws.jobs[-1]["TrainingJobName"]
     return aws.jobs[-1]
 
 
-def test_sagemaker_with_its_own_launcher_and_a_spot_interruption(aws: AWS, whole: Config, tmp_path: Path) -> None:
-    pytest.importorskip("sagemaker_training", reason="AWS's launcher is not installed (make test does it where it compiles)")
+def test_sagemaker_with_its_own_launcher_and_a_spot_interruption(
+    aws: AWS, whole: Config, tmp_path: Path
+) -> None:
+    pytest.importorskip(
+        "sagemaker_training",
+        reason="AWS's launcher is not installed (make test does it where it compiles)",
+    )
     job = started(aws, whole)
     assert job["CheckpointConfig"]["S3Uri"] == "s3://mine/anew/shakespeare/checkpoints"
-    assert job["StoppingCondition"] == {"MaxRuntimeInSeconds": 86_400, "MaxWaitTimeInSeconds": 172_800}
+    assert job["StoppingCondition"] == {
+        "MaxRuntimeInSeconds": 86_400,
+        "MaxWaitTimeInSeconds": 172_800,
+    }
     base = tmp_path / "ml"
     environment = {**aws.environment, **container(base, job, Path(whole.data.data))}
     launcher = [sys.executable, "-m", "sagemaker_training.cli.train"]
     kept = base / "checkpoints" / "shakespeare"
     with (tmp_path / "first.log").open("w") as log:
-        first = subprocess.Popen(launcher, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True)
+        first = subprocess.Popen(
+            launcher,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         wait_for(lambda: step_of(kept) >= 60 or first.poll() is not None)
         assert first.poll() is None, (tmp_path / "first.log").read_text()
         os.killpg(first.pid, signal.SIGKILL)  # the machine is gone; torchrun's processes notice
@@ -127,34 +193,57 @@ def test_sagemaker_with_its_own_launcher_and_a_spot_interruption(aws: AWS, whole
     assert "2 ranks x 4 sequences" in said
     assert losses(kept) == losses(whole.folder)
     assert {"model.safetensors", "config.json"} <= {p.name for p in (base / "model").iterdir()}
-    assert not {"optimizer.safetensors", "manifest.json"} & {p.name for p in (base / "model").iterdir()}
+    assert not {"optimizer.safetensors", "manifest.json"} & {
+        p.name for p in (base / "model").iterdir()
+    }
     assert len(metrics.read(base / "output" / "data")) == len(metrics.read(whole.folder))
     assert not (base / "output" / "failure").exists()
-    with tarfile.open(fileobj=io.BytesIO(aws.objects["/mine/anew/shakespeare/source.tar.gz"])) as tar:
-        assert {"src/anew/training/trainer.py", "launch/sagemaker.py", "pyproject.toml"} <= set(tar.getnames())
+    with tarfile.open(
+        fileobj=io.BytesIO(aws.objects["/mine/anew/shakespeare/source.tar.gz"])
+    ) as tar:
+        assert {"src/anew/training/trainer.py", "launch/sagemaker.py", "pyproject.toml"} <= set(
+            tar.getnames()
+        )
 
 
 def test_sagemaker_says_why_a_job_failed(aws: AWS, tmp_path: Path) -> None:
     whole = tiny(tmp_path / "run")
-    pytest.importorskip("sagemaker_training", reason="AWS's launcher is not installed (make test does it where it compiles)")
+    pytest.importorskip(
+        "sagemaker_training",
+        reason="AWS's launcher is not installed (make test does it where it compiles)",
+    )
     base = tmp_path / "ml"
-    environment = {**aws.environment, **container(base, started(aws, whole, "--n-head", "3"), Path(whole.data.data))}
+    environment = {
+        **aws.environment,
+        **container(base, started(aws, whole, "--n-head", "3"), Path(whole.data.data)),
+    }
     done = run([sys.executable, "-m", "sagemaker_training.cli.train"], environment)
     assert done.returncode != 0
     assert "torch.distributed.run" not in done.stderr, "no process was started for it"
-    assert (base / "output" / "failure").read_text() == "n_embd 32 cannot be cut into 3 heads: 32 / 3 is not whole."
+    assert (
+        base / "output" / "failure"
+    ).read_text() == "n_embd 32 cannot be cut into 3 heads: 32 / 3 is not whole."
 
 
 def test_sagemaker_sdk_v3_starts_torchrun_itself(whole: Config, tmp_path: Path) -> None:
     """Its drivers export SM_* with values decoded, and give the same settings as arguments, which are spelt in their own way."""
     base = tmp_path / "ml"
     given = settings_of(whole, "--compile")
-    settings: dict[str, Any] = {"recipe": "shakespeare", "compile": False, "one_batch": False, "init": None}
+    settings: dict[str, Any] = {
+        "recipe": "shakespeare",
+        "compile": False,
+        "one_batch": False,
+        "init": None,
+    }
     for name, value in zip(given[::2], given[1::2], strict=True):
         with contextlib.suppress(ValueError):
             value = json.loads(value)
         settings[name[2:].replace("-", "_")] = value
-    job = {"HyperParameters": {}, "TrainingJobName": "x", "InputDataConfig": [{"ChannelName": "train"}]}
+    job = {
+        "HyperParameters": {},
+        "TrainingJobName": "x",
+        "InputDataConfig": [{"ChannelName": "train"}],
+    }
     environment = container(base, job, Path(whole.data.data))
     environment |= {
         "SM_HPS": json.dumps(settings), "SM_CHANNELS": json.dumps(["code", "sm_drivers", "train"]), "SM_HOSTS": '["algo-1"]',
@@ -162,8 +251,19 @@ def test_sagemaker_sdk_v3_starts_torchrun_itself(whole: Config, tmp_path: Path) 
         "SM_MODEL_DIR": str(base / "model"), "SM_OUTPUT_DATA_DIR": str(base / "output/data"),
         "SM_CURRENT_HOST": "algo-1", "SM_NUM_GPUS": "0",
     }  # fmt: skip
-    argv = [word for name, value in settings.items() for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2", LAUNCH / "sagemaker.py"]
+    argv = [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        "--nproc_per_node=2",
+        LAUNCH / "sagemaker.py",
+    ]
     done = run([*torchrun, *argv], environment)
     assert done.returncode == 0, done.stderr
     assert losses(base / "checkpoints" / "shakespeare") == losses(whole.folder)
@@ -174,7 +274,17 @@ def test_sagemaker_sdk_v3_starts_torchrun_itself(whole: Config, tmp_path: Path) 
 
 
 def poll(aws: AWS, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, LAUNCH / "ec2.py", "shakespeare", "--bucket", "mine", "--regions", "us-east-1", "--every", "0.05"]
+    command = [
+        sys.executable,
+        LAUNCH / "ec2.py",
+        "shakespeare",
+        "--bucket",
+        "mine",
+        "--regions",
+        "us-east-1",
+        "--every",
+        "0.05",
+    ]
     return run([*command, *more], aws.environment)
 
 
@@ -182,7 +292,10 @@ def test_ec2_takes_the_cheapest_zone_that_has_a_machine_below_the_cap(aws: AWS) 
     aws.refuse = lambda zone: "InsufficientInstanceCapacity" if zone.endswith("b") else ""
     done = poll(aws, "--max-price", "12", "--", "--steps", "7", "--sample-prompt", "it's")
     assert done.returncode == 0, done.stderr
-    assert [form["Placement.AvailabilityZone"] for form in aws.launches] == ["us-east-1b", "us-east-1c"]
+    assert [form["Placement.AvailabilityZone"] for form in aws.launches] == [
+        "us-east-1b",
+        "us-east-1c",
+    ]
     asked = aws.launches[-1]
     assert asked["InstanceMarketOptions.SpotOptions.MaxPrice"] == "12.0000"
     assert asked["InstanceInitiatedShutdownBehavior"] == "terminate"
@@ -191,7 +304,12 @@ def test_ec2_takes_the_cheapest_zone_that_has_a_machine_below_the_cap(aws: AWS) 
     assert script.startswith("#!/bin/bash\n")
     assert "export ANEW_S3=s3://mine/anew/shakespeare" in script
     printed = subprocess.run(
-        ["bash", "-c", script.split("set -uo")[0] + 'eval "a=($ANEW_TRAIN)"; printf "%s|" "${a[@]}"'], capture_output=True
+        [
+            "bash",
+            "-c",
+            script.split("set -uo")[0] + 'eval "a=($ANEW_TRAIN)"; printf "%s|" "${a[@]}"',
+        ],
+        capture_output=True,
     )
     assert printed.stdout.decode() == "shakespeare|--steps|7|--sample-prompt|it's|"
     again = poll(aws, "--max-price", "12")
@@ -277,12 +395,17 @@ def test_ec2_machine_saves_when_it_is_taken_away_and_another_finishes(
     for machine in ("first", "second"):
         home = tmp_path / machine
         with subprocess.Popen(
-            ["bash", LAUNCH / "ec2_user_data.sh"], env={**os.environ, **environment, "ANEW_HOME": str(home)}, stdout=subprocess.DEVNULL
+            ["bash", LAUNCH / "ec2_user_data.sh"],
+            env={**os.environ, **environment, "ANEW_HOME": str(home)},
+            stdout=subprocess.DEVNULL,
         ) as booted:
             if machine == "first":
                 wait_for(lambda home=home: step_of(home / "run") >= 40)
                 assert booted.poll() is None
-                aws.objects |= {"/latest/api/token": b"t", "/latest/meta-data/spot/instance-action": b'{"action": "terminate"}'}
+                aws.objects |= {
+                    "/latest/api/token": b"t",
+                    "/latest/meta-data/spot/instance-action": b'{"action": "terminate"}',
+                }
             assert booted.wait(90) == 0, (home / "boot.log").read_text()
         saved.append(json.loads((bucket / "run" / "run_state.json").read_text()))
         aws.objects.clear()
@@ -297,7 +420,9 @@ def test_ec2_machine_saves_when_it_is_taken_away_and_another_finishes(
 # --- Slurm -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_slurm_requeues_a_job_whose_time_is_up_and_goes_on(whole: Config, path_with_fakes: str, tmp_path: Path) -> None:
+def test_slurm_requeues_a_job_whose_time_is_up_and_goes_on(
+    whole: Config, path_with_fakes: str, tmp_path: Path
+) -> None:
     config = whole.override(out=str(tmp_path / "run"))
     environment = {
         **os.environ, "PATH": path_with_fakes, "FAKE_REQUEUE": str(tmp_path / "requeue"), "ANEW_PYTHON": sys.executable,
@@ -305,7 +430,10 @@ def test_slurm_requeues_a_job_whose_time_is_up_and_goes_on(whole: Config, path_w
         "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "2",
     }  # fmt: skip
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "shakespeare", *flags(config)]
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as job:
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as job,
+    ):
         wait_for(lambda: step_of(config.folder) >= 40 or job.poll() is not None)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(60) == 0, (tmp_path / "log").read_text()

@@ -12,7 +12,10 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "anew"
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
-CLI = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".") for path in SOURCE.glob("cli/*.py")}
+CLI = {
+    path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".")
+    for path in SOURCE.glob("cli/*.py")
+}
 OWNERS = {
     "tyro": CLI, "rich": CLI, "loguru": CLI, "tensorboard": {"training.run_log"}, "tiktoken": {"tokenizer.bpe"},
     "huggingface_hub": {"checkpoint.hub", "data.hub_datasets"}, "tokenizers": {"tokenizer.learn"}, "pyarrow": {"data.readers"},
@@ -43,10 +46,24 @@ def test_heavy_packages_stay_where_they_are_used() -> None:
             assert name_of(path) in OWNERS[package], f"{path.name} imports {package}"
 
 
-@pytest.mark.parametrize("pattern", [r"import pickle", r"yaml\.load", r"weights_only=False", r"extractall", r"\beval\(\w", r"\bexec\("])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"import pickle",
+        r"yaml\.load",
+        r"weights_only=False",
+        r"extractall",
+        r"\beval\(\w",
+        r"\bexec\(",
+    ],
+)
 def test_nothing_executes_what_it_loads(pattern: str) -> None:
     for path in FILES:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.search(pattern, line)]
+        lines = [
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if re.search(pattern, line)
+        ]
         assert not [line for line in lines if "model.eval()" not in line], f"{path.name}: {lines}"
 
 
@@ -58,7 +75,9 @@ for name in "fastapi uvicorn starlette matplotlib transformers llama_cpp litgpt 
 import anew.cli.main
 anew.cli.main.main(["--help"])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

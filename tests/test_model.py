@@ -18,7 +18,9 @@ SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257
 
 
 def ids_for(config: GPTConfig, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def test_parameter_and_flop_counts() -> None:
@@ -54,23 +56,31 @@ def test_a_frequent_token_does_not_overflow_the_heads_gradient_in_fp16() -> None
     hidden = torch.full((2048, 8), 80.0, dtype=torch.float16, requires_grad=True)
     wte = torch.zeros(384, 8, requires_grad=True)
     targets = torch.full((2048,), 5)
-    (2048 * head.HeadLoss.apply(hidden, wte, targets, 300, True)).backward()  # the sum over tokens instead of their mean
+    (
+        2048 * head.HeadLoss.apply(hidden, wte, targets, 300, True)
+    ).backward()  # the sum over tokens instead of their mean
     exact_wte = torch.zeros(384, 8, dtype=torch.float64, requires_grad=True)
-    exact = F.cross_entropy((torch.full((2048, 8), 80.0).double() @ exact_wte.t())[:, :300], targets, reduction="sum")
+    exact = F.cross_entropy(
+        (torch.full((2048, 8), 80.0).double() @ exact_wte.t())[:, :300], targets, reduction="sum"
+    )
     exact.backward()
     torch.testing.assert_close(wte.grad, exact_wte.grad.float(), rtol=2e-3, atol=1.0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_the_gpu_forms_are_the_same_function(compiled: bool, dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_forms_are_the_same_function(
+    compiled: bool, dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Biases inside the products, and the GELU with its bias's gradient, against fp64; traced as for Inductor."""
 
     def gradients(model: GPT, loss_of: Any) -> tuple[float, torch.Tensor]:
         ids = ids_for(SMALL, 2, 24)
         loss = loss_of(ids, ids.roll(-1, 1))
         loss.backward()
-        return loss.item(), torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+        return loss.item(), torch.cat(
+            [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+        )
 
     exact_model, model = GPT(SMALL, torch.float64, seed=3).double(), GPT(SMALL, dtype, seed=3)
     for parameter in (*exact_model.parameters(), *model.parameters()):
@@ -78,7 +88,9 @@ def test_the_gpu_forms_are_the_same_function(compiled: bool, dtype: torch.dtype,
             parameter.data += 0.1 * torch.linspace(-1, 1, len(parameter), dtype=parameter.dtype)
     exact_loss, exact = gradients(exact_model, exact_model)
     monkeypatch.setattr("anew.model.gpt.is_on_gpu", lambda _: True)
-    loss, found = gradients(model, torch.compile(model, dynamic=False, backend="aot_eager") if compiled else model)
+    loss, found = gradients(
+        model, torch.compile(model, dynamic=False, backend="aot_eager") if compiled else model
+    )
     torch._dynamo.reset()
     assert loss == pytest.approx(exact_loss, rel=off / 10)
     assert ((found - exact).norm() / exact.norm()).item() < off
@@ -87,7 +99,9 @@ def test_the_gpu_forms_are_the_same_function(compiled: bool, dtype: torch.dtype,
 def test_no_token_sees_the_future() -> None:
     model = GPT(SMALL)
     seen: list[torch.Tensor] = []
-    model.transformer.wte.register_forward_hook(lambda module, args, out: (out.retain_grad(), seen.append(out))[1])
+    model.transformer.wte.register_forward_hook(
+        lambda module, args, out: (out.retain_grad(), seen.append(out))[1]
+    )
     logits = model(ids_for(SMALL, 1, 12))
     logits[0, 5].sum().backward()
     assert seen[0].grad is not None
@@ -97,7 +111,10 @@ def test_no_token_sees_the_future() -> None:
 
 
 def test_plain_attention_is_the_fused_one() -> None:
-    fused, plain = GPT(SMALL, seed=3), GPT(GPTConfig(**{**SMALL.__dict__, "attention": "plain"}), seed=3)
+    fused, plain = (
+        GPT(SMALL, seed=3),
+        GPT(GPTConfig(**{**SMALL.__dict__, "attention": "plain"}), seed=3),
+    )
     ids, targets = ids_for(SMALL, 2, 24), ids_for(SMALL, 2, 24, 1)
     a, b = fused(ids, targets), plain(ids, targets)
     assert a.item() == pytest.approx(b.item(), rel=1e-6)
@@ -130,12 +147,16 @@ def test_compiled_training_takes_the_same_step_as_eager() -> None:
         model = GPT(config, seed=8)
         wrap(model)(ids, ids.roll(-1, 1)).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients, strict=True):  # the compiled one uses TiledBackward and GELU as a sigmoid
+    for a, b in zip(
+        *gradients, strict=True
+    ):  # the compiled one uses TiledBackward and GELU as a sigmoid
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [7, 2 * 64 + 30])
-def test_chunked_loss_and_gradients_are_those_of_float64(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_and_gradients_are_those_of_float64(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("anew.model.loss.CHUNK", 64)
     config = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=rows, vocab_size=300)
     model = GPT(config, seed=1)
@@ -152,7 +173,10 @@ def test_chunked_loss_and_gradients_are_those_of_float64(rows: int, monkeypatch:
 
 
 def test_the_loss_of_a_chunk_in_place_and_in_one_pass_are_the_same() -> None:
-    logits, targets = 5 * torch.randn(50, 384, generator=torch.Generator().manual_seed(1)), torch.arange(50) * 5
+    logits, targets = (
+        5 * torch.randn(50, 384, generator=torch.Generator().manual_seed(1)),
+        torch.arange(50) * 5,
+    )
     targets[::7] = -100
     loss, by_one_pass = head.fused_chunk_loss(logits, targets, 257, training=True)
     again, in_place = head.chunk_loss(logits.clone(), targets, 257, training=True)
@@ -181,7 +205,9 @@ def test_fp16_gradients_are_neither_lost_nor_infinite() -> None:
         (model(ids, ids.roll(-1, 1)) * scale).backward()
         gradients.append(model.transformer.wte.weight.grad / scale)
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 5e-3
-    rare = gradients[1].abs() < 1e-9  # rows of tokens that no target names: pushed down by tiny probabilities
+    rare = (
+        gradients[1].abs() < 1e-9
+    )  # rows of tokens that no target names: pushed down by tiny probabilities
     assert gradients[0][:50257][~rare[:50257]].count_nonzero() > 0.99 * (~rare[:50257]).sum()
 
 
@@ -219,14 +245,20 @@ def test_cache_has_three_cases_and_none_changes_a_logit(lengths: list[int]) -> N
     with torch.no_grad():
         got = [model(padded, cache=cache)]  # prefill from empty
         cache.truncate(lengths)
-        steps = [torch.stack([r[n : n + 1] for r, n in zip(rows, lengths, strict=True)])]  # one token
-        steps += [torch.stack([r[n + 1 : n + 6] for r, n in zip(rows, lengths, strict=True)])]  # many tokens onto a filled cache
+        steps = [
+            torch.stack([r[n : n + 1] for r, n in zip(rows, lengths, strict=True)])
+        ]  # one token
+        steps += [
+            torch.stack([r[n + 1 : n + 6] for r, n in zip(rows, lengths, strict=True)])
+        ]  # many tokens onto a filled cache
         steps += [torch.stack([r[n + 6 : n + 8] for r, n in zip(rows, lengths, strict=True)])]
         got += [model(step, cache=cache) for step in steps]
         for i, n in enumerate(lengths):
             expected = model(rows[i][None])[0]
             torch.testing.assert_close(got[0][i, :n], expected[:n], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(torch.cat([g[i] for g in got[1:]]), expected[n : n + 8], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                torch.cat([g[i] for g in got[1:]]), expected[n : n + 8], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_bf16_follows_the_compute_dtype_and_keeps_fp32_weights() -> None:
@@ -236,7 +268,9 @@ def test_bf16_follows_the_compute_dtype_and_keeps_fp32_weights() -> None:
     loss = model(ids, ids)
     loss.backward()
     assert loss.dtype == torch.float32
-    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(
+        p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters()
+    )
     assert loss.item() == pytest.approx(GPT(SMALL)(ids, ids).item(), rel=5e-3)
 
 
@@ -272,7 +306,9 @@ def test_recomputed_blocks_keep_less() -> None:
         config = dataclasses.replace(SMALL, recompute=recompute)
         saved: dict[int, torch.Tensor] = {}
         kept.append(saved)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.setdefault(id(t), t), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.setdefault(id(t), t), lambda t: t
+        ):
             GPT(config)(ids_for(SMALL, 2, 16), ids_for(SMALL, 2, 16))
     before, after = (sum(t.numel() for t in saved.values()) for saved in kept)
     assert after < 0.5 * before

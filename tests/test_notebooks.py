@@ -23,7 +23,12 @@ def test_a_lesson_runs_and_what_it_claims_holds(lesson: Path, tmp_path: Path) ->
     }
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(lesson)], cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(lesson)],
+        cwd=ROOT / "notebooks",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
@@ -34,7 +39,9 @@ def test_the_notebook_is_the_lesson_executed(lesson: Path) -> None:
 
     notebook = json.loads(lesson.with_suffix(".ipynb").read_text(encoding="utf-8"))
     shipped = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
-    assert shipped == [(cell.cell_type, cell.source) for cell in jupytext.read(lesson).cells], "run notebooks/execute.py again"
+    assert shipped == [(cell.cell_type, cell.source) for cell in jupytext.read(lesson).cells], (
+        "run notebooks/execute.py again"
+    )
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in code)
     outputs = [output for cell in code for output in cell["outputs"]]

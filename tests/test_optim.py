@@ -25,8 +25,15 @@ def test_the_reference_schedule() -> None:
     assert all(a >= b for a, b in itertools.pairwise(lr[714:]))
 
 
-@given(st.integers(1, 30), st.integers(0, 40), st.sampled_from(["cosine", "linear"]), st.sampled_from([0.0, 1e-5]))
-def test_no_rate_is_zero_or_undefined_however_short_the_run(steps: int, warmup: int, schedule: str, min_lr: float) -> None:
+@given(
+    st.integers(1, 30),
+    st.integers(0, 40),
+    st.sampled_from(["cosine", "linear"]),
+    st.sampled_from([0.0, 1e-5]),
+)
+def test_no_rate_is_zero_or_undefined_however_short_the_run(
+    steps: int, warmup: int, schedule: str, min_lr: float
+) -> None:
     o = OptimConfig(warmup_steps=warmup, schedule=schedule, min_lr=min_lr)
     assert all(0 < rate(step, steps, o) <= 1 for step in range(steps))
 
@@ -49,7 +56,9 @@ def test_muons_momentum_rises_and_stays() -> None:
 def test_weight_decay_is_for_matrices_only() -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
     [adamw] = build(model, OptimConfig())
-    decayed = {name for g in adamw.param_groups if g["weight_decay"] > 0 for name in g["param_names"]}
+    decayed = {
+        name for g in adamw.param_groups if g["weight_decay"] > 0 for name in g["param_names"]
+    }
     assert decayed == {name for name, p in model.named_parameters() if p.ndim == 2}
     assert sum(len(g["params"]) for g in adamw.param_groups) == len(list(model.parameters()))
 
@@ -83,7 +92,14 @@ def test_a_step_that_is_not_finite_changes_nothing(kind: str) -> None:
     state = [v.clone() for o in optimizers for s in o.state.values() for v in s.values()]
     step(True)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(state, (v for o in optimizers for s in o.state.values() for v in s.values()), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            state,
+            (v for o in optimizers for s in o.state.values() for v in s.values()),
+            strict=True,
+        )
+    )
     step(False)
     assert not any(torch.equal(a, b) for a, b in zip(before[:3], model.parameters(), strict=False))
 
@@ -92,10 +108,21 @@ def test_muon_is_torchs_on_square_and_wide_matrices() -> None:
     torch.manual_seed(0)
     shapes = [(16, 16), (16, 64), (64, 16)]
     ours, theirs = (
-        [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)] for _ in range(2)
+        [
+            torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i)))
+            for i, s in enumerate(shapes)
+        ]
+        for _ in range(2)
     )
     a = Muon(ours, lr=0.02, weight_decay=0.1)
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    b = torch.optim.Muon(
+        theirs,
+        lr=0.02,
+        weight_decay=0.1,
+        momentum=0.95,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
     for step in range(4):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
@@ -114,14 +141,18 @@ def test_muon_takes_query_key_and_value_as_three_matrices() -> None:
 
     grads = [torch.randn(16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     together = after(48, grads)
-    torch.testing.assert_close(together, torch.cat([after(16, [g]) for g in grads], dim=1), rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(
+        together, torch.cat([after(16, [g]) for g in grads], dim=1), rtol=2e-2, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("computes", "setting", "dtype"), [
     (torch.bfloat16, "bf16", torch.bfloat16), (torch.bfloat16, "fp32", torch.float32), (torch.float32, "bf16", torch.float32),
     (torch.float16, "bf16", torch.float32),
 ])  # fmt: skip
-def test_newton_schulz_takes_bf16_only_where_the_run_does(computes: torch.dtype, setting: Any, dtype: torch.dtype) -> None:
+def test_newton_schulz_takes_bf16_only_where_the_run_does(
+    computes: torch.dtype, setting: Any, dtype: torch.dtype
+) -> None:
     """On a processor without bf16 instructions it is thirty times slower than fp32."""
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=64), computes)
     [_, muon] = build(model, OptimConfig(optimizer="muon", newton_schulz=setting))

@@ -44,7 +44,9 @@ def ok(found: list[tuple[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[dict[str, Any]]]:
+def alone(
+    text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, list[dict[str, Any]]]:
     config = dataclasses.replace(Config(), recipe="tiny").override(
         n_layer=2, n_head=2, n_embd=32, n_positions=16, seq_len=16, vocab_size=257, tokenizer="bytes", data=str(text_file),
         steps=50, warmup_steps=5, batch_tokens=256, micro_batch=2, lr=3e-3, min_lr=3e-4, precision="fp32", device="cpu", compile="off",
@@ -54,11 +56,15 @@ def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Co
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
-def test_any_number_of_ranks_is_the_same_run(alone: tuple[Config, list[dict[str, Any]]], ranks: int, parallel: str, tmp_path: Path) -> None:
+def test_any_number_of_ranks_is_the_same_run(
+    alone: tuple[Config, list[dict[str, Any]]], ranks: int, parallel: str, tmp_path: Path
+) -> None:
     config, [single] = alone
     shared = config.override(out=str(tmp_path / "run"), parallel=parallel)
     found = ok(run_ranks(ranks, trained, shared))
-    assert len({f["outcomes"] for f in found}) == 1, "ranks know the same of every step, bit for bit"
+    assert len({f["outcomes"] for f in found}) == 1, (
+        "ranks know the same of every step, bit for bit"
+    )
     for step in range(config.run.steps):
         assert [row for f in found for row in f["rows"][step]] == single["rows"][step]
     for a, b in zip(metrics.read(config.folder), metrics.read(shared.folder), strict=True):
@@ -69,15 +75,22 @@ def test_any_number_of_ranks_is_the_same_run(alone: tuple[Config, list[dict[str,
     assert one is not None
     assert many is not None
     assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
-    assert len((shared.folder / "log.txt").read_text().splitlines()) == len((config.folder / "log.txt").read_text().splitlines()) + 1
+    assert (
+        len((shared.folder / "log.txt").read_text().splitlines())
+        == len((config.folder / "log.txt").read_text().splitlines()) + 1
+    )
 
 
 FAST = {"optimizer": "muon", "newton_schulz": "fp32", "muon_warmup": 5, "steps": 10}
 
 
 @pytest.fixture(scope="module")
-def fast_alone(alone: tuple[Config, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
-    config = alone[0].override(**FAST, micro_batch=1, save_every=4, out=str(tmp_path_factory.mktemp("fast") / "run"))
+def fast_alone(
+    alone: tuple[Config, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, dict[str, Any]]:
+    config = alone[0].override(
+        **FAST, micro_batch=1, save_every=4, out=str(tmp_path_factory.mktemp("fast") / "run")
+    )
     return config, ok(run_ranks(1, trained, config))[0]
 
 
@@ -87,7 +100,9 @@ def test_muon_gives_the_same_run_on_any_number_of_ranks(
 ) -> None:
     config, single = fast_alone
     shared = config.override(out=str(tmp_path / "run"), parallel=parallel)
-    first = ok(run_ranks(ranks, trained_until, shared, 6))  # stopped, and gone on with by another number of ranks
+    first = ok(
+        run_ranks(ranks, trained_until, shared, 6)
+    )  # stopped, and gone on with by another number of ranks
     second = ok(run_ranks(4 if ranks == 2 else 2, trained, shared.override(parallel="ddp")))
     for step in range(config.run.steps):
         parts, i = (first, step) if step < 6 else (second, step - 6)
@@ -99,11 +114,19 @@ def test_muon_gives_the_same_run_on_any_number_of_ranks(
                 assert b[key] == pytest.approx(a[key], rel=1e-6), (a["step"], key)
 
 
-def test_world_size_and_kind_may_change_at_every_resume(alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_world_size_and_kind_may_change_at_every_resume(
+    alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     config, [single] = alone
     changing = config.override(out=str(tmp_path / "run"), keep=0, evaluate_every=0)
     rows: dict[int, list[list[int]]] = {}
-    for ranks, parallel, until in ((2, "ddp", 10), (1, "ddp", 20), (4, "fsdp", 30), (2, "fsdp", 40), (3, "ddp", 0)):
+    for ranks, parallel, until in (
+        (2, "ddp", 10),
+        (1, "ddp", 20),
+        (4, "fsdp", 30),
+        (2, "fsdp", 40),
+        (3, "ddp", 0),
+    ):
         shared = changing.override(parallel=parallel, batch_tokens=256, save_every=10)
         if ranks == 3:  # 16 sequences cannot be shared by three: said, and nothing is lost
             found = run_ranks(3, trained, shared)
@@ -159,15 +182,23 @@ def trained_until(config: Config, step: int) -> dict[str, Any]:
         {"optimizer": "muon", "parallel": "fsdp"},
     ],
 )
-def test_ranks_agree_in_every_kind_of_run(alone: tuple[Config, list[dict[str, Any]]], variant: dict[str, Any], tmp_path: Path) -> None:
-    config = alone[0].override(out=str(tmp_path / "run"), steps=8, warmup_steps=2, evaluate_every=0, **variant)
+def test_ranks_agree_in_every_kind_of_run(
+    alone: tuple[Config, list[dict[str, Any]]], variant: dict[str, Any], tmp_path: Path
+) -> None:
+    config = alone[0].override(
+        out=str(tmp_path / "run"), steps=8, warmup_steps=2, evaluate_every=0, **variant
+    )
     found = ok(run_ranks(2, trained, config))
     assert found[0]["outcomes"] == found[1]["outcomes"]
 
 
-def test_three_ranks_resume_bit_for_bit(alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_three_ranks_resume_bit_for_bit(
+    alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     """Where DistributedDataParallel would add in another order than before."""
-    whole = alone[0].override(out=str(tmp_path / "whole"), batch_tokens=192, steps=16, save_every=100, evaluate_every=0)
+    whole = alone[0].override(
+        out=str(tmp_path / "whole"), batch_tokens=192, steps=16, save_every=100, evaluate_every=0
+    )
     ok(run_ranks(3, trained, whole))
     parts = whole.override(out=str(tmp_path / "parts"))
     for until in (3, 9):
@@ -186,7 +217,9 @@ def test_three_ranks_resume_bit_for_bit(alone: tuple[Config, list[dict[str, Any]
     ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK is 5"),
     ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}, "were all ranks started?"),
 ])  # fmt: skip
-def test_a_launch_that_cannot_work_is_said(environment: dict[str, str], words: str, text_file: Path, tmp_path: Path) -> None:
+def test_a_launch_that_cannot_work_is_said(
+    environment: dict[str, str], words: str, text_file: Path, tmp_path: Path
+) -> None:
     port = {"MASTER_PORT": str(free_port())} if environment.get("MASTER_PORT") == "1" else {}
     command = [
         sys.executable,
@@ -201,7 +234,13 @@ def test_a_launch_that_cannot_work_is_said(environment: dict[str, str], words: s
         "--timeout-seconds",
         "3",
     ]
-    done = subprocess.run(command, env={**os.environ, **environment, **port}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment, **port},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -211,8 +250,12 @@ def disagreeing(config: Config) -> None:
     train(config.override(weight_decay=0.1 * (1 + int(os.environ["RANK"]))))
 
 
-def test_ranks_that_differ_are_named(alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path) -> None:
-    found = run_ranks(2, disagreeing, alone[0].override(out=str(tmp_path / "run"), steps=7, warmup_steps=1))
+def test_ranks_that_differ_are_named(
+    alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    found = run_ranks(
+        2, disagreeing, alone[0].override(out=str(tmp_path / "run"), steps=7, warmup_steps=1)
+    )
     assert {status for status, _ in found} == {"UserError"}
     assert "the ranks differ in settings" in found[0][1]
 
@@ -241,9 +284,24 @@ def test_the_runs_of_the_reference_projects(
     assert "124,475,904 parameters" in plan  # with the rows that pad the vocabulary
     tokens = str(2 * 16 * 8 * accumulated)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anew", "train", recipe, "--json"),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "anew",
+            "train",
+            recipe,
+            "--json",
+        ),
         *("--data", str(text_file), "--out", str(tmp_path / "run"), "--batch-tokens", tokens),
-        *(word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))),
+        *(
+            word
+            for name, value in TINY.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -21,11 +21,17 @@ def text_of(capsys: pytest.CaptureFixture[str], line: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_reference_run_costs_what_can_be_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reference_run_costs_what_can_be_worked_out_by_hand(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = text_of(capsys, "gpt2-124m --gpu h100 --count 8 --price 2.5 --json")
     facts = json.loads(out.splitlines()[-1])
     # 19,073 steps x (524,288 tokens x 798 MFLOP / (8 x 38% of 989 TFLOP/s) + 2 x 7/8 x 4 x 124.5M bytes / 450 GB/s)
-    by_hand = 19_073 * (524_288 * 798_087_168 / (8 * 0.38 * 989e12) + 1.75 * 4 * 124_475_904 / 450e9) / 3600
+    by_hand = (
+        19_073
+        * (524_288 * 798_087_168 / (8 * 0.38 * 989e12) + 1.75 * 4 * 124_475_904 / 450e9)
+        / 3600
+    )
     assert facts["hours"] == pytest.approx(by_hand, rel=1e-3)
     assert facts["dollars"] == pytest.approx(by_hand * 8 * 2.5, rel=1e-3)
     assert facts["memory"]["state"] + facts["memory"]["gradients"] == 16 * 124_475_904
@@ -85,7 +91,12 @@ def test_memory_grows_with_the_micro_batch_and_fsdp_cuts_the_state() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}])
 def test_a_checkpoint_is_as_large_as_planned(settings: dict[str, Any], tmp_path: Path) -> None:
-    larger = {"n_layer": 4, "n_embd": 64, "steps": 4, "warmup_steps": 1}  # so that the tensors' names weigh little
+    larger = {
+        "n_layer": 4,
+        "n_embd": 64,
+        "steps": 4,
+        "warmup_steps": 1,
+    }  # so that the tensors' names weigh little
     config = tiny(tmp_path / "run", **larger, **settings)
     train(config)
     folder, _ = checkpoint.newest(config.folder)

@@ -52,7 +52,22 @@ def content(folder: Path) -> dict[str, bytes]:
 def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,500 documents of uneven length: about 0.9 MB."""
     path = tmp_path_factory.mktemp("posts") / "posts.jsonl"
-    words = ["the", "king", "crosses", "a", "river", "and", "12", "ships", "leave", "while", "nobody", "sees", "them", "again"]
+    words = [
+        "the",
+        "king",
+        "crosses",
+        "a",
+        "river",
+        "and",
+        "12",
+        "ships",
+        "leave",
+        "while",
+        "nobody",
+        "sees",
+        "them",
+        "again",
+    ]
     rng = random.Random(1)
     rows = [" ".join(rng.choices(words, k=rng.choice([3, 40, 300]))) + f" {i}" for i in range(1500)]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -61,25 +76,40 @@ def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(posts: Path, tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
-    return prepare.prepare(sources.find(str(posts)), SMALL, tmp_path_factory.mktemp("whole") / "data", workers=1)
+    return prepare.prepare(
+        sources.find(str(posts)), SMALL, tmp_path_factory.mktemp("whole") / "data", workers=1
+    )
 
 
-def test_every_document_is_there_once_and_validation_is_apart(posts: Path, whole: DataFolder) -> None:
+def test_every_document_is_there_once_and_validation_is_apart(
+    posts: Path, whole: DataFolder
+) -> None:
     documents = [json.loads(line)["text"] for line in posts.open()]
     found = {
-        split: GPT2.decode(np.concatenate([s.tokens for s in whole.splits[split]]).tolist()).split("<|endoftext|>")[1:]
+        split: GPT2.decode(np.concatenate([s.tokens for s in whole.splits[split]]).tolist()).split(
+            "<|endoftext|>"
+        )[1:]
         for split in ("train", "val")
     }
     assert sorted(found["train"] + found["val"]) == sorted(documents)
-    assert found["train"] != [d for d in documents if d in set(found["train"])], "documents are shuffled"
+    assert found["train"] != [d for d in documents if d in set(found["train"])], (
+        "documents are shuffled"
+    )
     assert 6_000 <= whole.n_tokens("val") < 6_600, "validation ends with the document that fills it"
-    assert [s.n_tokens for s in whole.splits["train"][:-1]] == [20_000] * (len(whole.splits["train"]) - 1)
-    hashes = sorted(int.from_bytes(hashlib.blake2b(d.encode(), digest_size=8).digest(), "little") for d in found["val"])
+    assert [s.n_tokens for s in whole.splits["train"][:-1]] == [20_000] * (
+        len(whole.splits["train"]) - 1
+    )
+    hashes = sorted(
+        int.from_bytes(hashlib.blake2b(d.encode(), digest_size=8).digest(), "little")
+        for d in found["val"]
+    )
     assert hashes[-1] < 2**64 // 10
 
 
 @pytest.mark.parametrize("workers", [2, 16])
-def test_any_number_of_workers_writes_the_same_bytes(posts: Path, whole: DataFolder, workers: int, tmp_path: Path) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(
+    posts: Path, whole: DataFolder, workers: int, tmp_path: Path
+) -> None:
     prepare.prepare(sources.find(str(posts)), SMALL, tmp_path / "data", workers=workers)
     assert content(tmp_path / "data") == content(whole.path)
 
@@ -97,7 +127,9 @@ def test_thirty_kills_change_no_byte(posts: Path, whole: DataFolder, tmp_path: P
         if kills < 30:
             before = blocks[-1] if blocks else 0
             deadline = time.monotonic() + 20
-            while process.is_alive() and time.monotonic() < deadline:  # let it get a little further, then kill it anywhere
+            while (
+                process.is_alive() and time.monotonic() < deadline
+            ):  # let it get a little further, then kill it anywhere
                 with contextlib.suppress(FileNotFoundError, ValueError):
                     blocks.append(json.loads((out / "progress.json").read_text())["block"])
                 if kills % 3 or (blocks and blocks[-1] > before):
@@ -114,9 +146,13 @@ def test_thirty_kills_change_no_byte(posts: Path, whole: DataFolder, tmp_path: P
     assert sorted(blocks) == blocks, "no block is done twice"
 
 
-def test_a_finished_folder_is_left_alone_and_other_wishes_are_refused(posts: Path, whole: DataFolder, tmp_path: Path) -> None:
+def test_a_finished_folder_is_left_alone_and_other_wishes_are_refused(
+    posts: Path, whole: DataFolder, tmp_path: Path
+) -> None:
     before = content(whole.path)
-    assert prepare.prepare(sources.find(str(posts)), SMALL, whole.path).n_tokens("train") == whole.n_tokens("train")
+    assert prepare.prepare(sources.find(str(posts)), SMALL, whole.path).n_tokens(
+        "train"
+    ) == whole.n_tokens("train")
     assert content(whole.path) == before
     with pytest.raises(UserError, match="holds other data"):
         prepare.prepare(sources.find(str(posts)), prepare.Settings("bytes"), whole.path)
@@ -163,7 +199,11 @@ def test_two_writers_cannot_share_a_folder(posts: Path, tmp_path: Path) -> None:
         inside.set()
         leave.wait(20)
 
-    first = threading.Thread(target=prepare.prepare, args=(sources.find(str(posts)), SMALL, out), kwargs={"report": pause})
+    first = threading.Thread(
+        target=prepare.prepare,
+        args=(sources.find(str(posts)), SMALL, out),
+        kwargs={"report": pause},
+    )
     first.start()
     assert inside.wait(20)
     with pytest.raises(UserError, match="another process is preparing"):
@@ -174,7 +214,9 @@ def test_two_writers_cannot_share_a_folder(posts: Path, tmp_path: Path) -> None:
 
 
 def test_the_limit_is_exact(posts: Path, tmp_path: Path) -> None:
-    limited = prepare.Settings("gpt2", limit_tokens=50_001, shard_tokens=20_000, block_bytes=40_000, val_tokens=100)
+    limited = prepare.Settings(
+        "gpt2", limit_tokens=50_001, shard_tokens=20_000, block_bytes=40_000, val_tokens=100
+    )
     folder = prepare.prepare(sources.find(str(posts)), limited, tmp_path / "data")
     assert folder.n_tokens("train") == 50_001
 
@@ -183,18 +225,28 @@ def test_repeats_of_held_out_documents_are_not_trained_on(tmp_path: Path) -> Non
     documents = [f"document number {i}, which is long enough to count" for i in range(400)]
     path = tmp_path / "twice.jsonl"
     path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents * 2))
-    folder = prepare.prepare(sources.find(str(path)), prepare.Settings("gpt2", val_tokens=100, block_bytes=1000), tmp_path / "data")
+    folder = prepare.prepare(
+        sources.find(str(path)),
+        prepare.Settings("gpt2", val_tokens=100, block_bytes=1000),
+        tmp_path / "data",
+    )
     found = {split: set(_texts(folder, split)) for split in ("train", "val")}
     assert found["val"]
     assert not found["train"] & found["val"]
-    assert json.loads((folder.path / "index.json").read_text())["repeats_of_validation"] == len(found["val"])
+    assert json.loads((folder.path / "index.json").read_text())["repeats_of_validation"] == len(
+        found["val"]
+    )
 
 
 def _texts(folder: DataFolder, split: str) -> list[str]:
-    return GPT2.decode(np.concatenate([s.tokens for s in folder.splits[split]]).tolist()).split("<|endoftext|>")[1:]
+    return GPT2.decode(np.concatenate([s.tokens for s in folder.splits[split]]).tolist()).split(
+        "<|endoftext|>"
+    )[1:]
 
 
-def test_a_full_disk_stops_in_words_and_goes_on(posts: Path, whole: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_in_words_and_goes_on(
+    posts: Path, whole: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, real, written = tmp_path / "data", SplitWriter._append, 0
 
     def full(writer: SplitWriter, tokens: np.ndarray) -> None:
@@ -228,7 +280,11 @@ def test_long_documents_have_the_same_tokens_in_pieces(text: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["the ", "a", " ", "\n", "é", "12", "don't", "  x", "👍"]), max_size=400))
+@given(
+    st.lists(
+        st.sampled_from(["the ", "a", " ", "\n", "é", "12", "don't", "  x", "👍"]), max_size=400
+    )
+)
 def test_pieces_cut_no_token(parts: list[str]) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
@@ -242,7 +298,9 @@ def test_odd_documents(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows) + "\n\n")
     folder = prepare.prepare(sources.find(str(path)), prepare.Settings("gpt2"), tmp_path / "data")
     tokens = np.concatenate([s.tokens for split in ("train", "val") for s in folder.splits[split]])
-    assert (tokens == GPT2.end_of_text).sum() == 6, "one for each document that is not empty, and none that a document wrote itself"
+    assert (tokens == GPT2.end_of_text).sum() == 6, (
+        "one for each document that is not empty, and none that a document wrote itself"
+    )
 
 
 def test_every_format_holds_the_same_documents(tmp_path: Path) -> None:
@@ -254,7 +312,9 @@ def test_every_format_holds_the_same_documents(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
-    parquet.write_table(pyarrow.table({"id": range(1200), "text": rows}), tmp_path / "a.parquet", row_group_size=100)
+    parquet.write_table(
+        pyarrow.table({"id": range(1200), "text": rows}), tmp_path / "a.parquet", row_group_size=100
+    )
     expected = [row.encode() for row in rows]
     for path in sorted(tmp_path.iterdir()):
         assert list(readers.documents(path)) == expected, path.name
@@ -271,8 +331,15 @@ def test_every_format_holds_the_same_documents(tmp_path: Path) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(20, 90), st.integers(2, 12), st.sampled_from([1, 2, 3]))
-def test_an_epoch_reads_every_window_once_on_any_number_of_ranks(lengths: list[int], shard_tokens: int, seq_len: int, ranks: int) -> None:
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.integers(20, 90),
+    st.integers(2, 12),
+    st.sampled_from([1, 2, 3]),
+)
+def test_an_epoch_reads_every_window_once_on_any_number_of_ranks(
+    lengths: list[int], shard_tokens: int, seq_len: int, ranks: int
+) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +360,9 @@ def test_an_epoch_reads_every_window_once_on_any_number_of_ranks(lengths: list[i
         start = 0
         for shard in opened:
             dropped = set(range(start, start + shard.n_tokens)) - set(seen.tolist())
-            assert len(dropped) < seq_len + 1, "fewer than T + 1 tokens are dropped at a shard's end"
+            assert len(dropped) < seq_len + 1, (
+                "fewer than T + 1 tokens are dropped at a shard's end"
+            )
             start += shard.n_tokens
 
 
@@ -323,9 +392,18 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, Hub)
         path = urlsplit(self.path).path
-        if re.fullmatch(r"/api/datasets/HuggingFaceFW/fineweb-edu/revision/(main|" + COMMIT + ")", path):
+        if re.fullmatch(
+            r"/api/datasets/HuggingFaceFW/fineweb-edu/revision/(main|" + COMMIT + ")", path
+        ):
             return self.json(
-                {"id": "HuggingFaceFW/fineweb-edu", "sha": COMMIT, "siblings": [], "tags": [], "private": False, "downloads": 0}
+                {
+                    "id": "HuggingFaceFW/fineweb-edu",
+                    "sha": COMMIT,
+                    "siblings": [],
+                    "tags": [],
+                    "private": False,
+                    "downloads": 0,
+                }
             )
         if path.startswith(f"/api/datasets/HuggingFaceFW/fineweb-edu/tree/{COMMIT}/"):
             return self.json([
@@ -335,7 +413,9 @@ class Handler(BaseHTTPRequestHandler):
             ])  # fmt: skip
         name = path.removeprefix(f"/datasets/HuggingFaceFW/fineweb-edu/resolve/{COMMIT}/")
         if name == path or name not in server.files:
-            return self.empty(404, {"X-Error-Code": "EntryNotFound" if "resolve" in path else "RepoNotFound"})
+            return self.empty(
+                404, {"X-Error-Code": "EntryNotFound" if "resolve" in path else "RepoNotFound"}
+            )
         raw = server.files[name]
         fault = server.faults.get(name, []).pop(0) if body and server.faults.get(name) else ""
         if body:
@@ -349,14 +429,25 @@ class Handler(BaseHTTPRequestHandler):
         start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
         self.send_response(206 if start else 200)
         digest = hashlib.sha256(server.files[name]).hexdigest()
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"', "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(raw))}
-        headers |= {"Accept-Ranges": "bytes"} | ({} if fault == "no length" else {"Content-Length": str(len(raw) - start)})
+        headers = {
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{digest}"',
+            "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Size": str(len(raw)),
+        }
+        headers |= {"Accept-Ranges": "bytes"} | (
+            {} if fault == "no length" else {"Content-Length": str(len(raw) - start)}
+        )
         headers |= {"Content-Range": f"bytes {start}-{len(raw) - 1}/{len(raw)}"} if start else {}
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self.wfile.write(raw[start : start + (len(raw) - start) // 2] if fault in ("cut", "no length") else raw[start:])
+            self.wfile.write(
+                raw[start : start + (len(raw) - start) // 2]
+                if fault in ("cut", "no length")
+                else raw[start:]
+            )
             self.close_connection = fault in ("cut", "no length")
         return None
 
@@ -382,7 +473,10 @@ def part(number: int, documents: int = 150) -> bytes:
     """A parquet file with FineWeb-Edu's columns."""
     rng = random.Random(number)
     texts = [
-        " ".join(rng.choices(["school", "water", "the", "plants", "of", "energy", "a", "light"], k=120)) + f" {number}.{i}"
+        " ".join(
+            rng.choices(["school", "water", "the", "plants", "of", "energy", "a", "light"], k=120)
+        )
+        + f" {number}.{i}"
         for i in range(documents)
     ]
     n = len(texts)
@@ -399,7 +493,9 @@ def part(number: int, documents: int = 150) -> bytes:
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, bytes]:
-    return {f"sample/10BT/{i:03d}_00000.parquet": part(i) for i in range(6)} | {"data/other.parquet": part(99)}
+    return {f"sample/10BT/{i:03d}_00000.parquet": part(i) for i in range(6)} | {
+        "data/other.parquet": part(99)
+    }
 
 
 @pytest.fixture
@@ -429,12 +525,19 @@ def test_fineweb_edu_from_the_hub(hub: Hub, edu: tuple[DataFolder, dict[str, byt
     index = json.loads(files["index.json"])
     assert (index["revision"], index["documents"]) == (COMMIT, 900)
     assert folder.n_tokens("train") + folder.n_tokens("val") > 900 * 100
-    assert set(files) == {"index.json", *(e["name"] for e in index["shards"])}, "fetched files are gone"
+    assert set(files) == {"index.json", *(e["name"] for e in index["shards"])}, (
+        "fetched files are gone"
+    )
 
 
 @pytest.mark.parametrize("fault", ["cut", "no length", "error page", "flipped", "503", "429"])
-def test_network_faults_change_no_byte(hub: Hub, edu: tuple[DataFolder, dict[str, bytes]], fault: str, tmp_path: Path) -> None:
-    hub.faults = {"sample/10BT/002_00000.parquet": [fault], "sample/10BT/003_00000.parquet": [fault]}
+def test_network_faults_change_no_byte(
+    hub: Hub, edu: tuple[DataFolder, dict[str, bytes]], fault: str, tmp_path: Path
+) -> None:
+    hub.faults = {
+        "sample/10BT/002_00000.parquet": [fault],
+        "sample/10BT/003_00000.parquet": [fault],
+    }
     prepare.prepare(sources.find("fineweb-edu"), SMALL, tmp_path / "data")
     assert content(tmp_path / "data") == edu[1]
     assert hub.faults == {name: [] for name in hub.faults}, "the faults happened"
@@ -450,10 +553,14 @@ def test_a_lasting_fault_is_one_sentence_and_what_was_done_stays(
     hub.gets.clear()
     prepare.prepare(sources.find("fineweb-edu"), SMALL, tmp_path / "data")
     assert content(tmp_path / "data") == edu[1]
-    assert "sample/10BT/001_00000.parquet" not in {name for name, _ in hub.gets}, "files that are done are not fetched again"
+    assert "sample/10BT/001_00000.parquet" not in {name for name, _ in hub.gets}, (
+        "files that are done are not fetched again"
+    )
 
 
-def test_a_file_that_changed_on_the_server_is_noticed(hub: Hub, edu: tuple[DataFolder, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_file_that_changed_on_the_server_is_noticed(
+    hub: Hub, edu: tuple[DataFolder, dict[str, bytes]], tmp_path: Path
+) -> None:
     source = sources.find("fineweb-edu")
     hub.files["sample/10BT/005_00000.parquet"] = part(77)
     with pytest.raises(UserError, match=r"another sha256|could not be fetched"):
@@ -482,7 +589,9 @@ def test_twenty_files_within_a_disk_budget_of_three(hub: Hub, tmp_path: Path) ->
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        prepare.prepare(sources.find("fineweb-edu"), SMALL, out, workers=2, disk_budget=budget, consumed=True)
+        prepare.prepare(
+            sources.find("fineweb-edu"), SMALL, out, workers=2, disk_budget=budget, consumed=True
+        )
     finally:
         stop.set()
         reader.join()
@@ -490,27 +599,46 @@ def test_twenty_files_within_a_disk_budget_of_three(hub: Hub, tmp_path: Path) ->
     assert taken == [s.path.read_bytes() for s in undisturbed.splits["train"]][: len(taken)]
     assert len(taken) > 10
     with pytest.raises(UserError, match=r"the disk budget of .* is full"):
-        prepare.prepare(sources.find("fineweb-edu"), SMALL, tmp_path / "alone", disk_budget=size + 1000)
+        prepare.prepare(
+            sources.find("fineweb-edu"), SMALL, tmp_path / "alone", disk_budget=size + 1000
+        )
 
 
 @pytest.fixture
 def web(hub: Hub, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run on fineweb-edu, whose preparation is a process of its own, with small shards and a cache of its own."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # the process beside training has its own huggingface_hub
+    monkeypatch.setenv(
+        "HF_HUB_OFFLINE", "0"
+    )  # the process beside training has its own huggingface_hub
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setenv("ANEW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("anew.data.dataset.settings_for", lambda _: BYTES)
-    return tiny.override(data="fineweb-edu", n_layer=1, n_head=1, n_embd=8, steps=40, batch_tokens=1024, save_every=10)
+    return tiny.override(
+        data="fineweb-edu",
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+        steps=40,
+        batch_tokens=1024,
+        save_every=10,
+    )
 
 
-def test_training_on_what_is_still_being_prepared_is_training_on_what_is_there(hub: Hub, web: Config, tmp_path: Path) -> None:
+def test_training_on_what_is_still_being_prepared_is_training_on_what_is_there(
+    hub: Hub, web: Config, tmp_path: Path
+) -> None:
     from anew.training.trainer import train
 
     streamed = train(web.override(out=str(tmp_path / "streamed")))
     [data] = (tmp_path / "cache" / "data").iterdir()
-    prepare.prepare(sources.find("fineweb-edu"), BYTES, data, wait=True)  # what was not needed for 40 steps
+    prepare.prepare(
+        sources.find("fineweb-edu"), BYTES, data, wait=True
+    )  # what was not needed for 40 steps
     again = train(web.override(out=str(tmp_path / "again")))
-    a, b = (load_file(r.folder / "checkpoints" / "step-00000040" / "model.safetensors") for r in (streamed, again))
+    a, b = (
+        load_file(r.folder / "checkpoints" / "step-00000040" / "model.safetensors")
+        for r in (streamed, again)
+    )
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert streamed.val_loss == again.val_loss
     with pytest.MonkeyPatch.context() as patch:
@@ -518,7 +646,9 @@ def test_training_on_what_is_still_being_prepared_is_training_on_what_is_there(h
         train(web.override(out=str(tmp_path / "offline"), steps=2, warmup_steps=0))
 
 
-def test_a_disk_budget_holds_through_a_whole_run_and_its_resume(hub: Hub, web: Config, tmp_path: Path) -> None:
+def test_a_disk_budget_holds_through_a_whole_run_and_its_resume(
+    hub: Hub, web: Config, tmp_path: Path
+) -> None:
     from anew.errors import Preempted
     from anew.training.trainer import train
 
@@ -550,7 +680,10 @@ def test_a_disk_budget_holds_through_a_whole_run_and_its_resume(hub: Hub, web: C
     assert not (data / "train-00000.bin").exists()
     prepare.prepare(sources.find("fineweb-edu"), BYTES, tmp_path / "all")
     whole = train(web.override(out=str(tmp_path / "whole"), data=str(tmp_path / "all"), steps=90))
-    a, b = (load_file(r / "checkpoints" / "step-00000090" / "model.safetensors") for r in (run, whole.folder))
+    a, b = (
+        load_file(r / "checkpoints" / "step-00000090" / "model.safetensors")
+        for r in (run, whole.folder)
+    )
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
@@ -569,22 +702,30 @@ def test_other_datasets_and_names_that_do_not_exist(hub: Hub) -> None:
         sources.find("nothing at all")
 
 
-def test_other_projects_token_files_are_read_and_ours_are_llm_cs(whole: DataFolder, tiny: Config, tmp_path: Path) -> None:
+def test_other_projects_token_files_are_read_and_ours_are_llm_cs(
+    whole: DataFolder, tiny: Config, tmp_path: Path
+) -> None:
     from anew.training.trainer import train
 
-    streams = {split: np.concatenate([s.tokens for s in whole.splits[split]]) for split in ("train", "val")}
+    streams = {
+        split: np.concatenate([s.tokens for s in whole.splits[split]]) for split in ("train", "val")
+    }
     for name in ("llmc", "npy", "nanogpt", "odd", "wide"):
         (tmp_path / name).mkdir()
     for split, stream in streams.items():
         header = np.zeros(256, dtype="<i4")
         header[:3] = 20240520, 1, len(stream)
-        (tmp_path / "llmc" / f"edu_fineweb_{split}_000001.bin").write_bytes(header.tobytes() + stream.tobytes())
+        (tmp_path / "llmc" / f"edu_fineweb_{split}_000001.bin").write_bytes(
+            header.tobytes() + stream.tobytes()
+        )
         np.save(tmp_path / "npy" / f"edufineweb_{split}_000000.npy", np.asarray(stream))
         (tmp_path / "nanogpt" / f"{split}.bin").write_bytes(stream.tobytes())
     for name in ("llmc", "npy", "nanogpt"):
         folder = open_data(str(tmp_path / name), "gpt2")
         for split, stream in streams.items():
-            assert np.array_equal(np.concatenate([s.tokens for s in folder.splits[split]]), stream), name
+            assert np.array_equal(
+                np.concatenate([s.tokens for s in folder.splits[split]]), stream
+            ), name
         result = train(tiny.override(data=str(tmp_path / name), tokenizer="gpt2", vocab_size=50257, steps=2, warmup_steps=0,
                                      val_tokens=200, out=str(tmp_path / f"run-{name}")))  # fmt: skip
         assert result.step == 2
@@ -594,12 +735,16 @@ def test_other_projects_token_files_are_read_and_ours_are_llm_cs(whole: DataFold
         with pytest.raises(UserError, match=words):
             open_data(str(tmp_path / name), "gpt2")
     ours = whole.splits["train"][0].path.read_bytes()
-    magic, version, n_tokens = np.frombuffer(ours[:12], "<i4")  # llm.c's dataloader asks for these three
+    magic, version, n_tokens = np.frombuffer(
+        ours[:12], "<i4"
+    )  # llm.c's dataloader asks for these three
     assert (magic, version, n_tokens) == (20240520, 1, 20_000)
     assert len(ours) == 1024 + 2 * n_tokens
 
 
-def test_what_prepare_says_beforehand_and_afterwards(posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_prepare_says_beforehand_and_afterwards(
+    posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from anew.cli.main import main
 
     main(["prepare", str(posts), "--dry-run", "--disk-budget", "100K", "--json"])
@@ -608,7 +753,19 @@ def test_what_prepare_says_beforehand_and_afterwards(posts: Path, tmp_path: Path
     assert plan["files"] == 1
     assert plan["bytes_to_read"] == posts.stat().st_size
     assert "the budget of 0.00 GB is less" in said
-    main(["prepare", str(posts), "--out", str(tmp_path / "data"), "--limit-tokens", "30000", "--workers", "1", "--json"])
+    main(
+        [
+            "prepare",
+            str(posts),
+            "--out",
+            str(tmp_path / "data"),
+            "--limit-tokens",
+            "30000",
+            "--workers",
+            "1",
+            "--json",
+        ]
+    )
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert out["train"] == 30_000
     assert 0.3 < plan["tokens"] / 200_000 < 3
@@ -625,7 +782,9 @@ def test_what_prepare_says_beforehand_and_afterwards(posts: Path, tmp_path: Path
     (["x", "--disk-budget", "lots"], "is no size"), ([], "name a source"), (["{posts}"], "name the data folder"),
     (["{posts}", "--out", "d", "--workers", "-1"], "must be 0 or above"), (["--show", "nowhere"], "is not a data folder"),
 ])  # fmt: skip
-def test_wishes_that_prepare_refuses(posts: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wishes_that_prepare_refuses(
+    posts: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from anew.cli.main import main
 
     with pytest.raises(SystemExit) as end:
@@ -638,22 +797,41 @@ def test_the_real_web_text_goes_through(tmp_path: Path) -> None:
     path = shared("web_text/openwebtext_1000.jsonl")
     folder = prepare.prepare(sources.find(str(path)), prepare.Settings("gpt2"), tmp_path / "data")
     documents = [json.loads(line)["text"] for line in path.open()]
-    assert sorted(_texts(folder, "train") + _texts(folder, "val")) == sorted(d.replace("\ufffd", "\ufffd") for d in documents)
+    assert sorted(_texts(folder, "train") + _texts(folder, "val")) == sorted(
+        d.replace("\ufffd", "\ufffd") for d in documents
+    )
 
 
 def test_the_first_tokens_can_be_the_validation_split(posts: Path, tmp_path: Path) -> None:
     first = dataclasses.replace(SMALL, val_tokens=12_345, validation="first")
     folder = prepare.prepare(sources.find(str(posts)), first, tmp_path / "data", workers=2)
-    stream = [t for line in posts.open() for t in [GPT2.end_of_text, *GPT2.encode(json.loads(line)["text"])]]
+    stream = [
+        t
+        for line in posts.open()
+        for t in [GPT2.end_of_text, *GPT2.encode(json.loads(line)["text"])]
+    ]
     assert np.concatenate([s.tokens for s in folder.splits["val"]]).tolist() == stream[:12_345]
     rest = np.concatenate([s.tokens for s in folder.splits["train"]])
     assert sorted(rest.tolist()) == sorted(stream[12_345:])
 
 
 @pytest.mark.parametrize("to", ["llm.c", "build-nanogpt", "nanogpt"])
-def test_a_data_folder_in_the_files_of_other_projects(whole: DataFolder, to: str, tmp_path: Path) -> None:
+def test_a_data_folder_in_the_files_of_other_projects(
+    whole: DataFolder, to: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "anew", "prepare", str(whole.path), "--to", to, "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "anew",
+        "prepare",
+        str(whole.path),
+        "--to",
+        to,
+        "--out",
+        str(out),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     again = open_data(str(out), "gpt2")
@@ -661,7 +839,10 @@ def test_a_data_folder_in_the_files_of_other_projects(whole: DataFolder, to: str
         ours, theirs = (np.concatenate([s.tokens for s in f.splits[split]]) for f in (whole, again))
         assert (ours == theirs).all()
     if to == "nanogpt":  # as its train.py reads it
-        assert (np.memmap(out / "train.bin", dtype=np.uint16, mode="r") == np.concatenate([s.tokens for s in whole.splits["train"]])).all()
+        assert (
+            np.memmap(out / "train.bin", dtype=np.uint16, mode="r")
+            == np.concatenate([s.tokens for s in whole.splits["train"]])
+        ).all()
     if to == "build-nanogpt":  # as its load_tokens does
         names = sorted(p.name for p in out.iterdir() if "train" in p.name)
         assert len(np.load(out / names[0]).astype(np.int32)) == 20_000
@@ -673,18 +854,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MB."""
     path = tmp_path / "disk"
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs takes rights that this process has not")
     yield path
     subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_disk_that_is_really_full_is_said_and_goes_on_when_there_is_room(posts: Path, whole: DataFolder, small_disk: Path) -> None:
+def test_a_disk_that_is_really_full_is_said_and_goes_on_when_there_is_room(
+    posts: Path, whole: DataFolder, small_disk: Path
+) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 700_000)
-    code = (
-        f"from pathlib import Path; from tests.test_prepare import child; child(Path({str(posts)!r}), Path({str(small_disk / 'data')!r}))"
-    )
+    code = f"from pathlib import Path; from tests.test_prepare import child; child(Path({str(posts)!r}), Path({str(small_disk / 'data')!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1  # no SIGBUS: shards are written, not mapped
     assert "UserError: the disk of" in done.stderr

@@ -43,21 +43,37 @@ def test_cpu_uses_the_largest_candidate_without_measuring(config: Config) -> Non
     assert probe.find_micro_batch(state_of(long))[0] == 2  # 8192 tokens
 
 
-def test_largest_candidate_below_the_limit_is_found(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_largest_candidate_below_the_limit_is_found(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = state_of(config)
     monkeypatch.setattr(probe, "measured_peak", peak_of_100_and_10_megabytes)
-    for megabytes, found in ((1000, 16), (260, 16), (259, 8), (180, 8), (179, 4), (120, 2), (119, 1)):
+    for megabytes, found in (
+        (1000, 16),
+        (260, 16),
+        (259, 8),
+        (180, 8),
+        (179, 4),
+        (120, 2),
+        (119, 1),
+    ):
         monkeypatch.setattr(probe, "usable_bytes", lambda _, limit=megabytes: limit * MEGABYTE)
         assert probe.find_micro_batch(state)[0] == found, megabytes
 
 
-def test_candidates_that_run_out_of_memory_are_passed_over(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "measured_peak", lambda _, sequences: None if sequences > 4 else MEGABYTE)
+def test_candidates_that_run_out_of_memory_are_passed_over(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        probe, "measured_peak", lambda _, sequences: None if sequences > 4 else MEGABYTE
+    )
     monkeypatch.setattr(probe, "usable_bytes", lambda _: 64 * GIB)
     assert probe.find_micro_batch(state_of(config)) == (4, "micro-batch 4: uses 0.0 of 68.7 GB")
 
 
-def test_passes_of_a_trial_leave_weights_and_optimizer_unchanged(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_of_a_trial_leave_weights_and_optimizer_unchanged(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The measured passes themselves, with the GPU's counters replaced."""
     state = state_of(config)
     before = [p.detach().clone() for p in state.params]
@@ -82,7 +98,9 @@ def test_every_rank_reports_that_no_sequence_fits_on_one_of_them(config: Config)
     assert all("not even one sequence fits" in text for _, text in found)
 
 
-def test_a_resumed_run_keeps_the_micro_batch_that_it_found(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_micro_batch_that_it_found(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another one would add in another order, and memory may not be free in the same way again."""
     monkeypatch.setattr(probe, "measured_peak", peak_of_100_and_10_megabytes)
     monkeypatch.setattr(probe, "usable_bytes", lambda _: 64 * GIB)
@@ -92,11 +110,16 @@ def test_a_resumed_run_keeps_the_micro_batch_that_it_found(config: Config, monke
 
     with pytest.raises(KeyboardInterrupt):
         train(config, stop)
-    monkeypatch.setattr(probe, "usable_bytes", lambda _: 110 * MEGABYTE)  # by this, one sequence would be all that fits
+    monkeypatch.setattr(
+        probe, "usable_bytes", lambda _: 110 * MEGABYTE
+    )  # by this, one sequence would be all that fits
     train(config)
     log = (config.folder / "log.txt").read_text()
     assert "micro-batch 16, as this run found it before" in log
-    for changed in ({"out": f"{config.folder}-new"}, {"recompute": True}):  # another run, or other memory: found anew
+    for changed in (
+        {"out": f"{config.folder}-new"},
+        {"recompute": True},
+    ):  # another run, or other memory: found anew
         train(config.override(**changed))
         assert "micro-batch 1: uses" in (config.override(**changed).folder / "log.txt").read_text()
 
@@ -113,10 +136,20 @@ def train_with_limit(config: Config, more: int) -> int:
     return train(config).step
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux limits the address space of a process")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="only Linux limits the address space of a process",
+)
 def test_step_that_does_not_fit_is_reported_in_a_sentence(config: Config) -> None:
     """Logits of sixteen sequences of 256 tokens need 3 GB, of which 2 are to be had."""
-    long = config.override(vocab_size=50257, tokenizer="gpt2", n_positions=256, seq_len=256, batch_tokens=4096, head="plain")
+    long = config.override(
+        vocab_size=50257,
+        tokenizer="gpt2",
+        n_positions=256,
+        seq_len=256,
+        batch_tokens=4096,
+        head="plain",
+    )
     [(kind, text)] = run_ranks(1, train_with_limit, long.override(micro_batch=16), 2 * GIB)
     assert kind == "UserError", text
     assert "not enough memory for a micro-batch of 16; use a smaller --micro-batch" in text
@@ -133,7 +166,10 @@ def train_with_limits(config: Config, limits: list[int]) -> int:
 def test_the_smallest_rank_decides_and_the_batch_stays(config: Config) -> None:
     found = run_ranks(2, train_with_limits, config, [64 * GIB, 110 * MEGABYTE])
     assert found == [("ok", 3)] * 2
-    assert "2 ranks x 1 sequences x 16 tokens x 16 accumulated" in (config.folder / "log.txt").read_text()
+    assert (
+        "2 ranks x 1 sequences x 16 tokens x 16 accumulated"
+        in (config.folder / "log.txt").read_text()
+    )
     alone = config.override(out=f"{config.folder}-alone", micro_batch=8)
     assert run_ranks(1, train_with_limits, alone, [GIB]) == [("ok", 3)]
     for a, b in zip(losses(alone.folder), losses(config.folder), strict=True):

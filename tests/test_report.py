@@ -38,7 +38,11 @@ class Balanced(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "data", "action", "srcset")]
+        self.fetched += [
+            f"{tag} {name}={value}"
+            for name, value in attrs
+            if name in ("src", "href", "data", "action", "srcset")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -65,7 +69,16 @@ def read(html: str) -> Balanced:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one <b>bold</b> run"
-    train(tiny(folder, steps=60, evaluate_every=20, sample_every=20, sample_prompt="<script>alert(1)</script>", sample_tokens=20))
+    train(
+        tiny(
+            folder,
+            steps=60,
+            evaluate_every=20,
+            sample_every=20,
+            sample_prompt="<script>alert(1)</script>",
+            sample_tokens=20,
+        )
+    )
     return folder
 
 
@@ -79,7 +92,12 @@ def test_the_page_says_what_the_run_holds(run: Path, capsys: pytest.CaptureFixtu
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     val = [row["val/loss"] for row in rows if "val/loss" in row]
     assert f"{val[-1]:.4f}" in found.text
-    assert facts["runs"][0] == {"run": str(run), "status": "complete", "step": 60, "val_loss": val[-1]}
+    assert facts["runs"][0] == {
+        "run": str(run),
+        "status": "complete",
+        "step": 60,
+        "val_loss": val[-1],
+    }
     for words in ("60 of 60", "Learning rate", "Gradient norm", "What it wrote", "step 40", "Started 1 time", "n_layer: 2", "is 5.55",
                   "cost at $3 an hour", "<script>alert(1)</script>"):  # fmt: skip
         assert words in found.text, words
@@ -102,12 +120,21 @@ def test_a_run_that_goes_on_or_broke_off_has_a_page_too(run: Path, tmp_path: Pat
         Run.read(tmp_path)
 
 
-def test_a_run_that_was_never_finite_has_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_never_finite_has_a_page(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """NaN is written as null."""
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "config.json").write_text((run / "config.json").read_text())
-    row = {"step": 1, "tokens": 256, "seconds": 1.0, "train/loss": None, "train/grad_norm": None, "train/lr": 1e-3}
+    row = {
+        "step": 1,
+        "tokens": 256,
+        "seconds": 1.0,
+        "train/loss": None,
+        "train/grad_norm": None,
+        "train/lr": 1e-3,
+    }
     row |= {"speed/tokens_per_second": 9.0, "speed/mfu": 0.1}
     (bad / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (bad / "log.txt").write_bytes(b"2026-01-01 00:00:00,000 WARNING half a character \xe2\x82")
@@ -119,7 +146,9 @@ def test_a_run_that_was_never_finite_has_a_page(run: Path, tmp_path: Path, capsy
     read(page.page([gpt2]))
 
 
-def test_runs_are_drawn_over_each_other(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_drawn_over_each_other(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tiny(tmp_path / "other", steps=30, lr=1e-3)
     train(other)
     main(["report", str(run), str(other.folder), "--out", str(tmp_path / "both.html")])
@@ -138,7 +167,9 @@ def test_a_verdict_is_against_the_same_windows(run: Path, tmp_path: Path) -> Non
     assert loss == pytest.approx(5.55, abs=0.1)
     html = page.page([Run.read(run)])
     assert "PASS 1 of 1 figures" in read(html).text
-    assert f"on the same windows, {loss:.4f}</text>" in html, "its level is drawn through the curves"
+    assert f"on the same windows, {loss:.4f}</text>" in html, (
+        "its level is drawn through the curves"
+    )
     both = read(page.page([Run.read(run)] * 2)).text
     assert "PASS 2 of 2 figures" in both, "each run of several has its verdict"
     longer = tiny(tmp_path / "longer", steps=400, data=config.data.data)
@@ -149,7 +180,11 @@ def test_a_verdict_is_against_the_same_windows(run: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="other tokens"):
         gpt2 = tmp_path / "gpt2"
         gpt2.mkdir()
-        weights.save_model(gpt2, GPT(Config().override(n_layer=1, n_embd=32, n_head=1).model), Tokenizer.named("gpt2"))
+        weights.save_model(
+            gpt2,
+            GPT(Config().override(n_layer=1, n_embd=32, n_head=1).model),
+            Tokenizer.named("gpt2"),
+        )
         baseline.score(Run.read(run), str(gpt2))
 
 
@@ -173,7 +208,9 @@ def like_gpt2(folder: Path, share: float, status: str = "running", shift: float 
     return Run.read(folder)
 
 
-def test_gpt2s_published_figures_get_a_verdict_and_other_peoples_losses_do_not(tmp_path: Path) -> None:
+def test_gpt2s_published_figures_get_a_verdict_and_other_peoples_losses_do_not(
+    tmp_path: Path,
+) -> None:
     done = read(page.page([like_gpt2(tmp_path / "done", 1.01, "complete")])).text
     assert "PASS 2 of 2 figures" in done, "HellaSwag's two, of all examples and in fp32"
     assert "Other people's runs" in done
@@ -190,9 +227,14 @@ def test_gpt2s_published_figures_get_a_verdict_and_other_peoples_losses_do_not(t
 
 def test_a_folder_of_tokens_says_what_it_was_made_from(tmp_path: Path) -> None:
     (tmp_path / "edu").mkdir()
-    (tmp_path / "edu" / "index.json").write_text(json.dumps({"source": "HuggingFaceFW/fineweb-edu:sample-10BT"}))
+    (tmp_path / "edu" / "index.json").write_text(
+        json.dumps({"source": "HuggingFaceFW/fineweb-edu:sample-10BT"})
+    )
     assert reference.data_of(RECIPES["gpt2-124m"][1]) == "FineWeb-Edu"
-    assert reference.data_of(RECIPES["gpt2-124m"][1].override(data=str(tmp_path / "edu"))) == "FineWeb-Edu"
+    assert (
+        reference.data_of(RECIPES["gpt2-124m"][1].override(data=str(tmp_path / "edu")))
+        == "FineWeb-Edu"
+    )
     assert reference.data_of(RECIPES["gpt2-124m"][1].override(data=str(tmp_path / "nothing"))) == ""
 
 
@@ -213,7 +255,10 @@ def test_a_projection_holds_on_runs_it_has_not_seen(monkeypatch: pytest.MonkeyPa
             assert found is not None
             assert abs(found.value - truth) <= max(1.5 * found.plus_minus, 0.025), (own.name, share)
         if own.hellaswag:
-            part = [[p for p in points if p[0] <= 0.4 * reference.HORIZON] for points in (own.hellaswag, own.losses)]
+            part = [
+                [p for p in points if p[0] <= 0.4 * reference.HORIZON]
+                for points in (own.hellaswag, own.losses)
+            ]
             accuracy = reference.project_hellaswag(part[0], part[1], reference.project(part[1]))
             assert accuracy is not None
             assert abs(accuracy.value - own.hellaswag[-1][1]) <= accuracy.plus_minus
@@ -228,7 +273,11 @@ def test_reference_curves_are_the_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     for curve in reference.CURVES:
         steps = [int(s) for s in curve.step_text.split()]
         assert 15 < len(steps) < 60
-        [log] = [log for log in logs if abs(float(log[max(log)]["val_loss"]) - curve.losses[-1][1]) < 1e-4]
+        [log] = [
+            log
+            for log in logs
+            if abs(float(log[max(log)]["val_loss"]) - curve.losses[-1][1]) < 1e-4
+        ]
         for step, (_, loss) in zip(steps, curve.losses, strict=True):
             assert loss == pytest.approx(float(log[step]["val_loss"]), abs=6e-5)
         for step, (_, accuracy) in zip(steps, curve.hellaswag, strict=False):
@@ -243,10 +292,17 @@ def test_charts_of_all_kinds_of_numbers() -> None:
     ):  # fmt: skip
         svg = line_chart("A & <b>", [Line("x<y", points)], "u")
         read(svg)
-        numbers = [float(n) for n in re.findall(r'points="([^"]*)"', svg.split("<polyline")[-1] + 'points=""')[0].replace(",", " ").split()]
+        numbers = [
+            float(n)
+            for n in re.findall(r'points="([^"]*)"', svg.split("<polyline")[-1] + 'points=""')[0]
+            .replace(",", " ")
+            .split()
+        ]
         assert all(-1 <= n <= 721 for n in numbers)
     assert line_chart("empty", [Line("x", [])], "u") == ""
     assert thinned([(float(i), 1.0) for i in range(1000)], 10)[-1] == (999.0, 1.0)
-    assert smoothed([(float(i), float(i % 2)) for i in range(1000)])[500][1] == pytest.approx(0.5, abs=0.05)
+    assert smoothed([(float(i), float(i % 2)) for i in range(1000)])[500][1] == pytest.approx(
+        0.5, abs=0.05
+    )
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert [short(x) for x in (1.5e9, 12_000, 0.25, 3e8)] == ["1.5B", "12k", "0.25", "300M"]

@@ -29,7 +29,9 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 
 
-def test_apples_compiler_that_only_asks_to_be_installed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apples_compiler_that_only_asks_to_be_installed_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     paths = sysconfig.get_paths()
     monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: paths)
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -43,7 +45,12 @@ def test_apples_compiler_that_only_asks_to_be_installed_is_none(monkeypatch: pyt
 
 def test_precision_table(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
-    for capability, expected in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")):
+    for capability, expected in (
+        ((9, 0), "bf16"),
+        ((8, 0), "bf16"),
+        ((7, 5), "fp16"),
+        ((7, 0), "fp16"),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert runtime.pick_precision("auto", cuda)[0] == expected
     with pytest.raises(UserError, match=r"this GPU has 7\.0; use --precision fp16"):
@@ -85,16 +92,24 @@ def test_the_device_is_the_accelerator_that_torch_finds(monkeypatch: pytest.Monk
 
 
 def test_each_rank_has_a_gpu_or_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    for visible, local_rank, index in ((4, "3", 3), (1, "0", 0), (1, "3", 0)):  # a launcher may show each process a single GPU
+    for visible, local_rank, index in (
+        (4, "3", 3),
+        (1, "0", 0),
+        (1, "3", 0),
+    ):  # a launcher may show each process a single GPU
         pretend(monkeypatch, "cuda", visible)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert runtime.pick_device("auto") == torch.device("cuda", index)
     pretend(monkeypatch, "cuda", 2)
-    with pytest.raises(UserError, match=r"rank 3 of this machine has no GPU: 2 are visible; .*--nproc-per-node 2"):
+    with pytest.raises(
+        UserError, match=r"rank 3 of this machine has no GPU: 2 are visible; .*--nproc-per-node 2"
+    ):
         runtime.pick_device("cuda")
 
 
-def test_a_gpu_that_torch_cannot_use_is_never_replaced_by_the_cpu_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use_is_never_replaced_by_the_cpu_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretend(monkeypatch, "cpu")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(Path, "exists", lambda self: self == Path("/dev/nvidia0"))
@@ -120,8 +135,12 @@ torch._C._cuda_getDeviceCount = lambda: 1
 import anew, anew.training.trainer, anew.bench.timing, anew.plan, anew.cli.main
 assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 """
-    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -150,7 +169,9 @@ def test_sums_of_half_precision_products_are_kept_in_fp32() -> None:
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
-def test_a_signal_to_this_process_reaches_its_handler_on_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_to_this_process_reaches_its_handler_on_windows_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """There, os.kill ends the process without a word."""
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("os.kill ends a Windows process"))
@@ -159,7 +180,9 @@ def test_a_signal_to_this_process_reaches_its_handler_on_windows_too(monkeypatch
         assert stop.is_set()
 
 
-def test_a_rename_waits_on_windows_until_nobody_has_the_file_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_rename_waits_on_windows_until_nobody_has_the_file_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     source, target = tmp_path / "new", tmp_path / "old"
     source.write_text("new")
     target.write_text("old")
@@ -193,7 +216,11 @@ def test_every_way_of_saying_that_memory_is_short_is_known(error: BaseException)
 
 def test_evaluation_never_asks_cudnn_for_a_plan() -> None:
     """`flash` is FlashAttention, `cudnn` is cuDNN, `auto` leaves the choice to torch; without gradients cuDNN is not among them."""
-    flash, cudnn, cudnn_backend = SDPBackend.FLASH_ATTENTION, kernels_for("cudnn", True), SDPBackend.CUDNN_ATTENTION
+    flash, cudnn, cudnn_backend = (
+        SDPBackend.FLASH_ATTENTION,
+        kernels_for("cudnn", True),
+        SDPBackend.CUDNN_ATTENTION,
+    )
     assert kernels_for("flash", True)[0] == flash
     assert cudnn[0] == cudnn_backend
     assert kernels_for("auto", True) == []
@@ -210,7 +237,9 @@ def test_peak_is_measured_where_no_datasheet_is_known() -> None:
     assert "timed here" in source
 
 
-def test_two_ranks_on_one_gpu_are_refused_and_hosts_of_one_name_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_on_one_gpu_are_refused_and_hosts_of_one_name_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Containers often share a host name; a GPU's UUID is its own."""
     monkeypatch.setattr("anew.distributed.world.identity_of", lambda _: "GPU-1")
     device = torch.device("cuda", 0)
@@ -238,7 +267,9 @@ def test_ranks_wait_patiently_only_where_another_prepares_something_for_them() -
 
 def test_a_used_shard_is_not_mapped_when_it_is_removed(tmp_path: Path) -> None:
     """Windows refuses to remove a file that is mapped into memory."""
-    prepare.prepare(sources.find(str(text_of(tmp_path))), prepare.Settings("bytes"), tmp_path / "data")
+    prepare.prepare(
+        sources.find(str(text_of(tmp_path))), prepare.Settings("bytes"), tmp_path / "data"
+    )
     folder = DataFolder.open(tmp_path / "data")
     shard = folder.splits["train"][0]
     assert len(shard.tokens) > 1000

@@ -30,7 +30,9 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def test_a_save_is_of_its_step_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_is_of_its_step_while_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each save is held up until three more steps were trained."""
     config = tiny(tmp_path / "run", steps=20, save_every=5, keep=0)
     module = importlib.import_module("anew.training.trainer")
@@ -59,7 +61,10 @@ def test_a_save_is_of_its_step_while_training_goes_on(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "train_step", step)
     monkeypatch.setattr(Snapshot, "write", write)
     train(config)
-    saved = {int(p.name[5:]): digest(load_file(p / "model.safetensors")) for p in checkpoint.steps(config.folder)}
+    saved = {
+        int(p.name[5:]): digest(load_file(p / "model.safetensors"))
+        for p in checkpoint.steps(config.folder)
+    }
     assert saved == {step: expected[step] for step in (5, 10, 15, 20)}
     assert len(set(saved.values())) == 4
     assert all(further[step] >= step + 3 for step in (5, 10, 15))
@@ -74,7 +79,10 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
 def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of the saver goes three minutes a step."""
     config = tiny(tmp_path / "run", steps=22, save_every=1000, keep=0, save_minutes=10.0)
-    module, saver = importlib.import_module("anew.training.trainer"), importlib.import_module("anew.training.async_checkpoint")
+    module, saver = (
+        importlib.import_module("anew.training.trainer"),
+        importlib.import_module("anew.training.async_checkpoint"),
+    )
     now = 0.0
     original = module.train_step
 
@@ -89,7 +97,9 @@ def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [int(p.name[5:]) for p in checkpoint.steps(config.folder)] == [5, 10, 15, 20, 22]
 
 
-def test_a_failed_save_stops_the_run_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_stops_the_run_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write(*_: Any) -> None:
         raise RuntimeError("the disk has gone")
 
@@ -98,7 +108,11 @@ def test_a_failed_save_stops_the_run_with_its_reason(tmp_path: Path, monkeypatch
     with pytest.raises(RuntimeError, match="the disk has gone"):
         train(config)
     state = json.loads((config.folder / "run_state.json").read_text())
-    assert (state["status"], state["error"], state["saved_step"]) == ("failed", "the disk has gone", 0)
+    assert (state["status"], state["error"], state["saved_step"]) == (
+        "failed",
+        "the disk has gone",
+        0,
+    )
 
 
 def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
@@ -142,7 +156,9 @@ def test_what_a_spike_is() -> None:
         usual.add(2.0 + 0.1 * (-1) ** i, 1.0)
     loss, norm = usual.limits(6.0)
     assert 2.5 < loss < 2.8  # 6 deviations of 0.1 above 2
-    assert norm == pytest.approx(1.12)  # an even run: at least 2% of the mean counts as its deviation
+    assert norm == pytest.approx(
+        1.12
+    )  # an even run: at least 2% of the mean counts as its deviation
     for _ in range(400):  # it follows a level that has changed, slowly
         usual.add(1.0, 3.0)
     loss, norm = usual.limits(6.0)

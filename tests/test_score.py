@@ -36,7 +36,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, torch.nn.Module
 
 
 @torch.no_grad()
-def by_hand(model: torch.nn.Module, context: list[int], ending: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def by_hand(
+    model: torch.nn.Module, context: list[int], ending: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihoods and hits, one token at a time, each behind as much of what came before as the model has positions for."""
     log_p, hits = [], []
     n = SHAPE.n_positions
@@ -51,9 +53,16 @@ def by_hand(model: torch.nn.Module, context: list[int], ending: list[int]) -> tu
     return np.array(log_p), np.array(hits)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=5), st.sampled_from([8, 60, 4096]))
-def test_equals_a_loop_over_transformers(pair: tuple[GPT, torch.nn.Module], asked: list, batch_tokens: int) -> None:
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=5),
+    st.sampled_from([8, 60, 4096]),
+)
+def test_equals_a_loop_over_transformers(
+    pair: tuple[GPT, torch.nn.Module], asked: list, batch_tokens: int
+) -> None:
     ours, theirs = pair
     answers = score(ours, [Question(context, endings) for context, endings in asked], batch_tokens)
     for (context, endings), answer in zip(asked, answers, strict=True):

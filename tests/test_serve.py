@@ -44,7 +44,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @contextlib.contextmanager
 def served(*arguments: str) -> Iterator[str]:
     """`anew serve` in a process of its own; its address."""
-    command = [sys.executable, "-m", "anew", "serve", *arguments, "--port", "0", "--precision", "fp32", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "anew",
+        "serve",
+        *arguments,
+        "--port",
+        "0",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
@@ -74,14 +86,18 @@ def post(address: str, path: str, body: bytes, **headers: str) -> tuple[int, byt
     return answer.status, answer.read()
 
 
-def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, models: list[Path]) -> None:
+def test_the_openai_client_gets_what_generate_writes(
+    client: openai.OpenAI, models: list[Path]
+) -> None:
     names = [m.id for m in client.models.list()]
     assert names == [str(m) for m in models]
     assert client.models.retrieve(names[1]).id == names[1]
     for name, folder in zip(names, models, strict=True):
         model = GPT.from_pretrained(str(folder)).eval()
         [ids] = generate(model, [list(b"It was")], 40, temperature=0.7, seed=3)
-        answer = client.completions.create(model=name, prompt="It was", max_tokens=40, temperature=0.7, seed=3)
+        answer = client.completions.create(
+            model=name, prompt="It was", max_tokens=40, temperature=0.7, seed=3
+        )
         expected = Tokenizer.named("bytes").decode([i for i in ids if i != 256])
         assert answer.choices[0].text == expected
         assert answer.choices[0].finish_reason == ("stop" if 256 in ids else "length")
@@ -95,34 +111,54 @@ def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, mode
 
 def test_settings_of_the_completions_api(client: openai.OpenAI, models: list[Path]) -> None:
     name = str(models[0])
-    several = client.completions.create(model=name, prompt=["One", [84, 119, 111]], n=2, max_tokens=5, seed=1)
+    several = client.completions.create(
+        model=name, prompt=["One", [84, 119, 111]], n=2, max_tokens=5, seed=1
+    )
     assert [c.index for c in several.choices] == [0, 1, 2, 3]
     assert several.usage.completion_tokens == 20
-    greedy = client.completions.create(model=name, prompt="The", max_tokens=12, temperature=0, logprobs=3)
+    greedy = client.completions.create(
+        model=name, prompt="The", max_tokens=12, temperature=0, logprobs=3
+    )
     logprobs = greedy.choices[0].logprobs
     assert len(logprobs.tokens) == 12
-    for token, log_p, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+    for token, log_p, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
         assert 1 <= len(top) <= 3
         assert log_p == pytest.approx(max(top.values()))
         assert token in top
     text = greedy.choices[0].text
     stop = text[4:6]
-    cut = client.completions.create(model=name, prompt="The", max_tokens=12, temperature=0, stop=[stop, "zzzz"])
+    cut = client.completions.create(
+        model=name, prompt="The", max_tokens=12, temperature=0, stop=[stop, "zzzz"]
+    )
     assert (cut.choices[0].text, cut.choices[0].finish_reason) == (text[: text.find(stop)], "stop")
-    streamed = client.completions.create(model=name, prompt="The", max_tokens=12, temperature=0, stop=stop, stream=True)
-    assert "".join(p.choices[0].text for p in streamed) == text[: text.find(stop)], "nothing of a stop sequence is shown"
-    echoed = client.completions.create(model=name, prompt="The", max_tokens=3, temperature=0, echo=True)
+    streamed = client.completions.create(
+        model=name, prompt="The", max_tokens=12, temperature=0, stop=stop, stream=True
+    )
+    assert "".join(p.choices[0].text for p in streamed) == text[: text.find(stop)], (
+        "nothing of a stop sequence is shown"
+    )
+    echoed = client.completions.create(
+        model=name, prompt="The", max_tokens=3, temperature=0, echo=True
+    )
     assert echoed.choices[0].text == "The" + text[:3]
 
 
-def test_a_prompt_is_scored_as_the_model_scores_it(client: openai.OpenAI, models: list[Path]) -> None:
-    answer = client.completions.create(model=str(models[0]), prompt="A tower", max_tokens=0, echo=True, logprobs=1)
+def test_a_prompt_is_scored_as_the_model_scores_it(
+    client: openai.OpenAI, models: list[Path]
+) -> None:
+    answer = client.completions.create(
+        model=str(models[0]), prompt="A tower", max_tokens=0, echo=True, logprobs=1
+    )
     ids = torch.tensor([list(b"A tower")])
     with torch.no_grad():
         log_p = GPT.from_pretrained(str(models[0])).eval()(ids)[0].log_softmax(-1)
     found = answer.choices[0].logprobs
     assert found.token_logprobs[0] is None
-    assert found.token_logprobs[1:] == pytest.approx([log_p[n, i].item() for n, i in enumerate(ids[0, 1:])], abs=1e-4)
+    assert found.token_logprobs[1:] == pytest.approx(
+        [log_p[n, i].item() for n, i in enumerate(ids[0, 1:])], abs=1e-4
+    )
     assert found.text_offset == list(range(7))
 
 
@@ -131,15 +167,31 @@ def test_lm_evals_own_reading_of_an_answer(client: openai.OpenAI, models: list[P
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     ids = list(b"A tower of stone")
-    answer = client.completions.create(model=str(models[0]), prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0, seed=1)
-    [(total, greedy)] = LocalCompletionsAPI.parse_logprobs(answer.model_dump(), tokens=[ids], ctxlens=[8])
+    answer = client.completions.create(
+        model=str(models[0]),
+        prompt=[ids],
+        max_tokens=1,
+        echo=True,
+        logprobs=1,
+        temperature=0,
+        seed=1,
+    )
+    [(total, greedy)] = LocalCompletionsAPI.parse_logprobs(
+        answer.model_dump(), tokens=[ids], ctxlens=[8]
+    )
     with torch.no_grad():
         log_p = GPT.from_pretrained(str(models[0])).eval()(torch.tensor([ids]))[0].log_softmax(-1)
-    assert total == pytest.approx(sum(log_p[n - 1, ids[n]].item() for n in range(8, len(ids))), abs=1e-3)
+    assert total == pytest.approx(
+        sum(log_p[n - 1, ids[n]].item() for n in range(8, len(ids))), abs=1e-3
+    )
     assert greedy == all(log_p[n - 1].argmax() == ids[n] for n in range(8, len(ids)))
     offsets = answer.choices[0].logprobs.text_offset
     assert offsets == list(range(len(ids) + 1))
-    streamed = list(client.completions.create(model=str(models[0]), prompt=[ids], max_tokens=0, echo=True, logprobs=0, stream=True))
+    streamed = list(
+        client.completions.create(
+            model=str(models[0]), prompt=[ids], max_tokens=0, echo=True, logprobs=0, stream=True
+        )
+    )
     assert streamed[0].choices[0].text == "A tower of stone"
     assert len(streamed[0].choices[0].logprobs.token_logprobs) == len(ids)
 
@@ -152,7 +204,9 @@ def test_what_is_wrong_is_said_in_a_sentence(client: openai.OpenAI, models: list
         ({"n": 17}, "n is not a whole"),
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as error:
-            client.completions.create(**{"model": str(models[0]), "prompt": "x", "max_tokens": 4, **settings})
+            client.completions.create(
+                **{"model": str(models[0]), "prompt": "x", "max_tokens": 4, **settings}
+            )
         assert words in str(error.value)
 
 
@@ -168,11 +222,16 @@ def hostile(generator: random.Random) -> bytes:
     if kind == 1:
         return (generator.choice("[{") * generator.choice([10, 1000, 100_000])).encode()
     if kind == 2:
-        return json.dumps({"prompt": "x" * generator.choice([10, 300_000])}).encode()[: generator.choice([5, 100, 400_000])]
+        return json.dumps({"prompt": "x" * generator.choice([10, 300_000])}).encode()[
+            : generator.choice([5, 100, 400_000])
+        ]
     if kind == 3:
         return generator.choice([b"NaN", b"Infinity", b'{"temperature": NaN}', b'{"n": 1e999}', b'"text"', b"[]", b"null", b"9" * 5000,
                                  b'{"prompt": "\\ud83d"}', b'{"max_tokens": 1, "max_tokens": []}', b"\xef\xbb\xbf{}"])  # fmt: skip
-    body = {name: generator.choice(values) for name in generator.sample(names, generator.randrange(1, 5))}
+    body = {
+        name: generator.choice(values)
+        for name in generator.sample(names, generator.randrange(1, 5))
+    }
     if kind == 5:
         body |= {"prompt": generator.choice(values), "max_tokens": 2, "n_tokens": 2}
     return json.dumps(body).encode()
@@ -197,7 +256,13 @@ def test_half_a_surrogate_pair_is_no_error_of_the_server(address: str) -> None:
     for name in wanted.COMPLETION:
         for path in ("/v1/completions", "/api/write"):
             for value in ("\ud800", ["\ud800"], {"\ud800": "\ud800"}):
-                status, answer = post(address, path, json.dumps({"prompt": "x", "max_tokens": 1, "n_tokens": 1} | {name: value}).encode())
+                status, answer = post(
+                    address,
+                    path,
+                    json.dumps(
+                        {"prompt": "x", "max_tokens": 1, "n_tokens": 1} | {name: value}
+                    ).encode(),
+                )
                 assert status < 500, (name, value, path, answer[:300])
                 assert b"server_error" not in answer, (name, value, path, answer[:300])
 
@@ -205,8 +270,12 @@ def test_half_a_surrogate_pair_is_no_error_of_the_server(address: str) -> None:
 def test_only_this_machine_and_its_own_page_may_ask(address: str) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
     assert post(address, "/v1/completions", body)[0] == 200
-    assert post(address, "/v1/completions", body, host="evil.example")[0] == 403, "a name that points here"
-    assert post(address, "/v1/completions", body, **{"content-type": "text/plain"})[0] == 415, "what another page's form could send"
+    assert post(address, "/v1/completions", body, host="evil.example")[0] == 403, (
+        "a name that points here"
+    )
+    assert post(address, "/v1/completions", body, **{"content-type": "text/plain"})[0] == 415, (
+        "what another page's form could send"
+    )
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
     connection.request("GET", "/")
     answer = connection.getresponse()
@@ -240,14 +309,24 @@ def test_a_visitor_who_leaves_frees_the_place(address: str, models: list[Path]) 
         for visitor in visitors:
             visitor.close()
     deadline = time.monotonic() + 20
-    while post(address, "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 1}).encode())[0] != 200:
+    while (
+        post(address, "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 1}).encode())[0]
+        != 200
+    ):
         assert time.monotonic() < deadline, "places were lost"
         time.sleep(0.2)
 
 
-def test_without_a_seed_two_answers_differ_and_with_one_they_are_the_same(client: openai.OpenAI) -> None:
+def test_without_a_seed_two_answers_differ_and_with_one_they_are_the_same(
+    client: openai.OpenAI,
+) -> None:
     model = client.models.list().data[0].id
-    asked = [client.completions.create(model=model, prompt="It", max_tokens=20, seed=seed).choices[0].text for seed in (None, None, 7, 7)]
+    asked = [
+        client.completions.create(model=model, prompt="It", max_tokens=20, seed=seed)
+        .choices[0]
+        .text
+        for seed in (None, None, 7, 7)
+    ]
     assert asked[0] != asked[1]
     assert asked[2] == asked[3]
 
@@ -263,13 +342,17 @@ def test_places_are_counted_and_come_back() -> None:
     never = engine.write(third, engine.find("m"), [[65]], Rules(5), threading.Event())
     del never, third, second  # nobody ever listened
     assert [engine.take_place(), engine.take_place()]
-    waiting = engine.write(engine.take_place(), engine.find("m"), [[65]], Rules(5), gone := threading.Event())
+    waiting = engine.write(
+        engine.take_place(), engine.find("m"), [[65]], Rules(5), gone := threading.Event()
+    )
     gone.set()
     with engine.device:  # another's text is being written
         assert list(waiting) == [], "who leaves while waiting does not wait on"
     assert [engine.take_place(), engine.take_place()]
     stop = threading.Event()
-    writing = engine.write(engine.take_place(), engine.find("m"), [[65]], Rules(200, temperature=0.0), stop)
+    writing = engine.write(
+        engine.take_place(), engine.find("m"), [[65]], Rules(200, temperature=0.0), stop
+    )
     next(writing)
     stop.set()
     assert len(list(writing)) <= 1
@@ -283,6 +366,9 @@ def test_bad_arguments_of_serve(models: list[Path]) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "anew", "serve", str(models[0]), "--port", str(port)], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "anew", "serve", str(models[0]), "--port", str(port)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert (done.returncode, "choose another --port" in done.stderr) == (2, True), done.stderr

@@ -13,13 +13,24 @@ GPT2, BYTES = Tokenizer.named("gpt2"), Tokenizer.named("bytes")
 
 def test_the_packaged_merges_are_openais_own_files() -> None:
     files = GPT2.files()
-    assert hashlib.sha256(files["merges.txt"]).hexdigest() == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    assert hashlib.sha256(files["vocab.json"]).hexdigest() == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    assert (
+        hashlib.sha256(files["merges.txt"]).hexdigest()
+        == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    )
+    assert (
+        hashlib.sha256(files["vocab.json"]).hexdigest()
+        == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    )
 
 
 def test_known_ids() -> None:
     assert GPT2.encode("Hello world") == [15496, 995]
-    assert (GPT2.n_vocab, GPT2.end_of_text, BYTES.n_vocab, BYTES.end_of_text) == (50257, 50256, 257, 256)
+    assert (GPT2.n_vocab, GPT2.end_of_text, BYTES.n_vocab, BYTES.end_of_text) == (
+        50257,
+        50256,
+        257,
+        256,
+    )
 
 
 def test_ids_equal_those_of_transformers_on_real_text(tmp_path) -> None:
@@ -42,11 +53,16 @@ def test_auto_tokenizer_opens_what_is_saved(tokenizer: Tokenizer, tmp_path) -> N
         assert other(text)["input_ids"] == tokenizer.encode(text)
         assert other.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
     assert other.eos_token_id == tokenizer.end_of_text
-    assert json.loads((tmp_path / "vocab.json").read_text())["<|endoftext|>"] == tokenizer.end_of_text
+    assert (
+        json.loads((tmp_path / "vocab.json").read_text())["<|endoftext|>"] == tokenizer.end_of_text
+    )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.characters(codec=None)) | st.lists(st.sampled_from(["<|endoftext|>", "\ud800", "\udc00", "a", " "])).map("".join))
+@given(
+    st.text(st.characters(codec=None))
+    | st.lists(st.sampled_from(["<|endoftext|>", "\ud800", "\udc00", "a", " "])).map("".join)
+)
 def test_user_text_is_never_end_of_text_and_survives(text: str) -> None:
     for tokenizer in (GPT2, BYTES):
         ids = tokenizer.encode(text)

@@ -26,7 +26,18 @@ from anew.utils.signals import Stop
 from tests.conftest import shared
 from tests.faults.common import tiny
 
-GOLDEN = [5.539498, 5.361929, 5.247861, 5.134156, 5.015452, 4.90322, 4.771688, 4.706358, 4.611162, 4.591778]
+GOLDEN = [
+    5.539498,
+    5.361929,
+    5.247861,
+    5.134156,
+    5.015452,
+    4.90322,
+    4.771688,
+    4.706358,
+    4.611162,
+    4.591778,
+]
 
 
 def rows_of(config: Config) -> list[metrics.Row]:
@@ -37,7 +48,9 @@ def rows_of(config: Config) -> list[metrics.Row]:
 def weights_hash(config: Config) -> str:
     newest, _ = checkpoint.newest(config.folder)
     assert newest is not None
-    both = (newest / "model.safetensors").read_bytes() + (newest / "optimizer.safetensors").read_bytes()
+    both = (newest / "model.safetensors").read_bytes() + (
+        newest / "optimizer.safetensors"
+    ).read_bytes()
     return hashlib.sha256(both).hexdigest()
 
 
@@ -86,7 +99,10 @@ def test_a_compiled_run_resumes_bit_for_bit(tiny: Config) -> None:
     if not runtime.pick_compile("auto", torch.device("cpu"))[0]:
         pytest.skip("needs a C++ compiler")
     compiled = tiny.override(compile="on", dropout=0.1, n_layer=1)
-    whole, parts = compiled.override(out=tiny.run.out + "-whole"), compiled.override(out=tiny.run.out + "-parts")
+    whole, parts = (
+        compiled.override(out=tiny.run.out + "-whole"),
+        compiled.override(out=tiny.run.out + "-parts"),
+    )
     train(whole)
     with pytest.raises(Preempted):
         train(parts, StopAt(7))
@@ -103,7 +119,9 @@ def test_compiled_blocks_and_recomputed_ones_are_the_same_run(tiny: Config) -> N
     for name, settings in {"blocks": {}, "recomputed": {"recompute": True}}.items():
         config = short.override(compile="blocks", out=f"{tiny.run.out}-{name}", **settings)
         train(config)
-        for a, b in zip(rows_of(config), rows_of(short.override(out=tiny.run.out + "-eager")), strict=True):
+        for a, b in zip(
+            rows_of(config), rows_of(short.override(out=tiny.run.out + "-eager")), strict=True
+        ):
             assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6)
 
 
@@ -121,7 +139,12 @@ def test_resume_across_shards_and_epochs(tiny: Config, tmp_path: Path) -> None:
     whole = tiny.override(data=str(tmp_path / "data"), steps=30, out=tiny.run.out + "-whole")
     train(whole)
     parts = whole.override(out=tiny.run.out + "-parts")
-    for stop in (2, 3, 11, 23):  # inside a shard, just past its end, at and past the end of an epoch
+    for stop in (
+        2,
+        3,
+        11,
+        23,
+    ):  # inside a shard, just past its end, at and past the end of an epoch
         with pytest.raises(Preempted):
             train(parts, StopAt(stop))
     train(parts)
@@ -142,7 +165,10 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
     train(tiny)
     weights.save_model(tmp_path, anew.GPT(tiny.model, seed=tiny.run.seed), Tokenizer.named("bytes"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
-    matrices, vectors = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
+    matrices, vectors = (
+        [p for p in model.parameters() if p.ndim > 1],
+        [p for p in model.parameters() if p.ndim == 1],
+    )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     batches = Batches(open_data(tiny.data.data, "bytes").splits["train"], 16, tiny.run.seed)
@@ -186,14 +212,25 @@ def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
         with contextlib.ExitStack() as stack:
             run = begin(tiny.override(micro_batch=micro), Stop(), stack)
             steps = list(_batches(run, range(3, 6)))
-        seen.append([(step, torch.cat([ids for ids, _ in m]).tolist(), torch.cat([t for _, t in m]).tolist()) for step, m in steps])
+        seen.append(
+            [
+                (
+                    step,
+                    torch.cat([ids for ids, _ in m]).tolist(),
+                    torch.cat([t for _, t in m]).tolist(),
+                )
+                for step, m in steps
+            ]
+        )
     assert all(s == seen[0] for s in seen)
     assert seen[0][0][1] == [row[:-1] for row in run.batches.rows(24, 8).tolist()]
 
 
 def test_evaluating_and_sampling_more_often_changes_nothing(tiny: Config) -> None:
     quiet = tiny.override(dropout=0.3, out=tiny.run.out + "-quiet")
-    busy = quiet.override(evaluate_every=2, sample_every=3, sample_tokens=40, save_every=1, out=tiny.run.out + "-busy")
+    busy = quiet.override(
+        evaluate_every=2, sample_every=3, sample_tokens=40, save_every=1, out=tiny.run.out + "-busy"
+    )
     a, b = train(quiet), train(busy)
     assert rows_of(quiet) == [r for r in rows_of(busy) if "train/loss" in r]
     assert weights_hash(quiet) == weights_hash(busy)
@@ -219,13 +256,17 @@ def test_validation_loss_is_that_of_a_plain_loop(tiny: Config) -> None:
         window = ids[max(0, end - 16) : end + 1]
         with torch.no_grad():
             logits = model(window[None, :-1]).logits[0, start - end :]
-        total += torch.nn.functional.cross_entropy(logits, window[start - end :], reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits, window[start - end :], reduction="sum"
+        ).item()
         count += end - start
     assert result.val_loss == pytest.approx(total / count, rel=1e-6)
     assert count == len(ids) - 1
 
 
-def test_a_non_finite_step_is_skipped_and_said(tiny: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_step_is_skipped_and_said(
+    tiny: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = sys.modules["anew.training.trainer"]  # `anew.train` is the function
     original, calls = module.train_step, []
 
@@ -244,7 +285,9 @@ def test_a_non_finite_step_is_skipped_and_said(tiny: Config, caplog: pytest.LogC
     assert math.isfinite(result.val_loss)
 
 
-def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_written_late_are_all_written_in_order(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU a row is written while the next step is computed: before anything that is saved, evaluated or ends the run."""
     module = sys.modules["anew.training.trainer"]
     made = module.LateRows.__init__
@@ -260,7 +303,9 @@ def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monke
     delayed = tiny.override(**settings)
     behind = []
     write = module.LateRows.write
-    monkeypatch.setattr(module.LateRows, "write", lambda self: (behind.append(len(self.waiting)), write(self))[1])
+    monkeypatch.setattr(
+        module.LateRows, "write", lambda self: (behind.append(len(self.waiting)), write(self))[1]
+    )
     for stop in (2, 7):
         with pytest.raises(Preempted):
             train(delayed, StopAt(stop))
@@ -268,7 +313,9 @@ def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monke
     assert 1 in behind
     assert max(behind) == 1
     assert rows_of(delayed) == rows_of(usual)
-    order = [json.loads(line) for line in (delayed.folder / "metrics.jsonl").read_text().splitlines()]
+    order = [
+        json.loads(line) for line in (delayed.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     for i, row in enumerate(order):
         if "val/loss" in row:
             assert order[i - 1]["step"] == row["step"], "a validation follows the row of its step"
@@ -289,7 +336,11 @@ def test_rows_that_are_written_late_are_all_written_in_order(tiny: Config, monke
 def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["anew.training.trainer"]
     original = module.train_step
-    monkeypatch.setattr(module, "train_step", lambda loss_of, *rest: original(lambda i, t: loss_of(i, t) * math.inf, *rest))
+    monkeypatch.setattr(
+        module,
+        "train_step",
+        lambda loss_of, *rest: original(lambda i, t: loss_of(i, t) * math.inf, *rest),
+    )
     with pytest.raises(RuntimeError, match="10 steps in a row"):
         train(tiny)
 
@@ -333,7 +384,9 @@ def test_falls_back_past_a_damaged_checkpoint_and_replays_the_same(tiny: Config)
     train(config)
     rows, final = rows_of(config), weights_hash(config)
     for step in (12, 8):
-        path = checkpoint.folder_of(config.folder, step) / ("model.safetensors" if step == 12 else "optimizer.safetensors")
+        path = checkpoint.folder_of(config.folder, step) / (
+            "model.safetensors" if step == 12 else "optimizer.safetensors"
+        )
         raw = bytearray(path.read_bytes())
         raw[len(raw) // 2] ^= 16
         path.write_bytes(raw)
@@ -350,7 +403,14 @@ def test_falls_back_past_a_damaged_checkpoint_and_replays_the_same(tiny: Config)
 def test_init_takes_over_shape_and_weights(tiny: Config) -> None:
     train(tiny)
     tuned = tiny.override(
-        init=tiny.run.out, n_layer=9, n_embd=900, lr=1e-9, min_lr=0.0, steps=3, warmup_steps=1, out=tiny.run.out + "-tuned"
+        init=tiny.run.out,
+        n_layer=9,
+        n_embd=900,
+        lr=1e-9,
+        min_lr=0.0,
+        steps=3,
+        warmup_steps=1,
+        out=tiny.run.out + "-tuned",
     )
     train(tuned)
     a, b = (anew.GPT.from_pretrained(c.run.out) for c in (tiny, tuned))
@@ -366,12 +426,21 @@ def test_padding_rows_stay_out_of_the_folder_and_zero_after_training(tiny: Confi
     newest, _ = checkpoint.newest(tiny.folder)
     assert newest is not None
     assert load_file(newest / "model.safetensors")["transformer.wte.weight"].shape == (257, 32)
-    assert load_file(newest / "optimizer.safetensors")["exp_avg.transformer.wte.weight"].shape == (257, 32)
+    assert load_file(newest / "optimizer.safetensors")["exp_avg.transformer.wte.weight"].shape == (
+        257,
+        32,
+    )
     assert (anew.GPT.from_pretrained(tiny.run.out).transformer.wte.weight[257:] == 0).all()
 
 
 def test_seeds_of_forward_passes_differ() -> None:
-    seeds = {_seed(seed, step, micro, rank) for seed in (0, 1, 2**62) for step in range(30) for micro in range(6) for rank in range(4)}
+    seeds = {
+        _seed(seed, step, micro, rank)
+        for seed in (0, 1, 2**62)
+        for step in range(30)
+        for micro in range(6)
+        for rank in range(4)
+    }
     assert len(seeds) == 3 * 30 * 6 * 4
     assert all(0 <= s < 2**63 for s in seeds)
 
@@ -383,7 +452,9 @@ def test_tensorboard_has_scalars_settings_and_texts(tiny: Config) -> None:
     events = EventAccumulator(str(tiny.folder / "tensorboard"))
     events.Reload()
     assert len(events.Scalars("train/loss")) == 12
-    assert events.Scalars("train/loss")[-1].value == pytest.approx(metrics.last_loss(tiny.folder), rel=1e-6)
+    assert events.Scalars("train/loss")[-1].value == pytest.approx(
+        metrics.last_loss(tiny.folder), rel=1e-6
+    )
     tags = events.Tags()["tensors"]
     assert any("sample" in tag for tag in tags)
     assert "_hparams_/session_start_info" in events.summary_metadata
@@ -400,7 +471,9 @@ def test_tensorboard_of_a_resumed_run_keeps_what_was_before(tiny: Config) -> Non
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
 
 
-def test_training_through_python_needs_no_command_line_packages(tiny: Config, tmp_path: Path) -> None:
+def test_training_through_python_needs_no_command_line_packages(
+    tiny: Config, tmp_path: Path
+) -> None:
     script = (
         "import sys\n"
         "for name in ('tyro', 'rich', 'loguru', 'tensorboard', 'transformers'): sys.modules[name] = None\n"
@@ -409,7 +482,9 @@ def test_training_through_python_needs_no_command_line_packages(tiny: Config, tm
         f"anew.train(anew.Config.read(Path({str(tmp_path / 'config.json')!r})))\n"
     )
     (tmp_path / "config.json").write_text(tiny.override(steps=3).to_json())
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "TensorBoard is not installed" in (tiny.folder / "log.txt").read_text()
 
@@ -422,7 +497,9 @@ def test_bpe_on_real_shakespeare(tiny: Config) -> None:
     assert 9 < result.val_loss < 10.9  # a little under ln 50257 = 10.82
 
 
-def test_a_profile_is_a_trace_of_the_steps_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_profile_is_a_trace_of_the_steps_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tiny(tmp_path / "run", steps=8, profile=3)
     train(config)
     events = json.loads((config.folder / "trace.json").read_text())["traceEvents"]

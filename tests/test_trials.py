@@ -32,7 +32,9 @@ def small(tiny: Config) -> Config:
     return tiny.override(steps=20, val_tokens=500)
 
 
-def test_trials_that_are_stopped_go_on_and_the_complete_are_not_run_again(small: Config, tmp_path: Path) -> None:
+def test_trials_that_are_stopped_go_on_and_the_complete_are_not_run_again(
+    small: Config, tmp_path: Path
+) -> None:
     trials = [Trial(f"lr-{lr:g}", small.override(lr=lr)) for lr in (1e-3, 3e-3)]
     told: list[str] = []
     with limited(0) as stop, pytest.raises(Preempted):
@@ -44,7 +46,10 @@ def test_trials_that_are_stopped_go_on_and_the_complete_are_not_run_again(small:
     with limited(0) as stop:
         ends = run_all(trials, tmp_path, stop, lambda *_: None)
     assert (tmp_path / "lr-0.001" / "metrics.jsonl").read_bytes() == before
-    assert {name: end.tokens for name, end in ends.items()} == {"lr-0.001": 20 * 128, "lr-0.003": 20 * 128}
+    assert {name: end.tokens for name, end in ends.items()} == {
+        "lr-0.001": 20 * 128,
+        "lr-0.003": 20 * 128,
+    }
     assert ends["lr-0.001"].loss > ends["lr-0.003"].loss
 
 
@@ -56,14 +61,23 @@ def _one_of_two(config: Config, out: Path, mine: Path) -> None:
     trained = []
     with limited(0) as stop, pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials_module, "train", lambda c: (trained.append(c.folder.name), train(c)))
-        ends = run_all([Trial(f"seed-{seed}", config.override(seed=seed)) for seed in range(6)], out, stop, lambda *_: None)
-    mine.write_text(json.dumps({"trained": trained, "losses": {name: end.loss for name, end in ends.items()}}))
+        ends = run_all(
+            [Trial(f"seed-{seed}", config.override(seed=seed)) for seed in range(6)],
+            out,
+            stop,
+            lambda *_: None,
+        )
+    mine.write_text(
+        json.dumps({"trained": trained, "losses": {name: end.loss for name, end in ends.items()}})
+    )
 
 
 def test_two_processes_share_an_experiment(small: Config, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     found = [tmp_path / "first.json", tmp_path / "second.json"]
-    processes = [context.Process(target=_one_of_two, args=(small, tmp_path / "out", mine)) for mine in found]
+    processes = [
+        context.Process(target=_one_of_two, args=(small, tmp_path / "out", mine)) for mine in found
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -135,7 +149,9 @@ def test_a_run_that_diverges_is_a_result_and_not_the_end(small: Config, tmp_path
     ({"disk_budget": "1GB"}, (), "disk budget"),
     ({}, ("min_lr",), "--min-lr is what the arms differ in"),
 ])  # fmt: skip
-def test_what_would_spoil_the_comparison_is_refused(small: Config, settings: dict[str, Any], given: tuple[str, ...], words: str) -> None:
+def test_what_would_spoil_the_comparison_is_refused(
+    small: Config, settings: dict[str, Any], given: tuple[str, ...], words: str
+) -> None:
     class Wishes:
         seeds, minutes, picture = 1, 0.0, ""
 
@@ -173,14 +189,26 @@ def test_the_protocol_is_fair(small: Config, width: int) -> None:
             c = trial.config
             assert c.run.seed == seed != time_to_loss.TUNING_SEED
             assert c.run.steps == round(share * 200)
-            assert (c.data, c.model.n_embd, c.optim.beta2) == (config.data, config.model.n_embd, config.optim.beta2)
+            assert (c.data, c.model.n_embd, c.optim.beta2) == (
+                config.data,
+                config.model.n_embd,
+                config.optim.beta2,
+            )
             assert c.optim.optimizer == ("muon" if name == "fast" else "adamw")
             assert c.total_tokens == pytest.approx(share * config.total_tokens, rel=0.02)
-            assert optim.rate(c.run.steps, c.run.steps, c.optim) == pytest.approx(0.1 if name == "reference" else 0.0)
+            assert optim.rate(c.run.steps, c.run.steps, c.optim) == pytest.approx(
+                0.1 if name == "reference" else 0.0
+            )
 
 
-def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(time_to_loss, "tuning", lambda _: {"adamw": ({"lr": 3e-3},), "fast": ({"lr": 3e-3, "muon_lr": 0.02},)})
+def test_the_whole_experiment_in_pieces(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(
+        time_to_loss,
+        "tuning",
+        lambda _: {"adamw": ({"lr": 3e-3},), "fast": ({"lr": 3e-3, "muon_lr": 0.02},)},
+    )
     config = small.override(out=str(tmp_path / "out"), steps=30)
 
     class Wishes:
@@ -194,33 +222,65 @@ def test_the_whole_experiment_in_pieces(small: Config, tmp_path: Path, monkeypat
     shown = capsys.readouterr().out.rpartition("runs in")[2]
     assert (tmp_path / "picture.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "recipe.json").read_text())["tuned"] == facts["tuned"]
-    assert [arm["name"] for arm in facts["arms"]] == ["reference", "adamw", *["fast"] * len(time_to_loss.SHARES)]
+    assert [arm["name"] for arm in facts["arms"]] == [
+        "reference",
+        "adamw",
+        *["fast"] * len(time_to_loss.SHARES),
+    ]
     assert all(len(line) <= 80 for line in shown.split("losses of the")[1].splitlines()), shown
     for arm in facts["arms"]:
         for seed, loss in zip((1, 2), arm["losses"], strict=True):
-            runs = [p for p in (tmp_path / "out").iterdir() if p.name.startswith(arm["name"]) and p.name.endswith(f"seed-{seed}")]
-            ours = [Ended(run, config, 0, 0, json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"]) for run in runs]
-            assert min(abs(end.loss - loss) for end in ours) < 1e-5, "transformers finds the loss that training wrote down"
+            runs = [
+                p
+                for p in (tmp_path / "out").iterdir()
+                if p.name.startswith(arm["name"]) and p.name.endswith(f"seed-{seed}")
+            ]
+            ours = [
+                Ended(
+                    run,
+                    config,
+                    0,
+                    0,
+                    json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"],
+                )
+                for run in runs
+            ]
+            assert min(abs(end.loss - loss) for end in ours) < 1e-5, (
+                "transformers finds the loss that training wrote down"
+            )
 
 
 def test_a_sweep_shows_every_run_and_the_best(small: Config, tmp_path: Path, capsys: Any) -> None:
     class Wishes:
-        over, minutes, picture = "lr=1e-3,4e-3 weight-decay=0.0,0.1", 0.0, str(tmp_path / "curves.png")
+        over, minutes, picture = (
+            "lr=1e-3,4e-3 weight-decay=0.0,0.1",
+            0.0,
+            str(tmp_path / "curves.png"),
+        )
 
     facts = experiments.sweep(small.override(out=str(tmp_path / "out")), "cpu", Wishes())
     shown = capsys.readouterr().out
-    assert [(run["lr"], run["weight_decay"]) for run in facts["runs"]] == [(1e-3, 0.0), (1e-3, 0.1), (4e-3, 0.0), (4e-3, 0.1)]
+    assert [(run["lr"], run["weight_decay"]) for run in facts["runs"]] == [
+        (1e-3, 0.0),
+        (1e-3, 0.1),
+        (4e-3, 0.0),
+        (4e-3, 0.1),
+    ]
     best = min(run["loss"] for run in facts["runs"])
     assert f"{best:.4f}*" in shown
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
-def test_a_sweep_over_seeds_is_judged_by_the_mean(small: Config, tmp_path: Path, capsys: Any) -> None:
+def test_a_sweep_over_seeds_is_judged_by_the_mean(
+    small: Config, tmp_path: Path, capsys: Any
+) -> None:
     class Wishes:
         over, minutes, picture = "lr=1e-3,4e-3 seed=1,2", 0.0, ""
 
     facts = experiments.sweep(small.override(out=str(tmp_path / "out")), "cpu", Wishes())
-    *_, slow, fast = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("0.00")]
+    *_, slow, fast = [
+        line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("0.00")
+    ]
     losses = [run["loss"] for run in facts["runs"]]
     assert f"{sum(losses[2:]) / 2:.4f}*" in fast
     assert f"{sum(losses[:2]) / 2:.4f}" in slow

@@ -62,7 +62,9 @@ def test_the_real_tiny_gpt2_loads_from_either_file(tmp_path: Path) -> None:
     ids = torch.randint(50257, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model = GPT.from_pretrained(str(source))
-        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(ids).logits
+        theirs = (
+            AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(ids).logits
+        )
         assert (model(ids) - theirs).abs().max() <= 1e-6
     for name in ("config.json", "pytorch_model.bin"):
         shutil.copy(source / name, tmp_path / name)
@@ -96,7 +98,9 @@ def test_other_writers_names_are_understood(folder: Path) -> None:
         t["lm_head.weight"] = t["wte.weight"].clone()
 
     edit(folder, old_style)
-    for a, b in zip(original.parameters(), GPT.from_pretrained(str(folder)).parameters(), strict=True):
+    for a, b in zip(
+        original.parameters(), GPT.from_pretrained(str(folder)).parameters(), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -118,7 +122,9 @@ C_FC = "transformer.h.1.mlp.c_fc.weight"
     (lambda t: t.update({"transformer.wpe.weight": t["transformer.wpe.weight"][:8].clone()}), r"wpe.weight has shape \(8, 32\)"),
     (lambda t: t.clear(), "lacks"),
 ])  # fmt: skip
-def test_wrong_tensors_are_refused_by_name(folder: Path, harm: Callable[[dict[str, torch.Tensor]], object], words: str) -> None:
+def test_wrong_tensors_are_refused_by_name(
+    folder: Path, harm: Callable[[dict[str, torch.Tensor]], object], words: str
+) -> None:
     edit(folder, harm)
     with pytest.raises(UserError, match=words):
         GPT.from_pretrained(str(folder))
@@ -132,7 +138,9 @@ def test_wrong_tensors_are_refused_by_name(folder: Path, harm: Callable[[dict[st
     ({"vocab_size": 300}, "wte.weight has shape"), ({"n_positions": 12}, "wpe.weight has shape"), ({"n_head": 5}, "describes no GPT-2"),
     ({"n_embd": 0}, "describes no GPT-2"), ({"n_embd": "wide"}, "cannot be used"),
 ])  # fmt: skip
-def test_configs_that_are_no_gpt2_are_refused(folder: Path, change: dict[str, object], words: str) -> None:
+def test_configs_that_are_no_gpt2_are_refused(
+    folder: Path, change: dict[str, object], words: str
+) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=words):
@@ -163,23 +171,32 @@ def test_weights_in_several_files(folder: Path) -> None:
     original = GPT.from_pretrained(str(folder))
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:9],
+        "model-00002-of-00002.safetensors": names[9:],
+    }
     (folder / "model.safetensors").unlink()
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps(index))
-    for a, b in zip(original.parameters(), GPT.from_pretrained(str(folder)).parameters(), strict=True):
+    for a, b in zip(
+        original.parameters(), GPT.from_pretrained(str(folder)).parameters(), strict=True
+    ):
         assert torch.equal(a, b)
     path.write_text(json.dumps({"weight_map": {**index["weight_map"], "more": next(iter(parts))}}))
     with pytest.raises(UserError, match="more is not where"):
         GPT.from_pretrained(str(folder))
-    path.write_text(json.dumps({"weight_map": {**index["weight_map"], names[0]: "model-00003.safetensors"}}))
+    path.write_text(
+        json.dumps({"weight_map": {**index["weight_map"], names[0]: "model-00003.safetensors"}})
+    )
     with pytest.raises(UserError, match=r"lacks model-00003\.safetensors"):
         GPT.from_pretrained(str(folder))
     first, second = parts
-    swapped = {name: second if file == first else first for name, file in index["weight_map"].items()}
+    swapped = {
+        name: second if file == first else first for name, file in index["weight_map"].items()
+    }
     path.write_text(json.dumps({"weight_map": swapped}))
     with pytest.raises(UserError, match="is not where"):
         GPT.from_pretrained(str(folder))
@@ -191,7 +208,9 @@ def test_weights_in_several_files(folder: Path) -> None:
     edited = load_file(folder / first)
     edited[names[0]][0] += 1
     save_file(edited, folder / first)
-    assert weights.sha256(folder) != before, "other weights are another model, also in several files"
+    assert weights.sha256(folder) != before, (
+        "other weights are another model, also in several files"
+    )
     path.write_text("[]")
     with pytest.raises(UserError, match="cannot be read"):
         GPT.from_pretrained(str(folder))

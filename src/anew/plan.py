@@ -81,9 +81,15 @@ class Plan:
         return _fits(self.memory, self.gpu)
 
 
-def memory_of(config: Config, micro_batch: int, ranks: int, precision: str, compiled: bool = True) -> Memory:
+def memory_of(
+    config: Config, micro_batch: int, ranks: int, precision: str, compiled: bool = True
+) -> Memory:
     """What one GPU holds with `micro_batch` sequences in a pass."""
-    m, N, size = config.model, count_parameters(config.model), 4 if precision in ("fp32", "tf32") else 2
+    m, N, size = (
+        config.model,
+        count_parameters(config.model),
+        4 if precision in ("fp32", "tf32") else 2,
+    )
     cut = ranks if config.run.parallel == "fsdp" else 1
     tokens = micro_batch * config.data.seq_len
     values = saved_values(compiled)
@@ -94,13 +100,20 @@ def memory_of(config: Config, micro_batch: int, ranks: int, precision: str, comp
     gradients = 4.0 * N
     if cut > 1:  # one block whole at a time, and the next on its way, beside the embeddings
         copies = 2 * size * (12 * m.n_embd**2) + (4 + size) * m.padded_vocab_size * m.n_embd
-        if not accumulates:  # otherwise they are summed over the ranks only after the last micro-batch
+        if (
+            not accumulates
+        ):  # otherwise they are summed over the ranks only after the last micro-batch
             gradients /= cut
-    logits = min(tokens, CHUNK_KERNEL) * m.padded_vocab_size * size + 2 * 4 * m.padded_vocab_size * m.n_embd
+    logits = (
+        min(tokens, CHUNK_KERNEL) * m.padded_vocab_size * size
+        + 2 * 4 * m.padded_vocab_size * m.n_embd
+    )
     held_at_loss = accumulates or (ranks > 1 and cut == 1)
     update = MUON_BYTES * m.n_layer * 4 * m.n_embd**2 if config.optim.optimizer == "muon" else 0.0
     activations = tokens * m.n_layer * m.n_embd * values * size
-    return Memory(checkpoint_bytes(config) / cut, gradients, held_at_loss, copies, activations, logits, update)
+    return Memory(
+        checkpoint_bytes(config) / cut, gradients, held_at_loss, copies, activations, logits, update
+    )
 
 
 def saved_values(compiled: bool) -> float:
@@ -118,27 +131,50 @@ def checkpoint_bytes(config: Config) -> float:
     return 4 * (3 * N - (blocks if config.optim.optimizer == "muon" else 0))
 
 
-def make(config: Config, gpu: GPU, count: int = 1, price: float | None = None, measured: float | None = None) -> Plan:
+def make(
+    config: Config,
+    gpu: GPU,
+    count: int = 1,
+    price: float | None = None,
+    measured: float | None = None,
+) -> Plan:
     """The plan of `config` on `count` of `gpu`; `measured` tokens a second of one of them replace the datasheet's."""
     if count < 1:
         raise UserError(f"{count} GPUs cannot train; --count must be at least 1.")
     precision = gpu.precision if config.run.precision == "auto" else config.run.precision
     if config.run.micro_batch == "auto":
-        config = config.override(micro_batch=largest_micro_batch(config, gpu, count, precision) or 1)
+        config = config.override(
+            micro_batch=largest_micro_batch(config, gpu, count, precision) or 1
+        )
     micro, _ = config.micro_batches(count)
     flops = flops_per_token(config.model, config.data.seq_len)
     if measured is None:
         peak = gpu.peak(precision)
         if peak is None:
             raise UserError(f"{gpu.name} has no {precision}; use --precision {gpu.precision}.")
-        measured, source = peak * 1e12 * gpu.mfu / flops, f"{100 * gpu.mfu:.0f}% ({gpu.mfu_source}) of {peak:g} TFLOP/s ({gpu.source})"
+        measured, source = (
+            peak * 1e12 * gpu.mfu / flops,
+            f"{100 * gpu.mfu:.0f}% ({gpu.mfu_source}) of {peak:g} TFLOP/s ({gpu.source})",
+        )
     else:
         source = "measured here"
     N = count_parameters(config.model)
-    exchange = 2 * (count - 1) / count * 4 * N / (gpu.link_gb_s * 1e9) if count > 1 and gpu.link_gb_s else 0.0
+    exchange = (
+        2 * (count - 1) / count * 4 * N / (gpu.link_gb_s * 1e9)
+        if count > 1 and gpu.link_gb_s
+        else 0.0
+    )
     step = config.run.batch_tokens / (measured * count) + exchange
     return Plan(
-        config, gpu, count, precision, memory_of(config, micro, count, precision), config.run.batch_tokens / step, exchange, source, price
+        config,
+        gpu,
+        count,
+        precision,
+        memory_of(config, micro, count, precision),
+        config.run.batch_tokens / step,
+        exchange,
+        source,
+        price,
     )
 
 
@@ -146,7 +182,11 @@ def largest_micro_batch(config: Config, gpu: GPU, count: int, precision: str) ->
     """The most sequences a pass that fit, of those that divide a GPU's share of the batch; 0 if not even one does."""
     config.micro_batches(count)  # refuses what cannot be shared out
     share = config.batch_sequences // count
-    fitting = [n for n in range(1, min(64, share) + 1) if share % n == 0 and _fits(memory_of(config, n, count, precision), gpu)]
+    fitting = [
+        n
+        for n in range(1, min(64, share) + 1)
+        if share % n == 0 and _fits(memory_of(config, n, count, precision), gpu)
+    ]
     return max(fitting, default=0)
 
 
@@ -162,7 +202,9 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"{c.recipe} on {n} x {gpu.name} in {plan.precision}"
     yield ""
     yield f"model    {count_parameters(c.model):,} parameters, {flops / 1e6:,.0f} MFLOP a token (causal)"
-    yield (f"work     {r.steps:,} steps x {r.batch_tokens:,} = {tokens / 1e9:.3g}B tokens, {tokens * flops / 1e18:.3g} EFLOP")
+    yield (
+        f"work     {r.steps:,} steps x {r.batch_tokens:,} = {tokens / 1e9:.3g}B tokens, {tokens * flops / 1e18:.3g} EFLOP"
+    )
     yield f"memory   of {gpu.memory_gb:g} GB on each GPU, in GB (* is the setting):"
     yield "       micro-batch accumulated   state  copies activations  logits     all"
     share = c.batch_sequences // n
@@ -177,14 +219,24 @@ def lines(plan: Plan) -> Iterator[str]:
         )
     if not plan.fits:
         best = largest_micro_batch(c, gpu, n, plan.precision)
-        fsdp = " --parallel fsdp" if c.run.parallel == "ddp" and n > 1 else " more GPUs with --parallel fsdp" if n == 1 else ""
+        fsdp = (
+            " --parallel fsdp"
+            if c.run.parallel == "ddp" and n > 1
+            else " more GPUs with --parallel fsdp"
+            if n == 1
+            else ""
+        )
         yield f"         the setting does not fit: use {f'--micro-batch {best}' if best else 'a GPU with more memory,' + fsdp}"
     yield f"speed    {plan.tokens_per_second:,.0f} tokens/s, {1e3 * plan.step_seconds:,.0f} ms a step"
-    yield from textwrap.wrap(plan.speed_source, 79, initial_indent=" " * 9, subsequent_indent=" " * 9)
+    yield from textwrap.wrap(
+        plan.speed_source, 79, initial_indent=" " * 9, subsequent_indent=" " * 9
+    )
     if plan.exchange_seconds:
         yield f"         of which {1e3 * plan.exchange_seconds:.1f} ms to share gradients at {gpu.link_gb_s:g} GB/s"
     yield f"time     {_hours(plan.hours)}" + (
-        f", ${plan.dollars:,.2f} at ${plan.price:g} a GPU and hour" if plan.dollars is not None else ""
+        f", ${plan.dollars:,.2f} at ${plan.price:g} a GPU and hour"
+        if plan.dollars is not None
+        else ""
     )
     disk = 2 * tokens, checkpoint_bytes(c) * (r.keep or 1)
     yield f"disk     {disk[0] / 1e9:,.1f} GB of tokens if all are kept (--disk-budget limits them)"
@@ -202,8 +254,12 @@ def from_run(run: Path, config: Config) -> Iterator[str]:
     source = Config.read(run / "config.json")
     rows = [row for row in metrics.read(run) if "speed/tokens_per_second" in row]
     if len(rows) < 4:
-        raise UserError(f"{run} has {len(rows)} timed steps; train a few more before planning from it.")
-    speed = statistics.median(row["speed/tokens_per_second"] for row in rows[len(rows) // 2 :])  # compilation is long past
+        raise UserError(
+            f"{run} has {len(rows)} timed steps; train a few more before planning from it."
+        )
+    speed = statistics.median(
+        row["speed/tokens_per_second"] for row in rows[len(rows) // 2 :]
+    )  # compilation is long past
     mine, theirs = (flops_per_token(c.model, c.data.seq_len) for c in (source, config))
     rate = speed * mine / theirs
     tokens = config.total_tokens
@@ -218,4 +274,10 @@ def from_run(run: Path, config: Config) -> Iterator[str]:
 def _hours(hours: float) -> str:
     if hours < 1:
         return f"{60 * hours:.0f} minutes"
-    return f"{hours:,.1f} hours" if hours < 96 else f"{hours / 24:,.0f} days" if hours < 24 * 800 else f"{hours / 24 / 365:,.1f} years"
+    return (
+        f"{hours:,.1f} hours"
+        if hours < 96
+        else f"{hours / 24:,.0f} days"
+        if hours < 24 * 800
+        else f"{hours / 24 / 365:,.1f} years"
+    )

@@ -35,8 +35,16 @@ def tiny(out: Path, **settings: Any) -> Config:
     text = out.parent / "story.txt"
     text.parent.mkdir(parents=True, exist_ok=True)
     if not text.exists():
-        nouns, verbs = ["cat", "dog", "king", "queen", "ship", "tower", "river"], ["sees", "finds", "builds", "crosses", "leaves"]
-        text.write_text("".join(f"The {nouns[i % 7]} {verbs[i * i % 5]} the {nouns[i * 3 % 7]} on day {i}.\n" for i in range(550)))
+        nouns, verbs = (
+            ["cat", "dog", "king", "queen", "ship", "tower", "river"],
+            ["sees", "finds", "builds", "crosses", "leaves"],
+        )
+        text.write_text(
+            "".join(
+                f"The {nouns[i % 7]} {verbs[i * i % 5]} the {nouns[i * 3 % 7]} on day {i}.\n"
+                for i in range(550)
+            )
+        )
     base = dataclasses.replace(Config(), recipe="tiny").override(
         n_layer=2, n_head=2, n_embd=32, n_positions=16, seq_len=16, vocab_size=257, tokenizer="bytes", data=str(text),
         steps=40, warmup_steps=2, batch_tokens=256, micro_batch=4, lr=3e-3, min_lr=3e-4, precision="fp32", device="cpu", compile="off",
@@ -58,14 +66,20 @@ def flags(config: Config) -> list[str]:
 
 def losses(run: Path) -> list[tuple[int, float, float, float]]:
     """What must be the same bit for bit: step, loss, norm and rate of every step."""
-    return [(r["step"], r["train/loss"], r["train/grad_norm"], r["train/lr"]) for r in metrics.read(run) if "train/loss" in r]
+    return [
+        (r["step"], r["train/loss"], r["train/grad_norm"], r["train/lr"])
+        for r in metrics.read(run)
+        if "train/loss" in r
+    ]
 
 
 def final(run: Path) -> bytes:
     """The newest checkpoint's weights and moments."""
     newest, _ = checkpoint.newest(run)
     assert newest is not None, f"{run} has no checkpoint"
-    return (newest / "model.safetensors").read_bytes() + (newest / "optimizer.safetensors").read_bytes()
+    return (newest / "model.safetensors").read_bytes() + (
+        newest / "optimizer.safetensors"
+    ).read_bytes()
 
 
 SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "INT": signal.SIGINT}

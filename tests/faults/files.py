@@ -34,7 +34,10 @@ FORK = multiprocessing.get_context("fork")
 
 
 def _content(step: int) -> dict[str, bytes]:
-    return {name: bytes([step % 251]) * size for name, size in (("model.safetensors", 300_000), ("optimizer.safetensors", 600_000))}
+    return {
+        name: bytes([step % 251]) * size
+        for name, size in (("model.safetensors", 300_000), ("optimizer.safetensors", 600_000))
+    }
 
 
 def _save_for_ever(run: Path, first: int, acknowledge: int) -> None:
@@ -84,9 +87,14 @@ def kill_while_saving(n: int, rng: random.Random, place: Path) -> Tally:
         newest, skipped = checkpoint.newest(run)
         found = int(newest.name[5:]) if newest else -1
         tally.check(not skipped, f"corrupt: {skipped}")
-        tally.check(found >= acknowledged, f"step {acknowledged} was acknowledged and {found} is there")
+        tally.check(
+            found >= acknowledged, f"step {acknowledged} was acknowledged and {found} is there"
+        )
         if newest:
-            tally.check(all((newest / k).read_bytes() == v for k, v in _content(found).items()), f"step {found} holds other bytes")
+            tally.check(
+                all((newest / k).read_bytes() == v for k, v in _content(found).items()),
+                f"step {found} holds other bytes",
+            )
         step = found + 1
         tally.runs += 1
     control, broken, arms = place / "control", 0, max(20, n // 5)
@@ -97,7 +105,10 @@ def kill_while_saving(n: int, rng: random.Random, place: Path) -> Tally:
         whole = any(parts == list(_content(s).values()) for s in {p[0] for p in parts if p})
         broken += not whole
     tally.facts["in-place control broken"] = f"{broken} of {arms}"
-    tally.check(broken >= arms / 2, f"the control arm broke only {broken} of {arms} times, so this proves little")
+    tally.check(
+        broken >= arms / 2,
+        f"the control arm broke only {broken} of {arms} times, so this proves little",
+    )
     return tally
 
 
@@ -114,7 +125,9 @@ def full_disk(n: int, rng: random.Random, place: Path) -> Tally:
         disk = place / "disk"
         disk.mkdir(exist_ok=True)
         size = int(takes * (0.25 + 2.25 * i / max(1, n - 1)))
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True
+        )
         if mounted.returncode:
             tally.skipped = "mounting a tmpfs takes rights that this process has not"
             return tally
@@ -125,14 +138,26 @@ def full_disk(n: int, rng: random.Random, place: Path) -> Tally:
                 said = ""
             except UserError as error:
                 said = str(error)
-            tally.check(not said or ("the disk of" in said and "is full" in said), f"another error: {said}")
+            tally.check(
+                not said or ("the disk of" in said and "is full" in said), f"another error: {said}"
+            )
             saved, skipped = checkpoint.newest(disk / "run")
             tally.check(not skipped, f"a damaged checkpoint was published: {skipped}")
-            shutil.copytree(disk / "run", place / f"rescued-{i}", ignore=shutil.ignore_patterns(".lock"))
-            train(whole.override(out=str(place / f"rescued-{i}")))  # with room it goes on, to the same end
+            shutil.copytree(
+                disk / "run", place / f"rescued-{i}", ignore=shutil.ignore_patterns(".lock")
+            )
+            train(
+                whole.override(out=str(place / f"rescued-{i}"))
+            )  # with room it goes on, to the same end
             for name in ("model.safetensors", "optimizer.safetensors"):
-                a, b = (place / r / "checkpoints" / "step-00000012" / name for r in ("whole", f"rescued-{i}"))
-                tally.check(a.read_bytes() == b.read_bytes(), f"{name} differs after {size} bytes, resumed from {saved}")
+                a, b = (
+                    place / r / "checkpoints" / "step-00000012" / name
+                    for r in ("whole", f"rescued-{i}")
+                )
+                tally.check(
+                    a.read_bytes() == b.read_bytes(),
+                    f"{name} differs after {size} bytes, resumed from {saved}",
+                )
             tally.facts[f"stopped at {size // 1000} kB"] = "yes" if said else "no"
         finally:
             subprocess.run(["umount", str(disk)], check=True)
@@ -182,11 +207,15 @@ def damage(n: int, rng: random.Random, place: Path) -> Tally:
             except UserError:
                 pass
         else:
-            victim = rng.choice([p for p in checkpoints[1].iterdir() if p.name != "manifest.json" or i % 8 == 0])
+            victim = rng.choice(
+                [p for p in checkpoints[1].iterdir() if p.name != "manifest.json" or i % 8 == 0]
+            )
             before = victim.read_bytes()
             what = _damage(victim, rng)
             newest, skipped = checkpoint.newest(config.folder)
-            harmless = victim.name == "manifest.json" and newest == checkpoints[1]  # white space, or a digit of its version
+            harmless = (
+                victim.name == "manifest.json" and newest == checkpoints[1]
+            )  # white space, or a digit of its version
             tally.check(newest == checkpoints[0] or harmless, f"not noticed: {what}")
             tally.check(len(skipped) == 1 or harmless, f"not said: {what}")
             victim.write_bytes(before)
@@ -231,7 +260,11 @@ def malice(n: int, rng: random.Random, place: Path) -> Tally:
     for name, content in {
         "pt": {"model": Bomb(canary), "model_args": {}},
         "pt-config": {"model": {}, "config": Bomb(canary)},
-        "pt-optimizer": {"model": {"transformer.wte.weight": torch.zeros(2, 2)}, "optimizer": Bomb(canary), "model_args": {}},
+        "pt-optimizer": {
+            "model": {"transformer.wte.weight": torch.zeros(2, 2)},
+            "optimizer": Bomb(canary),
+            "model_args": {},
+        },
     }.items():
         torch.save(content, place / f"{name}.pt")
         attacks.append((name, lambda name=name: weights.load_model(str(place / f"{name}.pt"))))
@@ -257,11 +290,15 @@ def malice(n: int, rng: random.Random, place: Path) -> Tally:
     (header / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     attacks.append(("header of 2^62 bytes", lambda: weights.load_model(str(header))))
     huge = folder("huge")
-    entry = json.dumps({"wte.weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}).encode()
+    entry = json.dumps(
+        {"wte.weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}
+    ).encode()
     (huge / "model.safetensors").write_bytes(len(entry).to_bytes(8, "little") + entry)
     attacks.append(("tensor of 2^62 bytes", lambda: weights.load_model(str(huge))))
     config = folder("config")
-    (config / "config.json").write_text(json.dumps({**json.loads((good / "config.json").read_text()), "n_layer": 10**9}))
+    (config / "config.json").write_text(
+        json.dumps({**json.loads((good / "config.json").read_text()), "n_layer": 10**9})
+    )
     attacks.append(("a billion layers", lambda: limited(lambda: weights.load_model(str(config)))))
     npy = place / "npy"
     npy.mkdir()
@@ -277,14 +314,18 @@ def malice(n: int, rng: random.Random, place: Path) -> Tally:
     with gzip.open(bomb, "wb", compresslevel=9) as file:
         for _ in range(300):
             file.write(b"0" * 1_000_000)
-    attacks.append(("300 MB of one line in 300 kB", lambda: limited(lambda: open_data(str(bomb), "bytes"))))
+    attacks.append(
+        ("300 MB of one line in 300 kB", lambda: limited(lambda: open_data(str(bomb), "bytes")))
+    )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02.")
         archive.writestr("../../canary", b"out")
         archive.writestr("archive/data/0", b"\0" * 50_000_000)
     (place / "zip.pt").write_bytes(buffer.getvalue())
-    attacks.append(("zip with a path that leads outside", lambda: weights.load_model(str(place / "zip.pt"))))
+    attacks.append(
+        ("zip with a path that leads outside", lambda: weights.load_model(str(place / "zip.pt")))
+    )
     for name, attack in attacks:
         try:
             attack()
@@ -294,7 +335,10 @@ def malice(n: int, rng: random.Random, place: Path) -> Tally:
         except BaseException as error:  # noqa: BLE001 (that is the finding)
             tally.check(False, f"{name}: {type(error).__name__} {error}")
         tally.runs += 1
-    tally.check(not canary.exists() and not (place.parent / "canary").exists(), "something was executed or written outside")
+    tally.check(
+        not canary.exists() and not (place.parent / "canary").exists(),
+        "something was executed or written outside",
+    )
     return tally
 
 

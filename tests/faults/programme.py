@@ -28,11 +28,26 @@ PROGRAMME: dict[str, tuple[Callable[[int, random.Random, Path], Tally], int, int
         1000,
         "0 corrupt loads, 0 acknowledged saves lost; the in-place control arm breaks half",
     ),
-    "kill-torchrun": (runs.kill_torchrun, 5, 60, "0 steps lost beyond the last checkpoint; 0 differing bits in replayed losses"),
+    "kill-torchrun": (
+        runs.kill_torchrun,
+        5,
+        60,
+        "0 steps lost beyond the last checkpoint; 0 differing bits in replayed losses",
+    ),
     "chain": (runs.chain, 10, 50, "loss, rate, gradient norm, weights identical"),
     "world": (runs.change_world, 1, 10, "token ids identical; loss within 1e-6 relative"),
-    "rank": (runs.lose_a_rank, 4, 80, "noticed within 5 s (stopped: timeout + grace), resumed, 0 orphans"),
-    "signals": (runs.signals, 12, 100, "last whole step saved every time, exit code 75, in less than 20 s"),
+    "rank": (
+        runs.lose_a_rank,
+        4,
+        80,
+        "noticed within 5 s (stopped: timeout + grace), resumed, 0 orphans",
+    ),
+    "signals": (
+        runs.signals,
+        12,
+        100,
+        "last whole step saved every time, exit code 75, in less than 20 s",
+    ),
     "disk": (files.full_disk, 10, 50, "previous checkpoint loads; named error"),
     "damage": (files.damage, 200, 1400, "100% detected, falls back"),
     "numbers": (runs.bad_numbers, 10, 50, "weights unchanged; ranks agree"),
@@ -66,14 +81,18 @@ def main() -> None:
         title = (PROGRAMME[name][0].__doc__ or name).strip()
         held = tally.skipped or (f"**no**: {len(tally.failures)}" if tally.failures else "yes")
         facts = "".join(f"; {key} {value}" for key, value in tally.facts.items())
-        lines.append(f"| {title} | {tally.runs:,} | {PROGRAMME[name][3]} | {held}{facts} | {time.monotonic() - began:.0f} |")
+        lines.append(
+            f"| {title} | {tally.runs:,} | {PROGRAMME[name][3]} | {held}{facts} | {time.monotonic() - began:.0f} |"
+        )
         print(lines[-1], flush=True)
         for failure in tally.failures[:10]:
             print(f"    {failure}", file=sys.stderr)
         failed = failed or bool(tally.failures)
     if a.write:
         before, _, rest = DOC.read_text(encoding="utf-8").partition(BEGIN)
-        DOC.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.partition(END)[2], encoding="utf-8")
+        DOC.write_text(
+            before + "\n".join([BEGIN, *lines, END]) + rest.partition(END)[2], encoding="utf-8"
+        )
     sys.exit(1 if failed else 0)
 
 

@@ -41,9 +41,18 @@ def plain(config: Config) -> str:
 class Job:
     """A real torchrun with two ranks, and every process that it leads to, known by a mark in its environment."""
 
-    def __init__(self, config: Config, restarts: int = 0, module: str = "anew", **environment: str) -> None:
+    def __init__(
+        self, config: Config, restarts: int = 0, module: str = "anew", **environment: str
+    ) -> None:
         self.mark, self.run = uuid.uuid4().hex, config.folder
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            f"--max-restarts={restarts}",
+        ]
         self.log = (config.folder.parent / f"{config.folder.name}.log").open("w")
         self.agent = subprocess.Popen(
             [*launcher, "-m", module, "train", "shakespeare", *flags(config)],
@@ -57,7 +66,10 @@ class Job:
             if entry.name.isdigit() and int(entry.name) != self.agent.pid:
                 with contextlib.suppress(OSError):
                     dead = (entry / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-                    if not dead and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    if (
+                        not dead
+                        and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes()
+                    ):
                         found.append(int(entry.name))
         return found
 
@@ -106,7 +118,12 @@ def _gone(pids: list[int], seconds: float) -> float:
         alive = []
         for pid in pids:
             with contextlib.suppress(OSError):
-                alive += [pid] if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX" else []
+                alive += (
+                    [pid]
+                    if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                    not in "ZX"
+                    else []
+                )
         if not alive:
             return time.monotonic() - began
         time.sleep(0.02)
@@ -122,8 +139,12 @@ def _reference(place: Path, **settings: Any) -> Config:
 
 
 def _same(tally: Tally, config: Config, reference: Config, what: str) -> None:
-    tally.check(losses(config.folder) == losses(reference.folder), f"{what}: replayed losses differ")
-    tally.check(final(config.folder) == final(reference.folder), f"{what}: the final weights differ")
+    tally.check(
+        losses(config.folder) == losses(reference.folder), f"{what}: replayed losses differ"
+    )
+    tally.check(
+        final(config.folder) == final(reference.folder), f"{what}: the final weights differ"
+    )
 
 
 def kill_torchrun(n: int, rng: random.Random, place: Path) -> Tally:
@@ -144,7 +165,10 @@ def kill_torchrun(n: int, rng: random.Random, place: Path) -> Tally:
             job.kill_all()
         newest, skipped = checkpoint.newest(config.folder)
         tally.check(not skipped, f"a damaged checkpoint: {skipped}")
-        tally.check(not saved or (newest is not None and int(newest.name[5:]) >= saved[-1]), f"checkpoint {saved[-1:]} was lost")
+        tally.check(
+            not saved or (newest is not None and int(newest.name[5:]) >= saved[-1]),
+            f"checkpoint {saved[-1:]} was lost",
+        )
         found = run_ranks(2, plain, config, seconds=120)
         tally.check(found == [("ok", "done")] * 2, f"did not go on: {found}")
         _same(tally, config, reference, f"kill {i}")
@@ -158,19 +182,27 @@ def lose_a_rank(n: int, rng: random.Random, place: Path) -> Tally:
     noticed: dict[str, float] = {}
     kinds = ("stopped", "killed", "raising", "agent")
     cases = [(i, kinds[i % 4], rng.randint(10, 60), rng.randrange(2)) for i in range(n)]
-    with ThreadPoolExecutor(2) as pool:  # torchrun gives a stopped rank 30 s, in which nothing else happens
+    with ThreadPoolExecutor(
+        2
+    ) as pool:  # torchrun gives a stopped rank 30 s, in which nothing else happens
         for kind, took in pool.map(lambda case: _lose(tally, reference, *case), cases):
             noticed[kind] = max(noticed.get(kind, 0.0), took)
-    tally.facts = {f"{kind}: all ranks ended within": f"{seconds:.1f} s" for kind, seconds in noticed.items()}
+    tally.facts = {
+        f"{kind}: all ranks ended within": f"{seconds:.1f} s" for kind, seconds in noticed.items()
+    }
     return tally
 
 
-def _lose(tally: Tally, reference: Config, i: int, kind: str, at: int, rank: int) -> tuple[str, float]:
+def _lose(
+    tally: Tally, reference: Config, i: int, kind: str, at: int, rank: int
+) -> tuple[str, float]:
     """One run that loses a rank or its agent; what happened, and after how long no rank of before was left."""
     place = reference.folder.parent
     config = reference.override(out=str(place / f"run-{i}"), timeout_seconds=4.0)
     if kind == "raising":
-        job = Job(config, 2, "tests.faults.wrapped", ANEW_FAULT=f"raise:1:{at}:{place / f'raised-{i}'}")
+        job = Job(
+            config, 2, "tests.faults.wrapped", ANEW_FAULT=f"raise:1:{at}:{place / f'raised-{i}'}"
+        )
     else:
         job = Job(config, 0 if kind == "agent" else 2)
     job.wait_for_step(at - 1 if kind == "raising" else at)
@@ -180,7 +212,9 @@ def _lose(tally: Tally, reference: Config, i: int, kind: str, at: int, rank: int
         job.agent.wait()
     elif kind != "raising" and before:
         os.kill(before[rank % len(before)], signal.SIGSTOP if kind == "stopped" else signal.SIGKILL)
-    limit = 4 + 30 + 10 if kind == "stopped" else 6.0  # the timeout, then torchrun's own grace for what does not answer SIGTERM
+    limit = (
+        4 + 30 + 10 if kind == "stopped" else 6.0
+    )  # the timeout, then torchrun's own grace for what does not answer SIGTERM
     took = _gone(before, limit)
     tally.check(took < limit, f"{kind}: ranks were still there after {limit} s")
     if kind == "agent":
@@ -213,11 +247,16 @@ def change_world(n: int, rng: random.Random, place: Path) -> Tally:
             first = found[0][1]["first"]
             for k in range(len(found[0][1]["rows"])):
                 rows = [row for _, part in found for row in part["rows"][k]]
-                tally.check(rows == alone["rows"][first + k], f"other tokens at step {first + k} on {ranks} ranks")
+                tally.check(
+                    rows == alone["rows"][first + k],
+                    f"other tokens at step {first + k} on {ranks} ranks",
+                )
         whole = {r[0]: r[1] for r in losses(config.folder)}
         worst = max(abs(loss / whole[step] - 1) for step, loss, _, _ in losses(changing.folder))
         tally.check(worst <= 1e-6, f"losses differ by {worst:.1e}")
-        tally.facts["largest difference of a loss"] = f"{max(worst, tally.facts.get('worst', 0)):.1e}"
+        tally.facts["largest difference of a loss"] = (
+            f"{max(worst, tally.facts.get('worst', 0)):.1e}"
+        )
         tally.runs += 1
     return tally
 
@@ -229,7 +268,10 @@ def chain(n: int, rng: random.Random, place: Path) -> Tally:
     """Chained resumes incl. shard end, epoch end, mid-accumulation, during evaluation, finished run"""
     tally = Tally()
     kinds: list[dict[str, Any]] = [
-        {"batch_tokens": 4096, "micro_batch": 16},  # 4 steps an epoch: ends of shards and epochs between the stops
+        {
+            "batch_tokens": 4096,
+            "micro_batch": 16,
+        },  # 4 steps an epoch: ends of shards and epochs between the stops
         {"micro_batch": 2},
         {"evaluate_every": 3},
         {"dropout": 0.1},
@@ -241,13 +283,18 @@ def chain(n: int, rng: random.Random, place: Path) -> Tally:
         train(whole)
         parts = whole.override(out=str(place / f"parts-{i}"))
         for stop in sorted(rng.sample(range(1, 16), 3)):
-            with contextlib.suppress(Preempted), _signal_at(stop, ("loss", "evaluation", "progress")[rng.randrange(3)], settings):
+            with (
+                contextlib.suppress(Preempted),
+                _signal_at(stop, ("loss", "evaluation", "progress")[rng.randrange(3)], settings),
+            ):
                 train(parts)
         train(parts)
         _same(tally, parts, whole, f"chain {i} {settings}")
         before = final(parts.folder), len(losses(parts.folder))
         train(parts)  # a finished run stays as it is
-        tally.check((final(parts.folder), len(losses(parts.folder))) == before, "a finished run changed")
+        tally.check(
+            (final(parts.folder), len(losses(parts.folder))) == before, "a finished run changed"
+        )
         tally.runs += 1
     return tally
 
@@ -255,7 +302,10 @@ def chain(n: int, rng: random.Random, place: Path) -> Tally:
 @contextlib.contextmanager
 def _signal_at(step: int, where: str, settings: dict[str, Any]) -> Iterator[None]:
     """SIGTERM in the second micro-batch of `step`, in the next evaluation, or behind the step."""
-    module, during = importlib.import_module("anew.training.trainer"), importlib.import_module("anew.training.validation")
+    module, during = (
+        importlib.import_module("anew.training.trainer"),
+        importlib.import_module("anew.training.validation"),
+    )
     step_before, loss_before = module.train_step, during.mean_loss
     sent = False
 
@@ -275,7 +325,12 @@ def _signal_at(step: int, where: str, settings: dict[str, Any]) -> Iterator[None
                 send()
             return loss_of(*arguments)
 
-        outcome = step_before(counted if state.step >= step and where == "loss" else loss_of, state, micro_batches, *rest)
+        outcome = step_before(
+            counted if state.step >= step and where == "loss" else loss_of,
+            state,
+            micro_batches,
+            *rest,
+        )
         if state.step >= step and (where == "progress" or not settings.get("evaluate_every")):
             send()
         return outcome
@@ -341,9 +396,13 @@ def signals(n: int, rng: random.Random, place: Path) -> Tally:
         kind = ("TERM", "USR1", "double TERM", "INT")[(i // len(PHASES) + i) % 4]
         if phase == "compile" and i >= len(PHASES):
             phase = "step"  # compiling takes ten seconds each time
-        config = reference.override(out=str(place / f"run-{i}"), compile="on" if phase == "compile" else "off")
+        config = reference.override(
+            out=str(place / f"run-{i}"), compile="on" if phase == "compile" else "off"
+        )
         marker = place / f"marker-{i}"
-        process, connection = start(in_phase, ["train", "shakespeare", *flags(config)], phase, str(marker))
+        process, connection = start(
+            in_phase, ["train", "shakespeare", *flags(config)], phase, str(marker)
+        )
         deadline = time.monotonic() + 60
         while not marker.exists() and time.monotonic() < deadline and process.is_alive():
             time.sleep(0.005)
@@ -364,7 +423,10 @@ def signals(n: int, rng: random.Random, place: Path) -> Tally:
         process.join(10)
         rows = losses(config.folder) if (config.folder / "metrics.jsonl").exists() else []
         newest, skipped = checkpoint.newest(config.folder)
-        tally.check(not skipped and (int(newest.name[5:]) if newest else 0) == (rows[-1][0] if rows else 0), f"{what}: not the last step")
+        tally.check(
+            not skipped and (int(newest.name[5:]) if newest else 0) == (rows[-1][0] if rows else 0),
+            f"{what}: not the last step",
+        )
         if phase != "compile":
             run_ranks(1, plain, config)
             _same(tally, config, reference, what)
@@ -398,7 +460,10 @@ def poisoned(config: Config, kind: str, at: int) -> list[Any]:
 
 def _digest(state: Any) -> str:
     digest = hashlib.sha256()
-    for tensor in (*state.params, *(v for o in state.optimizers for e in o.state.values() for v in e.values())):
+    for tensor in (
+        *state.params,
+        *(v for o in state.optimizers for e in o.state.values() for v in e.values()),
+    ):
         digest.update(tensor.detach().numpy().tobytes())
     return digest.hexdigest()
 
@@ -417,7 +482,10 @@ def bad_numbers(n: int, rng: random.Random, place: Path) -> Tally:
             continue
         a, b = (seen for _, seen in found)
         tally.check(a == b, f"{kind}: the ranks saw different things")
-        tally.check([unchanged for _, _, unchanged in a if unchanged is not None] == [True], f"{kind}: the step changed weights")
+        tally.check(
+            [unchanged for _, _, unchanged in a if unchanged is not None] == [True],
+            f"{kind}: the step changed weights",
+        )
         [bad] = [outcome for _, outcome, unchanged in a if unchanged is not None]
         tally.check("applied=False" in bad, f"{kind}: {bad}")
         text = (config.folder / "log.txt").read_text()

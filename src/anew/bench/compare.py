@@ -20,7 +20,9 @@ from anew.errors import UserError
 Step = Callable[[], Any]
 
 
-def alternate(sides: dict[str, Callable[..., Step]], arguments: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    sides: dict[str, Callable[..., Step]], arguments: tuple[Any, ...], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each side's turns, after two that warm up."""
     context = multiprocessing.get_context("spawn")
     wires: dict[str, Connection] = {}
@@ -33,7 +35,9 @@ def alternate(sides: dict[str, Callable[..., Step]], arguments: tuple[Any, ...],
             stack.callback(process.join)
             stack.callback(wires[name].close)  # which ends it
             theirs.close()
-            _turn(wires[name], name)  # one after the other: two that compile at once are slower than both in turn
+            _turn(
+                wires[name], name
+            )  # one after the other: two that compile at once are slower than both in turn
             _turn(wires[name], name)
         for _ in range(rounds):
             for name, wire in wires.items():

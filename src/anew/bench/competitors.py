@@ -62,10 +62,18 @@ def their_step(config: Any, device: str) -> Step:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape: Any = {name: getattr(config.model, name) for name in SHAPE}
-    shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False, "attn_implementation": "sdpa"}
+    shape |= {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
     model: Any = GPT2LMHeadModel(GPT2Config(**shape)).train()
     model.to(device)
-    return _usual_step(model, lambda forward, x, _: forward(input_ids=x, labels=x).loss, config, device)
+    return _usual_step(
+        model, lambda forward, x, _: forward(input_ids=x, labels=x).loss, config, device
+    )
 
 
 def litgpt_step(config: Any, device: str) -> Step:
@@ -75,17 +83,32 @@ def litgpt_step(config: Any, device: str) -> Step:
     from litgpt.utils import chunked_cross_entropy
 
     m = config.model
-    sizes = {"block_size": m.n_positions, "n_layer": m.n_layer, "n_head": m.n_head, "n_embd": m.n_embd, "vocab_size": m.vocab_size}
+    sizes = {
+        "block_size": m.n_positions,
+        "n_layer": m.n_layer,
+        "n_head": m.n_head,
+        "n_embd": m.n_embd,
+        "vocab_size": m.vocab_size,
+    }
     like_gpt2 = {"parallel_residual": False, "rotary_percentage": 1.0, "gelu_approximate": "tanh"}
-    model = LitGPT(LitConfig(**sizes, **like_gpt2, padded_vocab_size=m.padded_vocab_size)).to(device)
-    return _usual_step(model, lambda forward, x, y: chunked_cross_entropy(forward(x), y, chunk_size=0), config, device)
+    model = LitGPT(LitConfig(**sizes, **like_gpt2, padded_vocab_size=m.padded_vocab_size)).to(
+        device
+    )
+    return _usual_step(
+        model,
+        lambda forward, x, y: chunked_cross_entropy(forward(x), y, chunk_size=0),
+        config,
+        device,
+    )
 
 
 def _usual_step(model: Any, loss_of: Any, config: Any, device: str) -> Step:
     """Autocast to bf16, torch.compile, fused AdamW."""
     compiled, _ = runtime.pick_compile(config.run.compile, torch.device(device))
     forward: Any = torch.compile(model, dynamic=False) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     batch = bench.text_batch(config, torch.device(device))
 
     def step() -> None:
@@ -110,10 +133,14 @@ def writing_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "mps" else torch.bfloat16
 
 
-def our_writing(config: Any, device: str, rows: int, prompt: int, tokens: int, int8: bool = False) -> Step:
+def our_writing(
+    config: Any, device: str, rows: int, prompt: int, tokens: int, int8: bool = False
+) -> Step:
     """The product's own cached decoding, greedy."""
     model = GPT(config.model, writing_dtype(device), seed=0).to(device).eval()
-    prompts = torch.randint(config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     return lambda: generate(model, prompts, tokens, temperature=0.0, int8=int8)
 
 
@@ -129,8 +156,15 @@ def their_writing(config: Any, device: str, rows: int, prompt: int, tokens: int)
     shape: Any = {name: getattr(config.model, name) for name in SHAPE}
     model: Any = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     model.to(device, writing_dtype(device))
-    ids = torch.randint(config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 50256}
+    ids = torch.randint(
+        config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    how = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "pad_token_id": 50256,
+    }
 
     def step() -> None:
         with torch.inference_mode():
@@ -139,20 +173,38 @@ def their_writing(config: Any, device: str, rows: int, prompt: int, tokens: int)
     return step
 
 
-def llama_writing(config: Any, device: str, rows: int, prompt: int, tokens: int, dtype: str = "bf16") -> Step:
+def llama_writing(
+    config: Any, device: str, rows: int, prompt: int, tokens: int, dtype: str = "bf16"
+) -> Step:
     """llama.cpp on the exported GGUF, greedy, with as many threads."""
     from llama_cpp import Llama
 
     assert (rows, device) == (1, "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        write_gguf(Path(folder) / "model.gguf", GPT(config.model, seed=0), Tokenizer.named("gpt2"), dtype, "side by side")
+        write_gguf(
+            Path(folder) / "model.gguf",
+            GPT(config.model, seed=0),
+            Tokenizer.named("gpt2"),
+            dtype,
+            "side by side",
+        )
         threads = torch.get_num_threads()
-        llama = Llama(str(Path(folder) / "model.gguf"), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    [ids] = torch.randint(config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+        llama = Llama(
+            str(Path(folder) / "model.gguf"),
+            n_ctx=1024,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+    [ids] = torch.randint(
+        config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)
+    ).tolist()
 
     def step() -> None:
         llama.reset()
-        for count, _ in enumerate(llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0), start=1):
+        for count, _ in enumerate(
+            llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0), start=1
+        ):
             if count == tokens:
                 break
 
@@ -186,7 +238,10 @@ def their_scoring(file: Path, device: Any, n: int) -> Step:
     @torch.no_grad()
     def step() -> None:
         for example in next(parts):
-            context, endings = list(example.question.context), [list(e) for e in example.question.endings]
+            context, endings = (
+                list(example.question.context),
+                [list(e) for e in example.question.endings],
+            )
             width = len(context) + max(map(len, endings))
             ids, scored = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width)
             for row, ending in enumerate(endings):
@@ -194,7 +249,12 @@ def their_scoring(file: Path, device: Any, n: int) -> Step:
                 scored[row, len(context) : len(context) + len(ending)] = 1
             ids, scored = ids.to(rt.device), scored.to(rt.device)[:, 1:]
             logits = model(ids).logits[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(4, -1) * scored
+            loss = (
+                F.cross_entropy(
+                    logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+                ).view(4, -1)
+                * scored
+            )
             (loss.sum(1) / scored.sum(1)).argmin().item()
 
     return step
@@ -202,7 +262,9 @@ def their_scoring(file: Path, device: Any, n: int) -> Step:
 
 def _parts(file: Path, n: int) -> Iterator[list[Example]]:
     """`n` examples from all over the file, others each time: it begins with its short half. `file`: the JSON lines, or its cleaned text."""
-    examples = TASKS["hellaswag" if file.suffix == ".jsonl" else "hellaswag_harness"].examples(file, Tokenizer.named("gpt2"), 1024)
+    examples = TASKS["hellaswag" if file.suffix == ".jsonl" else "hellaswag_harness"].examples(
+        file, Tokenizer.named("gpt2"), 1024
+    )
     stride, i = max(1, len(examples) // n), 0
     while True:
         yield examples[i % stride :: stride][:n]
@@ -213,7 +275,12 @@ def our_preparing(file: Path, folder: Path) -> Step:
     """Text to shards by `anew prepare`."""
     Tokenizer.named("gpt2").encode("loaded before the clock starts, on both sides")
     turns = iter(range(10**6))
-    return lambda: prepare.prepare(sources.find(str(file)), Settings("gpt2"), folder / f"ours-{next(turns)}", disk_budget=10**12)
+    return lambda: prepare.prepare(
+        sources.find(str(file)),
+        Settings("gpt2"),
+        folder / f"ours-{next(turns)}",
+        disk_budget=10**12,
+    )
 
 
 def script_preparing(file: Path, folder: Path) -> Step:
@@ -225,8 +292,13 @@ def script_preparing(file: Path, folder: Path) -> Step:
         out = folder / f"script-{next(turns)}"
         out.mkdir()
         shard, used, number = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
-        with file.open(encoding="utf-8") as lines, multiprocessing.get_context("fork").Pool(workers, _start_worker) as pool:
-            for tokens in pool.imap(_tokens_of, (json.loads(line)["text"] for line in lines), chunksize=16):
+        with (
+            file.open(encoding="utf-8") as lines,
+            multiprocessing.get_context("fork").Pool(workers, _start_worker) as pool,
+        ):
+            for tokens in pool.imap(
+                _tokens_of, (json.loads(line)["text"] for line in lines), chunksize=16
+            ):
                 while len(tokens) > SHARD_TOKENS - used:
                     room = SHARD_TOKENS - used
                     shard[used:] = tokens[:room]
@@ -276,9 +348,19 @@ def exported_loss(folder: Path, config: Config, device: str) -> float:
     model.to(device)
     wanted = config.data.tokenizer
     total, scored = 0.0, 0
-    with open_data(config.data.data, wanted if wanted.startswith("train:") else Tokenizer.find(wanted, folder)) as data, torch.no_grad():
-        for ids, targets in evaluation_windows(data.splits["val"], config.data.seq_len, config.data.val_tokens, 8):
+    with (
+        open_data(
+            config.data.data,
+            wanted if wanted.startswith("train:") else Tokenizer.find(wanted, folder),
+        ) as data,
+        torch.no_grad(),
+    ):
+        for ids, targets in evaluation_windows(
+            data.splits["val"], config.data.seq_len, config.data.val_tokens, 8
+        ):
             logits = model(torch.from_numpy(ids).to(device)).logits.flatten(0, 1)
-            total += F.cross_entropy(logits, torch.from_numpy(targets).to(device).flatten(), reduction="sum").item()
+            total += F.cross_entropy(
+                logits, torch.from_numpy(targets).to(device).flatten(), reduction="sum"
+            ).item()
             scored += int((targets != -100).sum())
     return total / scored

@@ -60,13 +60,26 @@ def ended(trial: Trial, out: Path) -> Ended | None:
     if (folder / DIVERGED).is_file():
         return Ended(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
     last = checkpoint.folder_of(folder, config.run.steps)
-    if not rows or rows[-1]["step"] != config.run.steps or rows[-1].get("val/precision") != "fp32" or not last.is_dir():
+    if (
+        not rows
+        or rows[-1]["step"] != config.run.steps
+        or rows[-1].get("val/precision") != "fp32"
+        or not last.is_dir()
+    ):
         return None
     tokens, loss = int(rows[-1]["tokens"]), rows[-1]["val/loss"]
-    return Ended(folder, config, tokens, tokens / statistics.median(speeds), math.inf if loss is None else float(loss))
+    return Ended(
+        folder,
+        config,
+        tokens,
+        tokens / statistics.median(speeds),
+        math.inf if loss is None else float(loss),
+    )
 
 
-def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Trial, Ended], None]) -> dict[str, Ended]:
+def run_all(
+    trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Trial, Ended], None]
+) -> dict[str, Ended]:
     """Every trial's end; `done` is told of each as it is known, those of earlier calls too. Preempted if `stop` is set before the last."""
     from filelock import FileLock, Timeout
 
@@ -78,7 +91,9 @@ def run_all(trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Tria
                 results[trial.name] = _run(trial, out, stop)
                 done(trial, results[trial.name])
         if len(results) < len(trials) and stop.wait(1.0):  # others have the rest
-            raise Preempted("stopped while others are at the last runs; the same command waits for them.")
+            raise Preempted(
+                "stopped while others are at the last runs; the same command waits for them."
+            )
     return {trial.name: results[trial.name] for trial in trials}
 
 
@@ -105,7 +120,9 @@ def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
         (folder / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
     found = ended(trial, out)
     if found is None:
-        raise UserError(f"{folder} ended without a validation loss, by which runs are compared; does the data hold any text out?")
+        raise UserError(
+            f"{folder} ended without a validation loss, by which runs are compared; does the data hold any text out?"
+        )
     return found
 
 

@@ -25,8 +25,15 @@ from anew.config.schema import Config
 from anew.errors import Preempted
 from anew.utils.signals import Stop
 
-SHARES = (0.25, 0.357, 0.5)  # horizons of the fast recipe: 4, 2.8 and 2 times fewer tokens than the others'
-TUNED_AT = {"adamw": 1.0, "fast": 0.5}  # share of the horizon: AdamW's own, a middle one of the fast recipe's
+SHARES = (
+    0.25,
+    0.357,
+    0.5,
+)  # horizons of the fast recipe: 4, 2.8 and 2 times fewer tokens than the others'
+TUNED_AT = {
+    "adamw": 1.0,
+    "fast": 0.5,
+}  # share of the horizon: AdamW's own, a middle one of the fast recipe's
 WARMUP = 715 / 19_073  # of the steps, as in the reference recipe, where no `warmup_share` is tried
 TUNING_SEED = 0
 Settings = tuple[dict[str, Any], ...]
@@ -34,7 +41,17 @@ LossOf = Callable[[Ended], float]
 
 
 # The arms differ in these, so nobody else may set them.
-OWNED = ("seed", "warmup_steps", "optimizer", "schedule", "min_lr", "decay_share", "wte_lr", "muon_lr", "muon_warmup")
+OWNED = (
+    "seed",
+    "warmup_steps",
+    "optimizer",
+    "schedule",
+    "min_lr",
+    "decay_share",
+    "wte_lr",
+    "muon_lr",
+    "muon_warmup",
+)
 
 
 def reference(config: Config) -> Config:
@@ -59,11 +76,20 @@ def tuning(config: Config) -> dict[str, Settings]:
             "adamw": (
                 {"lr": 5e-4, "wte_lr": 0.006},
                 {"lr": 1e-3},
-                *({"lr": lr, "wte_lr": 0.006, "warmup_share": 0.1} for lr in (1e-3, 2e-3, 4e-3, 8e-3)),
+                *(
+                    {"lr": lr, "wte_lr": 0.006, "warmup_share": 0.1}
+                    for lr in (1e-3, 2e-3, 4e-3, 8e-3)
+                ),
             ),
             "fast": tuple(
                 {"lr": 0.006, "muon_lr": muon, "wte_lr": wte}
-                for muon, wte in ((0.0025, 0.006), (0.005, 0.006), (0.01, 0.006), (0.01, 0.012), (0.02, 0.006))
+                for muon, wte in (
+                    (0.0025, 0.006),
+                    (0.005, 0.006),
+                    (0.01, 0.006),
+                    (0.01, 0.012),
+                    (0.02, 0.006),
+                )
             ),
         }
     return {
@@ -75,11 +101,15 @@ def tuning(config: Config) -> dict[str, Settings]:
 ARMS: dict[str, Callable[[Config], Config]] = {"reference": reference, "adamw": adamw, "fast": fast}
 
 
-def fitted(config: Config, share: float, seed: int, warmup_share: float = WARMUP, **settings: Any) -> Config:
+def fitted(
+    config: Config, share: float, seed: int, warmup_share: float = WARMUP, **settings: Any
+) -> Config:
     """`config` with `settings` over this share of its steps: warm-up a share of them too, validated and saved at the end."""
     steps = max(2, round(share * config.run.steps))
     every: dict[str, Any] = {"evaluate_every": 0, "save_every": steps, "keep": 1}
-    return config.override(steps=steps, warmup_steps=round(warmup_share * steps), seed=seed, **every, **settings).check()
+    return config.override(
+        steps=steps, warmup_steps=round(warmup_share * steps), seed=seed, **every, **settings
+    ).check()
 
 
 @dataclass(frozen=True)
@@ -105,7 +135,12 @@ class Ratio:
     def of(cls, values: Sequence[tuple[float, str]]) -> "Ratio":
         numbers = [value for value, _ in values]
         bounds = {bound for _, bound in values if bound}
-        return cls(statistics.mean(numbers), min(numbers), max(numbers), "about " if len(bounds) > 1 else "".join(bounds))
+        return cls(
+            statistics.mean(numbers),
+            min(numbers),
+            max(numbers),
+            "about " if len(bounds) > 1 else "".join(bounds),
+        )
 
     def __str__(self) -> str:
         return f"{self.bound}{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -126,7 +161,9 @@ def crossing(points: Sequence[tuple[float, float]], loss: float) -> tuple[float,
         return last, "at least "
     for (x0, y0), (x1, y1) in itertools.pairwise(ordered):
         if y1 <= loss <= y0:
-            return math.exp(math.log(x0) + (math.log(x1) - math.log(x0)) * (y0 - loss) / (y0 - y1 or 1)), ""
+            return math.exp(
+                math.log(x0) + (math.log(x1) - math.log(x0)) * (y0 - loss) / (y0 - y1 or 1)
+            ), ""
     raise AssertionError("a point of a curve lies between its ends")
 
 
@@ -135,7 +172,9 @@ def against(arm: Arm, fast_arms: Sequence[Arm], seconds: bool = False) -> Ratio:
     opposite = {"at most ": "at least ", "at least ": "at most ", "": ""}
     found = []
     for seed, loss in enumerate(arm.losses):
-        amounts = [(f.seconds[seed] if seconds else float(f.tokens), f.losses[seed]) for f in fast_arms]
+        amounts = [
+            (f.seconds[seed] if seconds else float(f.tokens), f.losses[seed]) for f in fast_arms
+        ]
         amount, bound = crossing(amounts, loss)
         found.append(((arm.seconds[seed] if seconds else arm.tokens) / amount, opposite[bound]))
     return Ratio.of(found)
@@ -163,16 +202,27 @@ class Plan:
         for name, make in ARMS.items():
             made, tuned = make(self.config), best.get(name, {})
             for share in SHARES if name == "fast" else (1.0,):
-                yield name, share, [Trial(f"{name}-{share:g}-seed-{seed}", fitted(made, share, seed, **tuned)) for seed in self.seeds]
+                yield (
+                    name,
+                    share,
+                    [
+                        Trial(f"{name}-{share:g}-seed-{seed}", fitted(made, share, seed, **tuned))
+                        for seed in self.seeds
+                    ],
+                )
 
-    def run(self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], list[Arm]]:
+    def run(
+        self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]
+    ) -> tuple[dict[str, dict[str, Any]], list[Arm]]:
         """Everything that is not done yet: the best settings of each tuned arm, and every arm at its horizons."""
         done = 0
 
         def told(trial: Trial, end: Ended) -> None:
             nonlocal done
             done += 1
-            say(f"{done:>3}  {trial.name:<44} {end.tokens:>11,} tokens {end.seconds:>6.0f} s  loss {end.loss:.4f}")
+            say(
+                f"{done:>3}  {trial.name:<44} {end.tokens:>11,} tokens {end.seconds:>6.0f} s  loss {end.loss:.4f}"
+            )
 
         tunings = {arm: self.tuning_trials(arm) for arm in self.tuning}
         ends = run_all([t for trials in tunings.values() for t in trials], out, stop, told)
@@ -181,7 +231,9 @@ class Plan:
             found = min(range(len(trials)), key=lambda i: ends[trials[i].name].loss)
             best[arm] = self.tuning[arm][found]
         planned = list(self.arms(best))
-        in_turns = [trials[i] for i in range(len(self.seeds)) for _, _, trials in planned]  # so that a slow hour is nobody's alone
+        in_turns = [
+            trials[i] for i in range(len(self.seeds)) for _, _, trials in planned
+        ]  # so that a slow hour is nobody's alone
         ends = run_all(in_turns, out, stop, told)
         arms: list[Arm] = []
         for name, _, trials in planned:
@@ -189,7 +241,16 @@ class Plan:
             losses = []
             for end in of_seeds:
                 if stop.is_set():
-                    raise Preempted(f"stopped before {end.folder.name} was scored; the same command goes on from there.")
+                    raise Preempted(
+                        f"stopped before {end.folder.name} was scored; the same command goes on from there."
+                    )
                 losses.append(loss_of(end))
-            arms.append(Arm(name, trials[0].config.total_tokens, tuple(e.seconds for e in of_seeds), tuple(losses)))
+            arms.append(
+                Arm(
+                    name,
+                    trials[0].config.total_tokens,
+                    tuple(e.seconds for e in of_seeds),
+                    tuple(losses),
+                )
+            )
         return best, arms

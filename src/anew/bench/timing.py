@@ -70,15 +70,32 @@ BOTTOM: dict[str, Any] = {
 }  # fmt: skip
 RUNGS = (
     Rung("fp32", BOTTOM),
-    Rung("TF32 matrices", {"precision": "tf32"}, devices=("cuda",), lacking="only NVIDIA GPUs have TF32"),
+    Rung(
+        "TF32 matrices",
+        {"precision": "tf32"},
+        devices=("cuda",),
+        lacking="only NVIDIA GPUs have TF32",
+    ),
     Rung("matrices in bf16", {}, "medium", ("cpu",), 'torch\'s "medium" is for CPUs'),
-    Rung("bf16", {"precision": "bf16"}, devices=("cuda", "cpu"), lacking="training in bf16 is not reliable there"),
-    Rung("compile", {"compile": "on"}, devices=("cuda", "cpu"), lacking="torch.compile is not reliable there"),
+    Rung(
+        "bf16",
+        {"precision": "bf16"},
+        devices=("cuda", "cpu"),
+        lacking="training in bf16 is not reliable there",
+    ),
+    Rung(
+        "compile",
+        {"compile": "on"},
+        devices=("cuda", "cpu"),
+        lacking="torch.compile is not reliable there",
+    ),
     Rung("flash attention", {"attention": "flash"}),
     Rung("padded vocabulary", {"pad_vocabulary": True}),
     Rung("fused AdamW", {"fused": True}),
     Rung("loss in chunks", {"head": "chunked"}),  # on CUDA by a kernel of one's own
-    Rung("cuDNN's attention", {"attention": "cudnn"}, devices=("cuda",), lacking="cuDNN is NVIDIA's"),
+    Rung(
+        "cuDNN's attention", {"attention": "cudnn"}, devices=("cuda",), lacking="cuDNN is NVIDIA's"
+    ),
 )
 
 
@@ -155,7 +172,10 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
 
 def text_batch(config: Config, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The micro-batches of one step, from the standard library's source."""
-    tokenizer, T = Tokenizer.named("gpt2" if config.model.vocab_size > 50_000 else "bytes"), config.data.seq_len
+    tokenizer, T = (
+        Tokenizer.named("gpt2" if config.model.vocab_size > 50_000 else "bytes"),
+        config.data.seq_len,
+    )
     needed = config.batch_sequences * T + 1
     ids: list[int] = []
     for path in stdlib():
@@ -179,7 +199,13 @@ def at(config: Config, micro_batch: int, seq_len: int) -> Config:
     """`config` with a step of one micro-batch of this size: what is timed."""
     model = dataclasses.replace(config.model, n_positions=max(seq_len, config.model.n_positions))
     sized = dataclasses.replace(config, model=model)
-    return sized.override(micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len, warmup_steps=0, steps=1000)
+    return sized.override(
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        batch_tokens=micro_batch * seq_len,
+        warmup_steps=0,
+        steps=1000,
+    )
 
 
 def machine_memory() -> int:
@@ -190,23 +216,37 @@ def machine_memory() -> int:
         return 0
 
 
-def attention_apart(config: Config, kind: str, lengths: Sequence[int], rounds: int, device: str) -> list[Measured | str]:
+def attention_apart(
+    config: Config, kind: str, lengths: Sequence[int], rounds: int, device: str
+) -> list[Measured | str]:
     """Time `attend` forward and backward for 4 sequences of each length, in one process of its own."""
     found = _in_a_process(_attention, config, kind, lengths, rounds, device)
     return found if isinstance(found, list) else [found] * len(lengths)
 
 
-def _attention(wire: Connection, config: Config, kind: str, lengths: Sequence[int], rounds: int, device: str) -> None:
+def _attention(
+    wire: Connection, config: Config, kind: str, lengths: Sequence[int], rounds: int, device: str
+) -> None:
     rt = runtime.start(config.override(device=device).run)
     wire.send([_attention_at(config, kind, T, rounds, rt) for T in lengths])
 
 
-def _attention_at(config: Config, kind: str, T: int, rounds: int, rt: runtime.Runtime) -> Measured | str:
+def _attention_at(
+    config: Config, kind: str, T: int, rounds: int, rt: runtime.Runtime
+) -> Measured | str:
     heads, head_dim = config.model.n_head, config.model.head_dim
     generator = torch.Generator().manual_seed(0)
     # As in the model: queries, keys and values are views of one product, and the gradient comes in the order (B, T, heads, head_dim).
-    product = torch.randn(4, T, 3, heads, head_dim, generator=generator).to(rt.device, rt.dtype).requires_grad_()
-    d_out = torch.randn(4, T, heads, head_dim, generator=generator).to(rt.device, rt.dtype).transpose(1, 2)
+    product = (
+        torch.randn(4, T, 3, heads, head_dim, generator=generator)
+        .to(rt.device, rt.dtype)
+        .requires_grad_()
+    )
+    d_out = (
+        torch.randn(4, T, heads, head_dim, generator=generator)
+        .to(rt.device, rt.dtype)
+        .transpose(1, 2)
+    )
     f: Any = torch.compile(attend, dynamic=False) if rt.compile and kind != "plain" else attend
     runtime.reset_peak_memory(rt.device)
     times = []
@@ -225,4 +265,12 @@ def _attention_at(config: Config, kind: str, T: int, rounds: int, rt: runtime.Ru
         return "out of memory"
     first, *rest = times
     flops = 12.0 * 4 * T * config.model.n_embd * (T + 1) / 2
-    return Measured(statistics.median(rest), (min(rest), max(rest)), first, 4 * T, flops, runtime.peak_memory(rt.device), ())
+    return Measured(
+        statistics.median(rest),
+        (min(rest), max(rest)),
+        first,
+        4 * T,
+        flops,
+        runtime.peak_memory(rt.device),
+        (),
+    )

@@ -40,7 +40,9 @@ def export(model: str, to: str, out: Path, dtype: str = "f32", readme: str = "")
     if to not in FORMATS:
         raise UserError(f"there is no format '{to}'; choose one of {', '.join(FORMATS)}.")
     if dtype not in GGUF_DTYPES or (to != "gguf" and dtype != "f32"):
-        raise UserError(f"--dtype {dtype} cannot be exported to {to}; gguf takes {', '.join(GGUF_DTYPES)}, the others keep f32.")
+        raise UserError(
+            f"--dtype {dtype} cannot be exported to {to}; gguf takes {', '.join(GGUF_DTYPES)}, the others keep f32."
+        )
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it.")
     path = weights.find(model).resolve()
@@ -63,7 +65,9 @@ def write_hf(folder: Path, gpt: GPT, tokenizer: Tokenizer, readme: str) -> None:
     weights.save_model(folder, gpt, tokenizer)
     end = tokenizer.end_of_text
     generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps(generation, indent=2) + "\n", encoding="utf-8"
+    )
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -90,15 +94,23 @@ def write_gguf(path: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: str
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
-    writer.add_token_types([control if i == tokenizer.end_of_text else normal for i in range(len(words))])
-    writer.add_token_merges(merges or [f"{words[-2]} {words[-2]}"])  # bytes: llama.cpp wants a list, and this pair names no token
+    writer.add_token_types(
+        [control if i == tokenizer.end_of_text else normal for i in range(len(words))]
+    )
+    writer.add_token_merges(
+        merges or [f"{words[-2]} {words[-2]}"]
+    )  # bytes: llama.cpp wants a list, and this pair names no token
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     for key, tensor in _gguf_tensors(gpt):
         values = tensor.float().numpy()
-        whole = kind == gguf.GGMLQuantizationType.F32 or tensor.ndim == 1 or key == "position_embd.weight"
+        whole = (
+            kind == gguf.GGMLQuantizationType.F32
+            or tensor.ndim == 1
+            or key == "position_embd.weight"
+        )
         if whole or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             writer.add_tensor(key, values)
         else:
@@ -119,7 +131,10 @@ def _gguf_tensors(gpt: GPT) -> Iterator[tuple[str, Tensor]]:
     for i in range(gpt.config.n_layer):
         for ours, theirs in GGUF_NAMES.items():
             weight = named[f"h.{i}.{ours}.weight"]
-            yield f"blk.{i}.{theirs}.weight", weight.t().contiguous() if weight.ndim == 2 else weight
+            yield (
+                f"blk.{i}.{theirs}.weight",
+                weight.t().contiguous() if weight.ndim == 2 else weight,
+            )
             yield f"blk.{i}.{theirs}.bias", named[f"h.{i}.{ours}.bias"]
     yield "output_norm.weight", named["ln_f.weight"]
     yield "output_norm.bias", named["ln_f.bias"]
@@ -136,20 +151,32 @@ def write_onnx(path: Path, gpt: GPT) -> None:
     import warnings
 
     ids = torch.zeros(2, min(8, gpt.config.n_positions), dtype=torch.long)
-    dynamic = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=gpt.config.n_positions)},)
+    dynamic = (
+        {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=gpt.config.n_positions)},
+    )
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            gpt, (ids,), input_names=["ids"], output_names=["logits"], dynamic_shapes=dynamic, dynamo=True, verbose=False
+            gpt,
+            (ids,),
+            input_names=["ids"],
+            output_names=["logits"],
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            verbose=False,
         )
     assert program is not None
-    large = 4 * count_parameters(gpt.config) > 1_500_000_000  # a protocol buffer ends at 2 GB; then the weights stand in a file beside it
+    large = (
+        4 * count_parameters(gpt.config) > 1_500_000_000
+    )  # a protocol buffer ends at 2 GB; then the weights stand in a file beside it
     folder = path.with_name(f".{path.name}.{os.getpid()}")
     folder.mkdir(parents=True)
     try:
         program.save(folder / path.name, external_data=large)
-        for written in sorted(folder.iterdir(), key=lambda p: p.name == path.name):  # the graph, which names the other, last
+        for written in sorted(
+            folder.iterdir(), key=lambda p: p.name == path.name
+        ):  # the graph, which names the other, last
             rename(written, path.with_name(written.name))
     finally:
         shutil.rmtree(folder)

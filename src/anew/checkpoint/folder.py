@@ -28,7 +28,9 @@ def folder_of(run: Path, step: int) -> Path:
 
 def steps(run: Path) -> list[Path]:
     """The step folders of a run, oldest first, verified or not."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(
+        p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()
+    )
 
 
 @contextlib.contextmanager
@@ -43,7 +45,9 @@ def writing(run: Path, step: int) -> Iterator[Path]:
         publish(temporary, final)
     except OSError as error:
         raise OSError(
-            error.errno, f"the checkpoint of step {step} could not be written, earlier ones are intact: {error.strerror}", str(final)
+            error.errno,
+            f"the checkpoint of step {step} could not be written, earlier ones are intact: {error.strerror}",
+            str(final),
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -56,7 +60,9 @@ def publish(temporary: Path, final: Path) -> None:
         flush_to_disk(path)
         files[path.name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     manifest = temporary / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
+    manifest.write_text(
+        json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8"
+    )
     flush_to_disk(manifest)
     flush_to_disk(temporary)
     if final.exists():  # a resumed run reached the step of a broken checkpoint again
@@ -69,9 +75,14 @@ def verify(folder: Path) -> None:
     """UserError names the file if anything in `folder` is not what its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+        files = {
+            str(name): (entry["sha256"], entry["bytes"])
+            for name, entry in manifest["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read; use an earlier checkpoint.") from error
+        raise UserError(
+            f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read; use an earlier checkpoint."
+        ) from error
     for name, (sha256, size) in files.items():
         path = folder / Path(name).name
         if not path.is_file() or path.stat().st_size != size or sha256_of(path) != sha256:
@@ -110,7 +121,9 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
         if good >= keep:
             if keep_every and int(folder.name[5:]) % keep_every == 0:
                 continue
-            leftover = folder.with_name(f".{folder.name}.tmp")  # killed half-way this is for `clean`, and not a damaged checkpoint
+            leftover = folder.with_name(
+                f".{folder.name}.tmp"
+            )  # killed half-way this is for `clean`, and not a damaged checkpoint
             rename(folder, leftover)
             shutil.rmtree(leftover)
             continue

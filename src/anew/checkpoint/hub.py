@@ -45,7 +45,9 @@ def download(model: str) -> Path:
     repository, _, revision = model.partition("@")
     repository, revision = NAMES.get(repository, (repository, revision or "main"))
     config = _fetch(model, repository, "config.json", revision)
-    revision = config.parent.name  # the commit that a branch stands for: all files from the same one
+    revision = (
+        config.parent.name
+    )  # the commit that a branch stands for: all files from the same one
     if model not in NAMES:
         log.info(f"{model}: revision {revision}")
     try:
@@ -53,7 +55,12 @@ def download(model: str) -> Path:
     except _MissingError:
         index = _fetch(model, repository, INDEX, revision)
         try:
-            shards = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            shards = sorted(
+                {
+                    str(name)
+                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                }
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{model}: its {INDEX} cannot be read ({error!r}).") from error
         for shard in shards:
@@ -91,16 +98,24 @@ def _fetch(model: str, repository: str, name: str, revision: str) -> Path:
             f"{model} is no folder here, it is not in the hub's cache, and the hub cannot be reached; pass the path of its folder."
         ) from error
     except EntryNotFoundError as error:
-        raise _MissingError(f"{model} on the hub has no {name}; only safetensors weights are downloaded.") from error
+        raise _MissingError(
+            f"{model} on the hub has no {name}; only safetensors weights are downloaded."
+        ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
-        raise UserError(f"{model} could not be downloaded: the hub answered {status}; try again later, it goes on where it was.") from error
+        raise UserError(
+            f"{model} could not be downloaded: the hub answered {status}; try again later, it goes on where it was."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was.") from error
+        raise UserError(
+            f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was."
+        ) from error
     except Exception as error:
         if not is_network_error(error):
             raise
-        raise UserError(f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was.") from error
+        raise UserError(
+            f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was."
+        ) from error
     _verify(model, path)
     return path
 
@@ -112,7 +127,9 @@ def _verify(model: str, path: Path) -> None:
     if re.fullmatch(r"[0-9a-f]{64}", announced) and sha256_of(blob) != announced:
         os.unlink(path)
         blob.unlink(missing_ok=True)
-        raise UserError(f"{model}: the {path.name} received is not what the hub announced (another sha256); it was removed, try again.")
+        raise UserError(
+            f"{model}: the {path.name} received is not what the hub announced (another sha256); it was removed, try again."
+        )
 
 
 def _first_line(error: Any) -> str:

@@ -68,18 +68,25 @@ def find(model: str) -> Path:
         return path
     if not path.exists() and hub.is_name(model):
         return hub.download(model)
-    raise UserError(f"{model} is not a model: there is no folder of that name with a config.json in it.")
+    raise UserError(
+        f"{model} is not a model: there is no folder of that name with a config.json in it."
+    )
 
 
 def read_config(path: Path) -> GPTConfig:
     """The shape of the model at `path`. What is not a GPT-2, or computes something else, is refused."""
     config = foreign.read_config(path) if foreign.is_foreign(path) else _hf_config(path)
-    sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+    sizes = {
+        key: getattr(config, key)
+        for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    }
     if min(sizes.values()) < 1 or config.n_embd % config.n_head:
         raise UserError(f"the config of {path} describes no GPT-2: {sizes}.")
     heads = _written_heads(path) or HEADS.get((config.n_layer, config.n_embd), config.n_head)
     if heads != config.n_head:
-        raise UserError(f"{path}: its config says n_head {config.n_head}, and these weights were made with {heads}.")
+        raise UserError(
+            f"{path}: its config says n_head {config.n_head}, and these weights were made with {heads}."
+        )
     return config
 
 
@@ -93,13 +100,20 @@ def _hf_config(path: Path) -> GPTConfig:
                     f"{path} is not a GPT-2 as OpenAI released it: its config.json has {key} {raw[key]!r} instead of {value!r}."
                 )
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
-            raise UserError(f"{path} has n_inner {raw['n_inner']}, and GPT-2's is 4 x n_embd = {4 * raw['n_embd']}.")
-        sizes = {key: int(raw[key]) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+            raise UserError(
+                f"{path} has n_inner {raw['n_inner']}, and GPT-2's is 4 x n_embd = {4 * raw['n_embd']}."
+            )
+        sizes = {
+            key: int(raw[key])
+            for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+        }
         return GPTConfig(**sizes)  # type: ignore[arg-type]
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a GPT-2 model: its config.json cannot be used ({error!r}).") from error
+        raise UserError(
+            f"{path} is not a GPT-2 model: its config.json cannot be used ({error!r})."
+        ) from error
 
 
 def _written_heads(path: Path) -> int | None:
@@ -112,12 +126,18 @@ def _written_heads(path: Path) -> int | None:
 
 def sha256(path: Path) -> str:
     """What identifies the model at `path`: a hash over its shape and the hashes of its weights files."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.startswith("model") or p.name == PICKLED)
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.iterdir() if p.name.startswith("model") or p.name == PICKLED)
+    )
     hashes = [sha256_of(file) for file in files if file.is_file()]
     return hashlib.sha256(repr((read_config(path), hashes)).encode()).hexdigest()
 
 
-def load_model(model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+def load_model(
+    model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> GPT:
     """The model in a run, a checkpoint, a Hugging Face folder, a foreign checkpoint or on the hub, for use and not for training.
 
     It computes in `dtype`; matrices are cast once, here. A Path is what `find` gave: it is not looked up and verified again.
@@ -125,8 +145,12 @@ def load_model(model: str | Path, device: torch.device | str = "cpu", dtype: tor
     path = find(model) if isinstance(model, str) else model
     config, tensors = read_config(path), read_tensors(path)
     described, held = count_parameters(config), sum(tensor.numel() for tensor in tensors.values())
-    if described > 2 * held + 1_000_000:  # before memory is asked for: a config.json may say a billion layers
-        raise UserError(f"{path} describes a model of {described:,} parameters in its config.json, and its weights are {held:,}.")
+    if (
+        described > 2 * held + 1_000_000
+    ):  # before memory is asked for: a config.json may say a billion layers
+        raise UserError(
+            f"{path} describes a model of {described:,} parameters in its config.json, and its weights are {held:,}."
+        )
     gpt = GPT(config, compute_dtype=dtype, seed=None)
     load_into(gpt, tensors, path)
     if dtype != torch.float32:
@@ -151,7 +175,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no {WEIGHTS}; there are no weights to load.")
     tensors: dict[str, Tensor] = {}
     for name, tensor in raw.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # buffers of old transformers versions, not weights
+        if name.endswith(
+            (".attn.bias", ".attn.masked_bias")
+        ):  # buffers of old transformers versions, not weights
             continue
         full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if full in tensors:
@@ -162,7 +188,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _load(path: Path, name: str) -> dict[str, Tensor]:
     with _reading(path, name):
-        raw = load_file(path / name) if name != PICKLED else torch.load(path / name, map_location="cpu", weights_only=True)
+        raw = (
+            load_file(path / name)
+            if name != PICKLED
+            else torch.load(path / name, map_location="cpu", weights_only=True)
+        )
     if not isinstance(raw, dict) or not all(isinstance(t, Tensor) for t in raw.values()):
         raise UserError(f"{path}/{name} is no plain file of tensors.")
     return raw
@@ -171,7 +201,12 @@ def _load(path: Path, name: str) -> dict[str, Tensor]:
 def _load_sharded(path: Path) -> dict[str, Tensor]:
     """Weights in several files, as transformers writes large models: the index must name every tensor's file and no other."""
     with _reading(path, INDEX):
-        files = {str(key): Path(name).name for key, name in json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].items()}
+        files = {
+            str(key): Path(name).name
+            for key, name in json.loads((path / INDEX).read_text(encoding="utf-8"))[
+                "weight_map"
+            ].items()
+        }
     if lacking := sorted(name for name in set(files.values()) if not (path / name).is_file()):
         raise UserError(f"{path} lacks {lacking[0]}, one of the files its {INDEX} names.")
     tensors: dict[str, Tensor] = {}
@@ -188,10 +223,24 @@ def _reading(path: Path, name: str) -> Iterator[None]:
     """What goes wrong in reading a weights file, in words."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the weights in {path} cannot be read ({name}: {error}); the file is damaged or no weights file.") from error
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise UserError(
+            f"the weights in {path} cannot be read ({name}: {error}); the file is damaged or no weights file."
+        ) from error
     except Exception as error:  # pickle's own errors share no base class
-        if "pickle" not in type(error).__module__.lower() and "Unpickling" not in type(error).__name__:
+        if (
+            "pickle" not in type(error).__module__.lower()
+            and "Unpickling" not in type(error).__name__
+        ):
             raise
         raise UserError(f"{path}/{name} is no plain file of tensors ({error}).") from error
 
@@ -200,7 +249,9 @@ def load_into(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy `tensors` into `model`, all of them and nothing else."""
     head = tensors.pop("lm_head.weight", None)
     if head is not None and (WTE not in tensors or not torch.equal(head, tensors[WTE])):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight, and in GPT-2 they are one tensor.")
+        raise UserError(
+            f"{path}: lm_head.weight differs from wte.weight, and in GPT-2 they are one tensor."
+        )
     own = dict(model.named_parameters())
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -218,7 +269,9 @@ def load_into(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
             target = parameter[: model.config.vocab_size] if name == WTE else parameter
             tensor = tensors[name]
             if tensor.shape != target.shape:
-                raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, and its config.json needs {tuple(target.shape)}.")
+                raise UserError(
+                    f"{path}: {name} has shape {tuple(tensor.shape)}, and its config.json needs {tuple(target.shape)}."
+                )
             if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
                 raise UserError(f"{path}: {name} holds values that are not finite numbers.")
             target.copy_(tensor)
@@ -250,23 +303,40 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
 def unpadded(name: str, tensor: Tensor, config: GPTConfig, copy: bool = False) -> Tensor:
     """`tensor` as it is stored: contiguous, on the CPU, and for `wte` (or its optimizer state) without the padding rows."""
     rows = config.vocab_size if name.endswith(WTE) else None
-    return (tensor.detach()[:rows] if tensor.ndim else tensor.detach()).to("cpu", copy=copy).contiguous()
+    return (
+        (tensor.detach()[:rows] if tensor.ndim else tensor.detach())
+        .to("cpu", copy=copy)
+        .contiguous()
+    )
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Write `model` into `folder` as a Hugging Face GPT-2."""
-    write_model(folder, {name: unpadded(name, p, model.config) for name, p in model.named_parameters()}, model.config, tokenizer)
+    write_model(
+        folder,
+        {name: unpadded(name, p, model.config) for name, p in model.named_parameters()},
+        model.config,
+        tokenizer,
+    )
 
 
-def write_model(folder: Path, tensors: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer) -> None:
+def write_model(
+    folder: Path, tensors: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer
+) -> None:
     """Write `tensors` (all of a model's, without padding rows) into `folder` as a Hugging Face GPT-2."""
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", SHAPE: json.dumps({"n_head": config.n_head})})
+    write_tensors(
+        folder / WEIGHTS, tensors, {"format": "pt", SHAPE: json.dumps({"n_head": config.n_head})}
+    )
     _sort_metadata(folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8"
+    )
     tokenizer.save(folder, config.n_positions)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file; OSError where the library has an error of its own for a full disk."""
     try:
         save_file(dict(tensors), path, metadata=metadata)

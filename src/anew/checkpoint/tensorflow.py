@@ -31,7 +31,9 @@ def read(prefix: Path) -> dict[str, np.ndarray]:
     try:
         return dict(_tensors(prefix, index.read_bytes()))
     except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
-        raise UserError(f"the TensorFlow checkpoint {index} cannot be read ({error or type(error).__name__}).") from error
+        raise UserError(
+            f"the TensorFlow checkpoint {index} cannot be read ({error or type(error).__name__})."
+        ) from error
 
 
 def _tensors(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarray]]:
@@ -50,7 +52,9 @@ def _tensors(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarray]]:
             shard = int(fields.get(3, 0))
             if shard not in shards:
                 path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{n_shards:05d}")
-                shards[shard] = np.memmap(path, np.uint8, mode="c")  # writable in memory only, so that tensors may be made of it
+                shards[shard] = np.memmap(
+                    path, np.uint8, mode="c"
+                )  # writable in memory only, so that tensors may be made of it
             yield key.decode(), _tensor(key.decode(), fields, shards[shard])
 
 
@@ -118,7 +122,9 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
         raise _BadError("its index is compressed, which TensorFlow's checkpoints are not")
     if _masked(crc32c(block + trailer[:1])) != struct.unpack("<I", trailer[1:])[0]:
         raise _BadError("its index is damaged: a checksum differs")
-    end = len(block) - 4 * (struct.unpack("<I", block[-4:])[0] + 1)  # the restart points behind the entries
+    end = len(block) - 4 * (
+        struct.unpack("<I", block[-4:])[0] + 1
+    )  # the restart points behind the entries
     at, key = 0, b""
     while at < end:
         shared, at = _varint(block, at)
@@ -132,7 +138,9 @@ def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
 def _table() -> np.ndarray:
     table: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))  # Castagnoli's polynomial, reflected
+        table = (table >> 1) ^ np.where(
+            table & 1, np.uint32(0x82F63B78), np.uint32(0)
+        )  # Castagnoli's polynomial, reflected
     return table
 
 
@@ -145,8 +153,14 @@ def crc32c(data: bytes | np.ndarray) -> int:
     32 more lanes carry one bit each through as many zero bytes: what a register becomes while the next stretch is read.
     """
     length = len(data) // LANES
-    lanes = np.frombuffer(data[: length * LANES], np.uint8).reshape(LANES, length).T if length else np.empty((0, LANES), np.uint8)
-    state = np.concatenate([np.zeros(LANES, np.uint32), np.uint32(1) << np.arange(32, dtype=np.uint32)])
+    lanes = (
+        np.frombuffer(data[: length * LANES], np.uint8).reshape(LANES, length).T
+        if length
+        else np.empty((0, LANES), np.uint8)
+    )
+    state = np.concatenate(
+        [np.zeros(LANES, np.uint32), np.uint32(1) << np.arange(32, dtype=np.uint32)]
+    )
     column = np.zeros(LANES + 32, np.uint32)
     for row in np.ascontiguousarray(lanes):
         column[:LANES] = row

@@ -27,24 +27,47 @@ OWN = [
     flag("rows", int, 1, "generate: sequences at once"),
     flag("prompt_tokens", int, 32, "generate: tokens of the prompt"),
     flag("new_tokens", int, 224, "generate: tokens to write"),
-    flag("file", str, "", "evaluate: HellaSwag's JSON lines instead of the cache's; prepare: text, instead of Python's source"),
+    flag(
+        "file",
+        str,
+        "",
+        "evaluate: HellaSwag's JSON lines instead of the cache's; prepare: text, instead of Python's source",
+    ),
     flag("examples", int, 100, "evaluate: examples a turn"),
     flag("documents", int, 60_000, "prepare: at most this many documents"),
     flag("seeds", int, 3, "recipe: seeds of each arm"),
-    flag("over", str, "", "sweep: one setting or two with their values: 'lr=1e-3,2e-3 weight_decay=0,0.1'"),
-    flag("minutes", float, 0.0, "recipe, sweep: stop after so many, to be gone on with by the same command; 0: never"),
+    flag(
+        "over",
+        str,
+        "",
+        "sweep: one setting or two with their values: 'lr=1e-3,2e-3 weight_decay=0,0.1'",
+    ),
+    flag(
+        "minutes",
+        float,
+        0.0,
+        "recipe, sweep: stop after so many, to be gone on with by the same command; 0: never",
+    ),
     flag("picture", str, "", "write a PNG here (not train, generate, evaluate, prepare)"),
     flag("json", bool, False, "the last line of standard output is one JSON object"),
 ]
 ABOUT = "How fast is it here? Example: anew bench ladder gpt2-124m --micro-batch 4 --seq-len 256"
-PUBLISHED = {"fp32": 1000, "TF32 matrices": 380, "bf16": 334, "loss in chunks": 100}  # ms at 16 x 1024, a reference project's README
+PUBLISHED = {
+    "fp32": 1000,
+    "TF32 matrices": 380,
+    "bf16": 334,
+    "loss in chunks": 100,
+}  # ms at 16 x 1024, a reference project's README
 
 
 def run_bench(argv: list[str]) -> None:
     """Time this machine: ladder, attention, train, generate, evaluate, prepare; or recipes: recipe, sweep."""
     what, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     if what not in WHAT | EXPERIMENTS and not {"-h", "--help"} & set(argv):
-        raise UserError(f"`anew bench` times {', '.join(WHAT | EXPERIMENTS)}; say which" + (f", not {what}." if what else "."))
+        raise UserError(
+            f"`anew bench` times {', '.join(WHAT | EXPERIMENTS)}; say which"
+            + (f", not {what}." if what else ".")
+        )
     name, given = recipe_and_flags(rest, f"bench {what}", OWN)
     base = read_recipe(name or ("gpt2-5m" if what in EXPERIMENTS else "gpt2-124m"))
     a = parse(rest, "bench", base, OWN, ABOUT)
@@ -61,19 +84,37 @@ def run_bench(argv: list[str]) -> None:
             print(json.dumps({"device": device, "torch": torch.__version__, **facts}))
         return
     sizes = (16, 1024) if device == "cuda" else (4, 256)
-    micro = config.run.micro_batch if "micro_batch" in chosen and isinstance(config.run.micro_batch, int) else sizes[0]
-    seq_len = config.data.seq_len if "seq_len" in chosen else min(sizes[1], config.model.n_positions)
+    micro = (
+        config.run.micro_batch
+        if "micro_batch" in chosen and isinstance(config.run.micro_batch, int)
+        else sizes[0]
+    )
+    seq_len = (
+        config.data.seq_len if "seq_len" in chosen else min(sizes[1], config.model.n_positions)
+    )
     config = bench.at(config.override(device=device), micro, seq_len)
     if a.rounds < 1:
         raise UserError(f"--rounds {a.rounds} must be at least 1.")
     facts = WHAT[what](config.check(), device, a)
     if a.json:
-        print(json.dumps({"device": device, "torch": torch.__version__, "micro_batch": micro, "seq_len": seq_len, **facts}))
+        print(
+            json.dumps(
+                {
+                    "device": device,
+                    "torch": torch.__version__,
+                    "micro_batch": micro,
+                    "seq_len": seq_len,
+                    **facts,
+                }
+            )
+        )
 
 
 def ladder(config: Config, device: str, a: Any) -> dict[str, Any]:
     """One setting more at each rung."""
-    print(f"{config.recipe}, {config.run.micro_batch} x {config.data.seq_len} tokens a step, on {device}\n")
+    print(
+        f"{config.recipe}, {config.run.micro_batch} x {config.data.seq_len} tokens a step, on {device}\n"
+    )
     print("rung                    ms  tokens/s TFLOP/s     MB  x before  x first  1st step")
     peak, source = runtime.peak_flops(runtime.start(config.override(precision="auto").run))
     done: list[tuple[Rung, Measured]] = []
@@ -103,13 +144,25 @@ def ladder(config: Config, device: str, a: Any) -> dict[str, Any]:
     if device == "cuda" and (config.run.micro_batch, config.data.seq_len) == (16, 1024):
         for rung, found in done:
             if rung.name in PUBLISHED:
-                print(f"  {rung.name:<18} {1e3 * found.seconds:>6,.0f} ms; a reference project on one A100: {PUBLISHED[rung.name]:,} ms")
+                print(
+                    f"  {rung.name:<18} {1e3 * found.seconds:>6,.0f} ms; a reference project on one A100: {PUBLISHED[rung.name]:,} ms"
+                )
     print()
     for line in bars([(row["rung"], row["ms"]) for row in rows]):
         print(line)
     if a.picture:
-        pictures.bars([(row["rung"], row["ms"]) for row in rows], "ms a step", f"{config.recipe} on {device}", Path(a.picture))
-    return {"rungs": rows, "skipped": skipped, "speedup": done[0][1].seconds / top.seconds, "peak": source}
+        pictures.bars(
+            [(row["rung"], row["ms"]) for row in rows],
+            "ms a step",
+            f"{config.recipe} on {device}",
+            Path(a.picture),
+        )
+    return {
+        "rungs": rows,
+        "skipped": skipped,
+        "speedup": done[0][1].seconds / top.seconds,
+        "peak": source,
+    }
 
 
 def _row(rung: Rung, found: Measured, first: Measured, peak: float) -> dict[str, Any]:
@@ -124,34 +177,56 @@ def _row(rung: Rung, found: Measured, first: Measured, peak: float) -> dict[str,
 def bars(rows: list[tuple[str, float]], width: int = 50) -> list[str]:
     """A bar for each value, for the terminal."""
     most = max(value for _, value in rows)
-    return [f"{name:<18} {'#' * max(1, round(width * value / most))} {value:,.0f}" for name, value in rows]
+    return [
+        f"{name:<18} {'#' * max(1, round(width * value / most))} {value:,.0f}"
+        for name, value in rows
+    ]
 
 
 def attention(config: Config, device: str, a: Any) -> dict[str, Any]:
     """Plain softmax attention against the fused kernel, and what the whole step gains."""
     kinds = ("plain", "flash", "cudnn") if device == "cuda" else ("plain", "flash")
     rows = []
-    print(f"attention forward and backward, {config.model.n_head} heads of {config.model.head_dim}, 4 sequences, on {device}\n")
-    print("tokens  " + "".join(f"{kind + ' ms':>10}{'MB':>8}" for kind in kinds) + "   plain / flash")
+    print(
+        f"attention forward and backward, {config.model.n_head} heads of {config.model.head_dim}, 4 sequences, on {device}\n"
+    )
+    print(
+        "tokens  " + "".join(f"{kind + ' ms':>10}{'MB':>8}" for kind in kinds) + "   plain / flash"
+    )
     lengths = (256, 512, 1024, 2048, 4096)
-    columns = {kind: bench.attention_apart(config, kind, lengths, a.rounds, device) for kind in kinds}
+    columns = {
+        kind: bench.attention_apart(config, kind, lengths, a.rounds, device) for kind in kinds
+    }
     for i, T in enumerate(lengths):
         found = {kind: columns[kind][i] for kind in kinds}
         done = {kind: f for kind, f in found.items() if not isinstance(f, str)}
         cells = "".join(
-            f"{1e3 * done[k].seconds:>10,.1f}{done[k].memory_bytes / 1e6:>8,.0f}" if k in done else f"{'--':>18}" for k in kinds
+            f"{1e3 * done[k].seconds:>10,.1f}{done[k].memory_bytes / 1e6:>8,.0f}"
+            if k in done
+            else f"{'--':>18}"
+            for k in kinds
         )
-        row: dict[str, Any] = {"tokens": T, **{f"{kind}_ms": 1e3 * f.seconds for kind, f in done.items()}}
+        row: dict[str, Any] = {
+            "tokens": T,
+            **{f"{kind}_ms": 1e3 * f.seconds for kind, f in done.items()},
+        }
         if {"plain", "flash"} <= set(done):
             row["ratio"] = done["plain"].seconds / done["flash"].seconds
         rows.append(row)
         why = next((f for f in found.values() if isinstance(f, str)), "")
-        print(f"{T:>6}  {cells}" + (f"{row['ratio']:>16.1f}" if "ratio" in row else f"  {why}"), flush=True)
-    step = {kind: bench.apart(config.override(attention=kind), a.rounds) for kind in ("plain", "flash")}
+        print(
+            f"{T:>6}  {cells}" + (f"{row['ratio']:>16.1f}" if "ratio" in row else f"  {why}"),
+            flush=True,
+        )
+    step = {
+        kind: bench.apart(config.override(attention=kind), a.rounds) for kind in ("plain", "flash")
+    }
     gain = 0.0
     if not isinstance(step["plain"], str) and not isinstance(step["flash"], str):
         gain = 1 - step["flash"].seconds / step["plain"].seconds
-        print(f"\nthe whole step at {config.run.micro_batch} x {config.data.seq_len}: {100 * gain:.1f}% less time with the fused kernel")
+        print(
+            f"\nthe whole step at {config.run.micro_batch} x {config.data.seq_len}: {100 * gain:.1f}% less time with the fused kernel"
+        )
         print("(reference projects: 7.6% less for the step; up to 6 times for attention alone)")
     return {"attention": rows, "step_gain": gain}
 
@@ -168,11 +243,15 @@ def train(config: Config, device: str, a: Any) -> dict[str, Any]:
     config = config.override(precision="bf16" if device != "mps" else "fp32")
     times = versus.alternate(sides, (config, device), a.rounds)
     facts: dict[str, Any] = {"seconds": times}
-    print(f"{config.recipe}, {config.run.micro_batch} x {config.data.seq_len} tokens a step, on {device}, {a.rounds} turns\n")
+    print(
+        f"{config.recipe}, {config.run.micro_batch} x {config.data.seq_len} tokens a step, on {device}, {a.rounds} turns\n"
+    )
     for name, t in times.items():
         rate = config.run.batch_tokens / statistics.median(t)
         tflops = rate * flops_per_token(config.model, config.data.seq_len) / 1e12
-        print(f"{name:<13} {statistics.median(t):.3f} s a step  {rate:,.0f} tokens/s  {tflops:.3g} TFLOP/s")
+        print(
+            f"{name:<13} {statistics.median(t):.3f} s a step  {rate:,.0f} tokens/s  {tflops:.3g} TFLOP/s"
+        )
     _ratios(times, facts)
     return facts
 
@@ -184,11 +263,20 @@ def generate(config: Config, device: str, a: Any) -> dict[str, Any]:
         sides["anew, int8"] = rivals.our_writing_int8
     if rivals.is_installed("transformers"):
         sides["transformers"] = rivals.their_writing
-    if a.rows == 1 and device == "cpu" and config.model.vocab_size == 50257 and rivals.is_installed("llama_cpp"):
+    if (
+        a.rows == 1
+        and device == "cpu"
+        and config.model.vocab_size == 50257
+        and rivals.is_installed("llama_cpp")
+    ):
         sides |= {"llama.cpp": rivals.llama_writing, "llama.cpp q8_0": rivals.llama_writing_q8}
-    times = versus.alternate(sides, (config, device, a.rows, a.prompt_tokens, a.new_tokens), a.rounds)
+    times = versus.alternate(
+        sides, (config, device, a.rows, a.prompt_tokens, a.new_tokens), a.rounds
+    )
     dtype = "fp32" if rivals.writing_dtype(device) == torch.float32 else "bf16"
-    print(f"{config.recipe}, {a.rows} x ({a.prompt_tokens} + {a.new_tokens}) tokens, {dtype}, on {device}, {a.rounds} turns\n")
+    print(
+        f"{config.recipe}, {a.rows} x ({a.prompt_tokens} + {a.new_tokens}) tokens, {dtype}, on {device}, {a.rounds} turns\n"
+    )
     return _rates(times, a.rows * a.new_tokens, "tokens")
 
 
@@ -228,10 +316,21 @@ def prepare(config: Config, device: str, a: Any) -> dict[str, Any]:  # noqa: ARG
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path, size = rivals.text_of(a.file, folder, a.documents)
-        times = versus.alternate({"anew": rivals.our_preparing, "script": rivals.script_preparing}, (path, folder), a.rounds)
+        times = versus.alternate(
+            {"anew": rivals.our_preparing, "script": rivals.script_preparing},
+            (path, folder),
+            a.rounds,
+        )
     print(f"{size / 1e6:.0f} MB of text to tokens of GPT-2, {a.rounds} turns\n")
     return _rates(times, size / 1e6, "MB") | {"bytes": size}
 
 
-WHAT = {"ladder": ladder, "attention": attention, "train": train, "generate": generate, "evaluate": evaluate, "prepare": prepare}
+WHAT = {
+    "ladder": ladder,
+    "attention": attention,
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "prepare": prepare,
+}
 EXPERIMENTS = {"recipe": experiments.recipe, "sweep": experiments.sweep}

@@ -15,11 +15,22 @@ from anew.report.model_card import model_card
 class ExportArgs:
     """Write a model for another program. Example: anew export runs/mine --to gguf --out mine.gguf --dtype q8_0"""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name")]
-    to: Annotated[Literal["hf", "gguf", "onnx"], tyro.conf.arg(help="hf: a folder for transformers; gguf: llama.cpp; onnx: onnxruntime")]
+    model: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"),
+    ]
+    to: Annotated[
+        Literal["hf", "gguf", "onnx"],
+        tyro.conf.arg(help="hf: a folder for transformers; gguf: llama.cpp; onnx: onnxruntime"),
+    ]
     out: Annotated[str, tyro.conf.arg(help="the folder or file to write; it must not exist yet")]
-    dtype: Annotated[Literal["f32", "f16", "bf16", "q8_0"], tyro.conf.arg(help="gguf: how matrices are stored")] = "f32"
-    json: Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")] = False
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"], tyro.conf.arg(help="gguf: how matrices are stored")
+    ] = "f32"
+    json: Annotated[
+        bool, tyro.conf.arg(help="the last line of standard output is one JSON object")
+    ] = False
 
 
 def run_export(argv: list[str]) -> None:

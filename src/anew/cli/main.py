@@ -44,8 +44,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run one verb and leave with its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    for stream_, errors in ((sys.stdin, "replace"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
-        if hasattr(stream_, "reconfigure"):  # a model may write any character, and Windows pipes are not UTF-8 by themselves
+    for stream_, errors in (
+        (sys.stdin, "replace"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if hasattr(
+            stream_, "reconfigure"
+        ):  # a model may write any character, and Windows pipes are not UTF-8 by themselves
             stream_.reconfigure(encoding="utf-8", errors=errors)
     try:
         with console():
@@ -68,8 +74,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"anew: {error.filename or 'a file'} cannot be used: {error.strerror}.", file=sys.stderr)
+    except (
+        PermissionError,
+        FileExistsError,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+    ) as error:
+        print(
+            f"anew: {error.filename or 'a file'} cannot be used: {error.strerror}.", file=sys.stderr
+        )
         sys.exit(2)
     except BrokenPipeError:  # `anew sample ... | head` is no fault
         sys.stderr.close()
@@ -82,9 +96,19 @@ def _speaks(error: UserError) -> bool:
 
 
 def _overview() -> str:
-    lines = ["anew: GPT-2 from scratch, again, and proven.", "", "usage: anew VERB ...    (anew VERB --help tells more)", ""]
-    lines += [f"  {name:<9} {(function.__doc__ or '').splitlines()[0]}" for name, function in VERBS.items()]
-    lines += ["", "recipes of `anew train`:"] + [f"  {name:<22} {text}" for name, (text, _) in RECIPES.items()]
+    lines = [
+        "anew: GPT-2 from scratch, again, and proven.",
+        "",
+        "usage: anew VERB ...    (anew VERB --help tells more)",
+        "",
+    ]
+    lines += [
+        f"  {name:<9} {(function.__doc__ or '').splitlines()[0]}"
+        for name, function in VERBS.items()
+    ]
+    lines += ["", "recipes of `anew train`:"] + [
+        f"  {name:<22} {text}" for name, (text, _) in RECIPES.items()
+    ]
     return "\n".join(lines)
 
 

@@ -44,15 +44,33 @@ def run_plan(argv: list[str]) -> None:
             raise UserError(f"a step of micro-batch {micro} could not be timed: {found}.")
         rate = found.tokens_per_second
         gpu = gpu or _this(rt)
-        print(f"measured: {rate:,.0f} tokens/s with micro-batch {micro}, {found.memory_bytes / 1e9:.1f} GB, {found.tflops:.3g} TFLOP/s")
+        print(
+            f"measured: {rate:,.0f} tokens/s with micro-batch {micro}, {found.memory_bytes / 1e9:.1f} GB, {found.tflops:.3g} TFLOP/s"
+        )
     if gpu is None:
-        raise UserError("--gpu says for which GPU, e.g. --gpu h100; or --measure takes the one that is here.")
+        raise UserError(
+            "--gpu says for which GPU, e.g. --gpu h100; or --measure takes the one that is here."
+        )
     plan = make(config, gpu, a.count, a.price, rate)
     for line in lines(plan):
         print(line)
     if a.json:
-        facts = {"hours": plan.hours, "dollars": plan.dollars, "tokens_per_second": plan.tokens_per_second, "fits": plan.fits}
-        print(json.dumps({**facts, "gpu": plan.gpu.name, "count": plan.count, "memory": dataclasses.asdict(plan.memory)}))
+        facts = {
+            "hours": plan.hours,
+            "dollars": plan.dollars,
+            "tokens_per_second": plan.tokens_per_second,
+            "fits": plan.fits,
+        }
+        print(
+            json.dumps(
+                {
+                    **facts,
+                    "gpu": plan.gpu.name,
+                    "count": plan.count,
+                    "memory": dataclasses.asdict(plan.memory),
+                }
+            )
+        )
 
 
 def _this(rt: runtime.Runtime) -> GPU:

@@ -23,22 +23,47 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 class SampleArgs:
     """Let a model write. Example: anew sample runs/demo --prompt "def " --tokens 200"""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name")]
+    model: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"),
+    ]
     prompt: Annotated[str, tyro.conf.arg(help="text to continue; none: start a new document")] = ""
-    prompt_file: Annotated[str, tyro.conf.arg(help="read the prompt from this file; - is standard input")] = ""
-    interactive: Annotated[bool, tyro.conf.arg(help="ask for prompts, one a line, until an empty one")] = False
-    tokens: Annotated[int, tyro.conf.arg(help="most new tokens a sample; it also ends at end of text")] = 128
+    prompt_file: Annotated[
+        str, tyro.conf.arg(help="read the prompt from this file; - is standard input")
+    ] = ""
+    interactive: Annotated[
+        bool, tyro.conf.arg(help="ask for prompts, one a line, until an empty one")
+    ] = False
+    tokens: Annotated[
+        int, tyro.conf.arg(help="most new tokens a sample; it also ends at end of text")
+    ] = 128
     count: Annotated[int, tyro.conf.arg(help="samples of the prompt")] = 1
-    temperature: Annotated[float, tyro.conf.arg(help="0: always the likeliest token; 1: as the model says")] = 0.8
+    temperature: Annotated[
+        float, tyro.conf.arg(help="0: always the likeliest token; 1: as the model says")
+    ] = 0.8
     top_k: Annotated[int, tyro.conf.arg(help="draw among this many likeliest tokens; 0: all")] = 50
-    top_p: Annotated[float, tyro.conf.arg(help="draw among the likeliest tokens that hold this share")] = 1.0
+    top_p: Annotated[
+        float, tyro.conf.arg(help="draw among the likeliest tokens that hold this share")
+    ] = 1.0
     seed: Annotated[int, tyro.conf.arg(help="the same seed draws the same text")] = 1337
-    device: Annotated[Device, tyro.conf.arg(help="where to compute; auto: the accelerator that torch finds, else cpu")] = "auto"
-    precision: Annotated[
-        Literal["auto", "fp32", "tf32", "bf16", "fp16"], tyro.conf.arg(help="auto: the fastest that is safe on the device")
+    device: Annotated[
+        Device,
+        tyro.conf.arg(help="where to compute; auto: the accelerator that torch finds, else cpu"),
     ] = "auto"
-    int8: Annotated[bool, tyro.conf.arg(help="CPU, one sample: weights in 8 bits; faster, and changes the model a little")] = False
-    json: Annotated[bool, tyro.conf.arg(help="the last line of standard output is one JSON object")] = False
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
+        tyro.conf.arg(help="auto: the fastest that is safe on the device"),
+    ] = "auto"
+    int8: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="CPU, one sample: weights in 8 bits; faster, and changes the model a little"
+        ),
+    ] = False
+    json: Annotated[
+        bool, tyro.conf.arg(help="the last line of standard output is one JSON object")
+    ] = False
 
 
 def run_sample(argv: list[str]) -> None:
@@ -69,9 +94,15 @@ def _prompt(a: SampleArgs) -> str:
     if not a.prompt_file:
         return a.prompt
     try:
-        return sys.stdin.read() if a.prompt_file == "-" else Path(a.prompt_file).read_text(encoding="utf-8", errors="replace")
+        return (
+            sys.stdin.read()
+            if a.prompt_file == "-"
+            else Path(a.prompt_file).read_text(encoding="utf-8", errors="replace")
+        )
     except OSError as error:
-        raise UserError(f"the prompt file {a.prompt_file} cannot be read ({error.strerror}).") from error
+        raise UserError(
+            f"the prompt file {a.prompt_file} cannot be read ({error.strerror})."
+        ) from error
 
 
 def _write_samples(model: Any, tokenizer: Tokenizer, prompt: str, a: SampleArgs) -> list[str]:
@@ -81,7 +112,9 @@ def _write_samples(model: Any, tokenizer: Tokenizer, prompt: str, a: SampleArgs)
     texts, open_rows = [prompt] * a.count, set(range(a.count))
     if a.count == 1:
         print(prompt, end="", flush=True)
-    for row_ids in stream(model, [ids] * a.count, a.tokens, a.temperature, a.top_k, a.top_p, a.seed, int8=a.int8):
+    for row_ids in stream(
+        model, [ids] * a.count, a.tokens, a.temperature, a.top_k, a.top_p, a.seed, int8=a.int8
+    ):
         for i in sorted(open_rows):
             if row_ids[i] == tokenizer.end_of_text:
                 open_rows.discard(i)

@@ -21,13 +21,29 @@ OWN_NAMES = {"127.0.0.1", "localhost", "::1"}
 class ServeArgs:
     """Serve models to a browser and to programs. Example: anew serve runs/demo gpt2"""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="runs, checkpoints, Hugging Face folders or hub names")]
-    host: Annotated[str, tyro.conf.arg(help="address to listen on; only this machine unless it is said, as 0.0.0.0")] = "127.0.0.1"
+    models: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(help="runs, checkpoints, Hugging Face folders or hub names"),
+    ]
+    host: Annotated[
+        str,
+        tyro.conf.arg(help="address to listen on; only this machine unless it is said, as 0.0.0.0"),
+    ] = "127.0.0.1"
     port: Annotated[int, tyro.conf.arg(help="port to listen on; 0: any that is free")] = 8000
-    waiting: Annotated[int, tyro.conf.arg(help="requests that may wait while one is answered; more are refused")] = 8
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps", "xpu"], tyro.conf.arg(help="where to compute")] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], tyro.conf.arg(help="auto: the fastest that is safe")] = "auto"
-    int8: Annotated[bool, tyro.conf.arg(help="CPU: weights in 8 bits; faster, and changes the model a little")] = False
+    waiting: Annotated[
+        int, tyro.conf.arg(help="requests that may wait while one is answered; more are refused")
+    ] = 8
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps", "xpu"], tyro.conf.arg(help="where to compute")
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
+        tyro.conf.arg(help="auto: the fastest that is safe"),
+    ] = "auto"
+    int8: Annotated[
+        bool, tyro.conf.arg(help="CPU: weights in 8 bits; faster, and changes the model a little")
+    ] = False
 
 
 def run_serve(argv: list[str]) -> None:
@@ -36,7 +52,11 @@ def run_serve(argv: list[str]) -> None:
     if not a.models:
         raise UserError("say which model: anew serve runs/NAME.")
     if not 0 <= a.port < 65536 or a.waiting < 0:
-        raise UserError(f"port {a.port} is not from 0 to 65535." if a.waiting >= 0 else f"waiting {a.waiting} cannot be negative.")
+        raise UserError(
+            f"port {a.port} is not from 0 to 65535."
+            if a.waiting >= 0
+            else f"waiting {a.waiting} cannot be negative."
+        )
     try:
         from anew.serve.app import app
         from anew.serve.engine import Engine
@@ -71,7 +91,9 @@ def _listen(application: Any, host: str, port: int) -> None:
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise UserError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port.") from error
+            raise UserError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port."
+            ) from error
         address = f"[{host}]" if ":" in host else host
         listener.listen()  # whoever reads the address may come at once
         print(f"http://{address}:{listener.getsockname()[1]}", flush=True)

@@ -35,19 +35,25 @@ def run_train(argv: list[str]) -> None:
     if resume == "":
         raise UserError("--resume needs the run folder to go on with.")
     if given.get("memorise") and resume:
-        raise UserError("--memorise chooses a recipe, and --resume goes on with the one that the run has; leave one out.")
+        raise UserError(
+            "--memorise chooses a recipe, and --resume goes on with the one that the run has; leave one out."
+        )
     if given.get("memorise"):
         name = f"{name or 'shakespeare'}-memorise"
         if name not in RECIPES:
             raise UserError("--memorise is a variant of the shakespeare recipe only.")
     if resume and name:
-        raise UserError(f"--resume {resume} already says which run to go on with; leave out the recipe {name}.")
+        raise UserError(
+            f"--resume {resume} already says which run to go on with; leave out the recipe {name}."
+        )
     base = read_run(resume) if resume else read_recipe(name or "demo")
     arguments = parse(argv, "train", base, OWN, ABOUT)
     config, chosen = changed(base, arguments, given)
     taken = {"n_layer", "n_head", "n_embd", "n_positions", "tokenizer"} & chosen
     if arguments.init and taken and not resume:
-        raise UserError(f"--{min(taken).replace('_', '-')} contradicts --init, whose model has its own; leave it out.")
+        raise UserError(
+            f"--{min(taken).replace('_', '-')} contradicts --init, whose model has its own; leave it out."
+        )
     config, said = (config.override(out=resume), []) if resume else config.adapted(chosen)
     for line in said:
         logger.info(line)
@@ -59,7 +65,12 @@ def run_train(argv: list[str]) -> None:
 
         def progress(row: Row) -> None:
             every = config.run.evaluate_every
-            if every and row["step"] % every == 1 and row["step"] > 1 and os.environ.get("RANK", "0") == "0":
+            if (
+                every
+                and row["step"] % every == 1
+                and row["step"] > 1
+                and os.environ.get("RANK", "0") == "0"
+            ):
                 _page(config)  # with the validation before this step
             if shown:
                 shown(row)
@@ -81,15 +92,23 @@ def run_train(argv: list[str]) -> None:
 
 def _report(config: Config, result: Result) -> None:
     """The end of a run, in words."""
-    print(f"\n{config.recipe}: {result.step:,} steps, {result.tokens:,} tokens in {result.seconds:.1f} s of training")
+    print(
+        f"\n{config.recipe}: {result.step:,} steps, {result.tokens:,} tokens in {result.seconds:.1f} s of training"
+    )
     if config.data.one_batch:
         print(f"loss of the one batch: {result.train_loss:.4f} nats a token")
     if result.val_loss is not None:
         print(f"validation loss: {result.val_loss:.4f} nats a token on held-out text")
     if result.train_text_loss is not None:
-        print(f"training-text loss: {result.train_text_loss:.4f} nats a token on the text it was trained on")
-        print("The two differ because the model has learnt its training text by heart, which does not help it with text it has never seen.")
-    print(f"run folder: {result.folder}    page: {result.folder / 'report.html'}    try: anew sample {result.folder}")
+        print(
+            f"training-text loss: {result.train_text_loss:.4f} nats a token on the text it was trained on"
+        )
+        print(
+            "The two differ because the model has learnt its training text by heart, which does not help it with text it has never seen."
+        )
+    print(
+        f"run folder: {result.folder}    page: {result.folder / 'report.html'}    try: anew sample {result.folder}"
+    )
 
 
 def _page(config: Config) -> None:
@@ -107,13 +126,28 @@ def _progress(steps: int) -> Iterator[Any]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+    columns = (
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=steps)
         logger.remove()
-        logger.add(lambda text: bar.console.print(text.rstrip("\n"), markup=False, highlight=False), format="{message}", level="INFO")
+        logger.add(
+            lambda text: bar.console.print(text.rstrip("\n"), markup=False, highlight=False),
+            format="{message}",
+            level="INFO",
+        )
 
         def update(row: Row) -> None:
             text = f"loss {row['train/loss']:.3f}  {row['speed/tokens_per_second']:,.0f} tok/s  MFU {100 * row['speed/mfu']:.0f}%"

@@ -11,7 +11,9 @@ from anew.errors import UserError
 
 _GPT2_STEPS = 19_073  # 10e9 / 524,288: one pass over FineWeb-Edu's sample-10BT
 # Validation every 500 steps is 2% of a run on one H200. The micro-batch is what fits, whatever the GPU.
-_GPT2_RUN = RunConfig(steps=_GPT2_STEPS, micro_batch="auto", save_every=1000, sample_every=1000, evaluate_every=500)
+_GPT2_RUN = RunConfig(
+    steps=_GPT2_STEPS, micro_batch="auto", save_every=1000, sample_every=1000, evaluate_every=500
+)
 _GPT2 = Config(data=DataConfig(data="fineweb-edu"), run=_GPT2_RUN)
 # A GPT-2 that learns within a minute on two CPU cores. Found by measurement (docs/log.md): at 128 tokens the plain softmax is faster
 # on a CPU than the fused kernel, two heads are faster than four and as good, and compiling takes longer than it gives back.
@@ -39,7 +41,12 @@ _FIVE_MILLION: dict[str, Any] = {
     "attention": "plain", "batch_tokens": 4096, "steps": 512, "warmup_steps": 19, "compile": "off", "val_tokens": 65_536,
 }  # fmt: skip
 # What makes a GPT-2 need fewer tokens and leaves its architecture alone (docs/log.md, 13). Rates are each size's own.
-FAST: dict[str, Any] = {"optimizer": "muon", "schedule": "linear", "decay_share": 0.6, "min_lr": 0.0}
+FAST: dict[str, Any] = {
+    "optimizer": "muon",
+    "schedule": "linear",
+    "decay_share": 0.6,
+    "min_lr": 0.0,
+}
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, lr: float) -> Config:
@@ -53,7 +60,9 @@ def _fast(base: Config, lr: float) -> Config:
     At 124M AdamW's rate and the size of Muon's updates (0.2 muon_lr = 3.6e-4 a weight) are those of the first public record with Muon
     (KellerJordan/modded-nanogpt, October 2024); above, lower with the width's root.
     """
-    return base.override(**FAST, lr=lr, muon_lr=lr / 2, steps=6250, warmup_steps=250, muon_warmup=300)
+    return base.override(
+        **FAST, lr=lr, muon_lr=lr / 2, steps=6250, warmup_steps=250, muon_warmup=300
+    )
 
 
 RECIPES: dict[str, tuple[str, Config]] = {
@@ -71,22 +80,50 @@ RECIPES: dict[str, tuple[str, Config]] = {
     ),
     "overfit": (
         "one batch again and again, to prove that the model can learn",
-        Config().override(**_SMALL | {"steps": 200, "warmup_steps": 10, "one_batch": True, "evaluate_every": 0}),
+        Config().override(
+            **_SMALL | {"steps": 200, "warmup_steps": 10, "one_batch": True, "evaluate_every": 0}
+        ),
     ),
-    "gpt2-5m": ("GPT-2's form at five million parameters, for experiments of minutes", Config().override(**_FIVE_MILLION)),
+    "gpt2-5m": (
+        "GPT-2's form at five million parameters, for experiments of minutes",
+        Config().override(**_FIVE_MILLION),
+    ),
     "gpt2-124m": ("GPT-2 small: 10B tokens of FineWeb-Edu", _gpt2(12, 12, 768, 6e-4)),
     "gpt2-350m": ("GPT-2 medium", _gpt2(24, 16, 1024, 3e-4)),
     "gpt2-355m": ("the same as gpt2-350m", _gpt2(24, 16, 1024, 3e-4)),
     "gpt2-774m": ("GPT-2 large", _gpt2(36, 20, 1280, 2.5e-4)),
     "gpt2-1558m": ("GPT-2 XL", _gpt2(48, 25, 1600, 2e-4)),
-    "gpt2-124m-fast": ("GPT-2 small with a third of the tokens", _fast(_gpt2(12, 12, 768, 6e-4), 3.6e-3)),
-    "gpt2-350m-fast": ("GPT-2 medium with a third of the tokens", _fast(_gpt2(24, 16, 1024, 3e-4), 3.1e-3)),
-    "gpt2-774m-fast": ("GPT-2 large with a third of the tokens", _fast(_gpt2(36, 20, 1280, 2.5e-4), 2.8e-3)),
-    "gpt2-1558m-fast": ("GPT-2 XL with a third of the tokens", _fast(_gpt2(48, 25, 1600, 2e-4), 2.5e-3)),
-    "gpt2-124m-openwebtext": ("124M on 47.2B tokens of OpenWebText", _gpt2(12, 12, 768, 6e-4).override(data="openwebtext", steps=90_000)),
+    "gpt2-124m-fast": (
+        "GPT-2 small with a third of the tokens",
+        _fast(_gpt2(12, 12, 768, 6e-4), 3.6e-3),
+    ),
+    "gpt2-350m-fast": (
+        "GPT-2 medium with a third of the tokens",
+        _fast(_gpt2(24, 16, 1024, 3e-4), 3.1e-3),
+    ),
+    "gpt2-774m-fast": (
+        "GPT-2 large with a third of the tokens",
+        _fast(_gpt2(36, 20, 1280, 2.5e-4), 2.8e-3),
+    ),
+    "gpt2-1558m-fast": (
+        "GPT-2 XL with a third of the tokens",
+        _fast(_gpt2(48, 25, 1600, 2e-4), 2.5e-3),
+    ),
+    "gpt2-124m-openwebtext": (
+        "124M on 47.2B tokens of OpenWebText",
+        _gpt2(12, 12, 768, 6e-4).override(data="openwebtext", steps=90_000),
+    ),
     "finetune": (
         "go on from --init MODEL on your own --data",
-        Config().override(lr=3e-5, min_lr=3e-6, steps=100, warmup_steps=10, batch_tokens=32_768, micro_batch=4, evaluate_every=20),
+        Config().override(
+            lr=3e-5,
+            min_lr=3e-6,
+            steps=100,
+            warmup_steps=10,
+            batch_tokens=32_768,
+            micro_batch=4,
+            evaluate_every=20,
+        ),
     ),
 }
 

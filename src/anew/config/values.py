@@ -16,7 +16,9 @@ def own_name(n_vocab: int, digest: str) -> str:
 
 def fits(wanted: str, tokenizer: str) -> bool:
     """Is the tokenizer of this name the one that was asked for? Any vocabulary of N ids is what `train:N` asks for."""
-    return wanted == tokenizer or (wanted.startswith("train:") and tokenizer.startswith(f"bpe-{wanted[6:]}-"))
+    return wanted == tokenizer or (
+        wanted.startswith("train:") and tokenizer.startswith(f"bpe-{wanted[6:]}-")
+    )
 
 
 def ids_of(tokenizer: str) -> int | None:
@@ -27,9 +29,13 @@ def ids_of(tokenizer: str) -> int | None:
     if match is None:
         if Path(tokenizer).is_dir():
             return None
-        raise UserError(f"there is no tokenizer '{tokenizer}'; choose gpt2, bytes, train:N or a folder that holds one.")
+        raise UserError(
+            f"there is no tokenizer '{tokenizer}'; choose gpt2, bytes, train:N or a folder that holds one."
+        )
     if not 257 < int(match[1]) <= MOST_IDS:
-        raise UserError(f"tokenizer {tokenizer}: a vocabulary has 258 ids (256 bytes, end of text, and a word) to {MOST_IDS:,}.")
+        raise UserError(
+            f"tokenizer {tokenizer}: a vocabulary has 258 ids (256 bytes, end of text, and a word) to {MOST_IDS:,}."
+        )
     return int(match[1])
 
 
@@ -38,4 +44,6 @@ def bytes_of(size: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
     if match is None:
         raise UserError(f"disk budget {size} is no size; write it as 30GB or 500MB.")
-    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()])
+    return int(
+        float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()]
+    )

@@ -56,7 +56,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Batches:
     """Numbered training sequences over `shards`."""
 
-    def __init__(self, shards: Sequence[Shard], seq_len: int, seed: int, more: More | None = None, recut: bool = True) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        seq_len: int,
+        seed: int,
+        more: More | None = None,
+        recut: bool = True,
+    ) -> None:
         """`more(known)` waits for shards behind the `known` ones: all there are then, and whether that is all there will be."""
         self.seq_len, self.seed, self.more, self.recut = seq_len, seed, more, recut
         self._take(shards)
@@ -64,9 +71,14 @@ class Batches:
     def _take(self, shards: Sequence[Shard]) -> None:
         seq_len = self.seq_len
         self.shards = list(shards)
-        self.windows = np.array([max(0, (shard.n_tokens - 1) // seq_len) for shard in self.shards], dtype=np.int64)
+        self.windows = np.array(
+            [max(0, (shard.n_tokens - 1) // seq_len) for shard in self.shards], dtype=np.int64
+        )
         self.epoch_sequences = int(self.windows.sum())
-        self.dropped = sum(shard.n_tokens - 1 - n * seq_len for shard, n in zip(self.shards, self.windows.tolist(), strict=True))
+        self.dropped = sum(
+            shard.n_tokens - 1 - n * seq_len
+            for shard, n in zip(self.shards, self.windows.tolist(), strict=True)
+        )
         if self.epoch_sequences == 0:
             longest = max((shard.n_tokens for shard in self.shards), default=0)
             raise UserError(
@@ -94,8 +106,12 @@ class Batches:
             shift = int(epoch * GOLDEN % 1 * self.seq_len) if self.recut else 0
             for s in np.unique(shard[here]):
                 of_shard = shard[here] == s
-                shuffled = permute(window[of_shard], int(self.windows[s]), (self.seed, int(epoch), int(s)))
-                last = self.shards[s].n_tokens - 1 - self.seq_len  # where the shard's last window reaches back to
+                shuffled = permute(
+                    window[of_shard], int(self.windows[s]), (self.seed, int(epoch), int(s))
+                )
+                last = (
+                    self.shards[s].n_tokens - 1 - self.seq_len
+                )  # where the shard's last window reaches back to
                 start[here & (shard == s)] = np.minimum(shuffled * self.seq_len + shift, last)
         return shard, start
 
@@ -143,7 +159,9 @@ def prefetch(load: Callable[[int], T], steps: Sequence[int], depth: int = 2) -> 
         thread.join()
 
 
-def evaluation_windows(shards: Sequence[Shard], seq_len: int, limit_tokens: int, batch: int) -> Iterator[Pairs]:
+def evaluation_windows(
+    shards: Sequence[Shard], seq_len: int, limit_tokens: int, batch: int
+) -> Iterator[Pairs]:
     """Fixed contiguous windows over the first `limit_tokens` of `shards`, as (inputs, targets) of at most `batch` rows.
 
     Each token but the first of a shard is a target exactly once: the last window of a shard reaches back for its context and masks
@@ -160,7 +178,9 @@ def evaluation_windows(shards: Sequence[Shard], seq_len: int, limit_tokens: int,
             back = max(0, end - seq_len)
             target = tokens[back + 1 : end + 1].copy()
             target[: start - back] = -100
-            if len(target) < seq_len and inputs:  # a shard shorter than a window cannot share a batch
+            if (
+                len(target) < seq_len and inputs
+            ):  # a shard shorter than a window cannot share a batch
                 yield np.stack(inputs), np.stack(targets)
                 inputs, targets = [], []
             inputs.append(tokens[back:end])

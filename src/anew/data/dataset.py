@@ -56,7 +56,9 @@ class Growth:
     def wait_for_more(self, known: int, stop: threading.Event) -> list[Shard]:
         """All training shards, once there are more than `known` of them or the preparation is complete. Stopped if `stop` is set."""
         while True:
-            alive = self.process is None or self.process.is_alive()  # asked before looking, so that what a last breath wrote is seen
+            alive = (
+                self.process is None or self.process.is_alive()
+            )  # asked before looking, so that what a last breath wrote is seen
             if (self.path / INDEX).is_file():
                 self.complete = True
                 return DataFolder.open(self.path).splits["train"]
@@ -78,7 +80,11 @@ class Growth:
         """The shards of both splits, once validation is whole and there is something to train on."""
         self.wait_for_more(0, stop)
         while not self.complete and not finished(self.path)["val"]:
-            if self.process is not None and not self.process.is_alive() and not (self.path / INDEX).is_file():
+            if (
+                self.process is not None
+                and not self.process.is_alive()
+                and not (self.path / INDEX).is_file()
+            ):
                 raise UserError(_problem(self.path))
             if (self.path / INDEX).is_file():
                 self.complete = True
@@ -88,7 +94,11 @@ class Growth:
 
 
 def open_data(
-    data: str, tokenizer: str | Tokenizer, disk_budget: int = 0, stop: threading.Event | None = None, leads: bool = True
+    data: str,
+    tokenizer: str | Tokenizer,
+    disk_budget: int = 0,
+    stop: threading.Event | None = None,
+    leads: bool = True,
 ) -> DataFolder:
     """The data folder that `--data` means, prepared now if it has to be, with `tokenizer`: one, or a name (which may be train:N).
 
@@ -98,7 +108,13 @@ def open_data(
     """
     wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.name
     path = Path(data).expanduser()
-    folder = DataFolder.open(path) if (path / INDEX).is_file() else open_others(path) if path.is_dir() else None
+    folder = (
+        DataFolder.open(path)
+        if (path / INDEX).is_file()
+        else open_others(path)
+        if path.is_dir()
+        else None
+    )
     if folder is not None:
         if not fits(wanted, folder.tokenizer):
             flag = folder.tokenizer if folder.tokenizer in TOKENIZERS else path
@@ -128,19 +144,29 @@ def open_data(
     return DataFolder(cached, name, source.name, source.revision, splits, growth)
 
 
-def _preparing(data: str, revision: str, settings: Settings, cached: Path, disk_budget: int) -> BaseProcess:
+def _preparing(
+    data: str, revision: str, settings: Settings, cached: Path, disk_budget: int
+) -> BaseProcess:
     cached.mkdir(parents=True, exist_ok=True)
     (cached / PROBLEM).unlink(missing_ok=True)
     spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=_prepare, args=(data, revision, settings, cached, disk_budget, os.getpid()), daemon=True)
+    process = spawn.Process(
+        target=_prepare,
+        args=(data, revision, settings, cached, disk_budget, os.getpid()),
+        daemon=True,
+    )
     process.start()
     return process
 
 
 def _begun(data: str, tokenizer: str) -> Path | None:
     """The latest preparation of a dataset: a run goes on with it whatever the hub has meanwhile, and asks nobody once it is done."""
-    folders = (cache_folder() / "data").glob(f"{sources.cache_name(data)}-{_in_a_path(tokenizer)}-*")
-    return max((f for f in folders if prepare.begun_at(f)), key=lambda f: f.stat().st_mtime, default=None)
+    folders = (cache_folder() / "data").glob(
+        f"{sources.cache_name(data)}-{_in_a_path(tokenizer)}-*"
+    )
+    return max(
+        (f for f in folders if prepare.begun_at(f)), key=lambda f: f.stat().st_mtime, default=None
+    )
 
 
 def _in_a_path(tokenizer: str) -> str:
@@ -161,21 +187,36 @@ def finished(path: Path) -> dict[str, list[Shard]]:
         return splits
     for split in splits:
         if progress["finished"] and (split == "train" or not progress["val_open"]):
-            splits[split] = [Shard(path / e["name"], e["tokens"], e["sha256"]) for e in progress["finished"][split]]
+            splits[split] = [
+                Shard(path / e["name"], e["tokens"], e["sha256"])
+                for e in progress["finished"][split]
+            ]
     return splits
 
 
-def _prepare(data: str, revision: str, settings: Settings, out: Path, disk_budget: int, parent: int) -> None:
+def _prepare(
+    data: str, revision: str, settings: Settings, out: Path, disk_budget: int, parent: int
+) -> None:
     """The process beside training. Ctrl-C is the trainer's to handle; the end of the trainer is the end of this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when the trainer was killed
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: also when the trainer was killed
         if os.getppid() != parent:
             return
     try:
         source = sources.find(data, revision)
         threads = max(1, prepare.cores() // 4)  # the trainer comes first
-        prepare.prepare(source, settings, out, workers=threads, disk_budget=disk_budget, consumed=True, wait=True)
+        prepare.prepare(
+            source,
+            settings,
+            out,
+            workers=threads,
+            disk_budget=disk_budget,
+            consumed=True,
+            wait=True,
+        )
     except UserError as error:
         (out / PROBLEM).write_text(str(error), encoding="utf-8")
         sys.exit(2)

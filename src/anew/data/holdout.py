@@ -10,7 +10,9 @@ from anew.data.shards import SHARD_TOKENS, SplitWriter
 from anew.data.tokenize import Document
 
 VAL_TOKENS = 10_485_760  # what build-nanogpt and llm.c validate on is 20 to 160 batches, by hardware; here it is one number
-SHARD_0_TOKENS = 100_000_000  # their validation split: the first shard of FineWeb-Edu, in the order of its files
+SHARD_0_TOKENS = (
+    100_000_000  # their validation split: the first shard of FineWeb-Edu, in the order of its files
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Settings:
     shard_tokens: int = SHARD_TOKENS
     seed: int = 1337
     block_bytes: int = 32 << 20  # text that is tokenised, shuffled and remembered together
-    validation: str = "hash"  # documents chosen by their hash; "first": the first val_tokens of the source
+    validation: str = (
+        "hash"  # documents chosen by their hash; "first": the first val_tokens of the source
+    )
 
 
 @dataclass
@@ -52,7 +56,10 @@ class Splits:
     def __init__(self, out: Path, settings: Settings, progress: Progress) -> None:
         finished, unfinished = progress.finished or {}, progress.unfinished or {}
         self.train, self.val = (
-            SplitWriter(out, split, settings.shard_tokens, finished.get(split, []), unfinished.get(split, 0)) for split in ("train", "val")
+            SplitWriter(
+                out, split, settings.shard_tokens, finished.get(split, []), unfinished.get(split, 0)
+            )
+            for split in ("train", "val")
         )
         self.settings, self.threshold = settings, progress.threshold
         self.val_open, self.dropped = progress.val_open, progress.dropped
@@ -76,7 +83,9 @@ class Splits:
     def _is_held_out(self, document: Document) -> bool:
         if document.split:
             return document.split == "val"
-        return self.val_open and (self.settings.validation == "first" or document.hash < self.threshold)
+        return self.val_open and (
+            self.settings.validation == "first" or document.hash < self.threshold
+        )
 
     def _validate(self, tokens: np.ndarray, document: Document) -> np.ndarray:
         """Write a held-out document. With "first", exactly val_tokens are; what is left over of the last document is returned."""
@@ -95,7 +104,11 @@ class Splits:
         self.val.sync()
         progress.finished = {"train": self.train.entries, "val": self.val.entries}
         progress.unfinished = {"train": self.train.unfinished, "val": self.val.unfinished}
-        progress.val_open, progress.dropped, progress.val_hashes = self.val_open, self.dropped, sorted(self.val_hashes)
+        progress.val_open, progress.dropped, progress.val_hashes = (
+            self.val_open,
+            self.dropped,
+            sorted(self.val_hashes),
+        )
 
     def abandon(self) -> None:
         """Let go of the files; what `progress.json` says last is where the next preparation goes on."""

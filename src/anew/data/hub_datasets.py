@@ -48,7 +48,11 @@ class HubFile:
 def listing(repository: str, prefix: str, revision: str = "main") -> list[HubFile]:
     """The parquet files whose path begins with `prefix`, in order. `revision` may be a branch; the files name its commit."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
@@ -56,22 +60,39 @@ def listing(repository: str, prefix: str, revision: str = "main") -> list[HubFil
     try:
         commit = api.dataset_info(repository, revision=revision).sha
         assert commit is not None
-        entries = list(api.list_repo_tree(repository, folder or None, recursive=True, revision=commit, repo_type="dataset"))
+        entries = list(
+            api.list_repo_tree(
+                repository, folder or None, recursive=True, revision=commit, repo_type="dataset"
+            )
+        )
     except RepositoryNotFoundError as error:
         raise UserError(f"there is no public dataset '{repository}' on the hub.") from error
     except RevisionNotFoundError as error:
         raise UserError(f"dataset {repository} has no revision {revision} on the hub.") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
-        raise UserError(f"the hub answered {status} when asked for the files of {repository}; try again later.") from error
+        raise UserError(
+            f"the hub answered {status} when asked for the files of {repository}; try again later."
+        ) from error
     except Exception as error:
         if not (isinstance(error, OSError | RuntimeError | ValueError) or is_network_error(error)):
             raise
-        raise UserError(f"the hub cannot be reached for {repository} ({str(error).splitlines()[0]}).") from error
-    files = [e for e in entries if isinstance(e, RepoFile) and e.path.startswith(prefix) and e.path.endswith(".parquet")]
+        raise UserError(
+            f"the hub cannot be reached for {repository} ({str(error).splitlines()[0]})."
+        ) from error
+    files = [
+        e
+        for e in entries
+        if isinstance(e, RepoFile) and e.path.startswith(prefix) and e.path.endswith(".parquet")
+    ]
     if not files:
-        raise UserError(f"dataset {repository} has no parquet files under {prefix} at revision {commit}.")
-    return [HubFile(repository, commit, e.path, e.size, e.lfs.sha256 if e.lfs else "") for e in sorted(files, key=lambda e: e.path)]
+        raise UserError(
+            f"dataset {repository} has no parquet files under {prefix} at revision {commit}."
+        )
+    return [
+        HubFile(repository, commit, e.path, e.size, e.lfs.sha256 if e.lfs else "")
+        for e in sorted(files, key=lambda e: e.path)
+    ]
 
 
 def fetch(file: HubFile, folder: Path) -> Path:
@@ -87,10 +108,16 @@ def fetch(file: HubFile, folder: Path) -> Path:
         if attempt:
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
-            where: dict[str, Any] = {"repo_type": "dataset", "revision": file.revision, "endpoint": os.environ.get("HF_ENDPOINT")}
+            where: dict[str, Any] = {
+                "repo_type": "dataset",
+                "revision": file.revision,
+                "endpoint": os.environ.get("HF_ENDPOINT"),
+            }
             path = Path(hf_hub_download(file.repository, file.path, local_dir=folder, **where))
         except EntryNotFoundError as error:
-            raise UserError(f"{file.path} is no longer in {file.repository} at revision {file.revision[:12]}.") from error
+            raise UserError(
+                f"{file.path} is no longer in {file.repository} at revision {file.revision[:12]}."
+            ) from error
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", 0)
             problem = f"the hub answered {status}"
@@ -113,7 +140,9 @@ def fetch(file: HubFile, folder: Path) -> Path:
             return path
         problem = "the bytes received have another sha256 than the hub's list says"
         drop(file, folder)
-    raise UserError(f"{file.path} of {file.repository} could not be fetched ({problem}); run the same command again, it goes on.")
+    raise UserError(
+        f"{file.path} of {file.repository} could not be fetched ({problem}); run the same command again, it goes on."
+    )
 
 
 def is_network_error(error: Exception) -> bool:

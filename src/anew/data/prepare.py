@@ -68,7 +68,9 @@ def begun_at(out: Path) -> str:
                 revision = str(json.loads((out / name).read_text(encoding="utf-8"))["revision"])
             except (ValueError, KeyError, TypeError):
                 continue
-            return revision if len(revision) == 40 else ""  # a commit of the hub; local text has a sha256
+            return (
+                revision if len(revision) == 40 else ""
+            )  # a commit of the hub; local text has a sha256
     return ""
 
 
@@ -97,17 +99,23 @@ def prepare(
             job = _Job(source, settings, out, workers or cores(), disk_budget, consumed, report)
             job.run()
     except Timeout as error:
-        raise UserError(f"another process is preparing {out}; let it finish, or choose another --out.") from error
+        raise UserError(
+            f"another process is preparing {out}; let it finish, or choose another --out."
+        ) from error
     except OSError as error:
         if error.errno == 28:
-            raise UserError(f"the disk of {out} is full; free some and run the same command again, it goes on where it was.") from error
+            raise UserError(
+                f"the disk of {out} is full; free some and run the same command again, it goes on where it was."
+            ) from error
         raise
     return DataFolder.open(out)
 
 
 def _same(folder: DataFolder, source: Source, settings: Settings) -> DataFolder:
     if folder.revision != source.revision or not fits(settings.tokenizer, folder.tokenizer):
-        raise UserError(f"{folder.path} holds other data ({folder.source}, {folder.tokenizer}); choose another --out or remove it.")
+        raise UserError(
+            f"{folder.path} holds other data ({folder.source}, {folder.tokenizer}); choose another --out or remove it."
+        )
     return folder
 
 
@@ -124,7 +132,14 @@ class _Job:
         consumed: bool,
         report: Callable[[Status], None] | None,
     ) -> None:
-        self.source, self.settings, self.out, self.workers, self.budget, self.report = source, settings, out, workers, budget, report
+        self.source, self.settings, self.out, self.workers, self.budget, self.report = (
+            source,
+            settings,
+            out,
+            workers,
+            budget,
+            report,
+        )
         self.consumed = consumed
         self.stopped = threading.Event()
         self.ahead: Future[Path] | None = None
@@ -141,8 +156,18 @@ class _Job:
             return Tokenizer.find(self.settings.tokenizer, self.out)
         if not (self.out / TOKENIZER).is_file():
             with ThreadPoolExecutor(1) as fetcher:
-                texts = self._texts([0] if self.source.is_remote else range(len(self.source.files)), 0, fetcher, ahead=False)
-                seen = (t.content for t in texts if t.split == "train" or (t.split == "" and hash_of(t.content) >= self.progress.threshold))
+                texts = self._texts(
+                    [0] if self.source.is_remote else range(len(self.source.files)),
+                    0,
+                    fetcher,
+                    ahead=False,
+                )
+                seen = (
+                    t.content
+                    for t in texts
+                    if t.split == "train"
+                    or (t.split == "" and hash_of(t.content) >= self.progress.threshold)
+                )
                 learn(seen, ids_of(self.settings.tokenizer) or 0).keep(self.out)
         return Tokenizer.of_folder(self.out)
 
@@ -150,21 +175,39 @@ class _Job:
         path = self.out / PROGRESS
         fresh = Progress(asdict(self.settings), self.source.name, self.source.revision, 0)
         if not path.is_file():
-            strangers = [p.name for p in self.out.iterdir() if not p.name.startswith(".") and p.name != TOKENIZER]
+            strangers = [
+                p.name
+                for p in self.out.iterdir()
+                if not p.name.startswith(".") and p.name != TOKENIZER
+            ]
             if strangers:
-                raise UserError(f"{self.out} exists already and holds {strangers[0]}; choose another --out or remove it.")
+                raise UserError(
+                    f"{self.out} exists already and holds {strangers[0]}; choose another --out or remove it."
+                )
             fresh.threshold = threshold_of(self.source)
-            write_json(path, asdict(fresh), FORMAT)  # before anything else, so that whatever a kill leaves is known to be ours
+            write_json(
+                path, asdict(fresh), FORMAT
+            )  # before anything else, so that whatever a kill leaves is known to be ours
             return fresh
         try:
             found = Progress(**read_json(path, FORMAT)[0])
         except UserError:
             raise
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); remove {self.out} and prepare again.") from error
-        if (found.settings, found.source, found.revision) != (fresh.settings, fresh.source, fresh.revision):
-            raise UserError(f"{self.out} was begun with other settings or another text; give the same ones to go on, or another --out.")
-        log.info(f"going on after {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text")
+            raise UserError(
+                f"{path} cannot be read ({error}); remove {self.out} and prepare again."
+            ) from error
+        if (found.settings, found.source, found.revision) != (
+            fresh.settings,
+            fresh.source,
+            fresh.revision,
+        ):
+            raise UserError(
+                f"{self.out} was begun with other settings or another text; give the same ones to go on, or another --out."
+            )
+        log.info(
+            f"going on after {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text"
+        )
         return found
 
     def run(self) -> None:
@@ -176,7 +219,10 @@ class _Job:
                 self._advance(block)
                 self._remember()
                 self._drop(range(done, self.progress.file))
-                if self.settings.limit_tokens and self.splits.train.n_tokens >= self.settings.limit_tokens:
+                if (
+                    self.settings.limit_tokens
+                    and self.splits.train.n_tokens >= self.settings.limit_tokens
+                ):
                     self.stopped.set()  # the file that is being waited for is not needed
                     break
             entries = [*self.splits.train.close(), *self.splits.val.close()]
@@ -187,7 +233,13 @@ class _Job:
         p = self.progress
         counts = {"documents": p.documents, "bytes": p.bytes, "repeats_of_validation": p.dropped}
         shards.write_index(
-            self.out, self.tokenizer.name, self.source.name, self.source.revision, entries, **counts, settings=asdict(self.settings)
+            self.out,
+            self.tokenizer.name,
+            self.source.name,
+            self.source.revision,
+            entries,
+            **counts,
+            settings=asdict(self.settings),
         )
         (self.out / PROGRESS).unlink(missing_ok=True)
         shutil.rmtree(self.out / PARTS, ignore_errors=True)
@@ -204,7 +256,9 @@ class _Job:
             for group in [[number] for number in files] if self.source.is_remote else [files]:
                 block: list[Document] = []
                 size = 0
-                texts = self._texts(group, self.progress.document if self.progress.file == first else 0, fetcher)
+                texts = self._texts(
+                    group, self.progress.document if self.progress.file == first else 0, fetcher
+                )
                 for document in in_order(pool, jobs_of(texts), self.tokenizer, 4 * self.workers):
                     block.append(document)
                     size += document.bytes
@@ -224,20 +278,30 @@ class _Job:
         self.progress.documents += len(block)
         self.progress.bytes += sum(document.bytes for document in block)
 
-    def _texts(self, group: Sequence[int], skip: int, fetcher: ThreadPoolExecutor, ahead: bool = True) -> Iterator[Text]:
+    def _texts(
+        self, group: Sequence[int], skip: int, fetcher: ThreadPoolExecutor, ahead: bool = True
+    ) -> Iterator[Text]:
         """The documents of some files, but for the first `skip` of the first."""
         for number in group:
             file = self.source.files[number]
             if isinstance(file, HubFile):
                 path = (self.ahead or fetcher.submit(self._fetch, number)).result()
-                self.ahead = fetcher.submit(self._fetch, number + 1) if ahead and number + 1 < len(self.source.files) else None
+                self.ahead = (
+                    fetcher.submit(self._fetch, number + 1)
+                    if ahead and number + 1 < len(self.source.files)
+                    else None
+                )
             else:
                 path = file
             if self.source.by_position and self.settings.validation == "hash":
                 pieces = list(enumerate(halves(readers.documents(path))))[skip:]
-                yield from (Text(number, i, piece, ("train", "val")[i % 2]) for i, piece in pieces if piece)
+                yield from (
+                    Text(number, i, piece, ("train", "val")[i % 2]) for i, piece in pieces if piece
+                )
             else:
-                for i, content in enumerate(readers.documents(path, self.source.column, skip), skip):
+                for i, content in enumerate(
+                    readers.documents(path, self.source.column, skip), skip
+                ):
                     yield Text(number, i, content, "")
             skip = 0
 
@@ -247,7 +311,11 @@ class _Job:
         """One file of the source, once there is room for it."""
         file = self.source.files[number]
         assert isinstance(file, HubFile)
-        self._wait_for(file.size, f"{file.path} of {file.size / 1e6:,.0f} MB", others=number > self.progress.file)
+        self._wait_for(
+            file.size,
+            f"{file.path} of {file.size / 1e6:,.0f} MB",
+            others=number > self.progress.file,
+        )
         self.held[number] = file.size
         return hub_data.fetch(file, self.out / PARTS)
 
@@ -262,7 +330,12 @@ class _Job:
     def _disk_bytes(self) -> int:
         """What is on the disk, with files that are being fetched counted as whole, and a little for the progress file's next version."""
         parts = shards.disk_bytes(self.out / PARTS)
-        return shards.disk_bytes(self.out) - parts + max(parts, sum(list(self.held.values()))) + OVERHEAD_BYTES
+        return (
+            shards.disk_bytes(self.out)
+            - parts
+            + max(parts, sum(list(self.held.values())))
+            + OVERHEAD_BYTES
+        )
 
     def _wait_for(self, size: int, what: str, others: bool) -> None:
         """Until `size` more bytes fit into the disk budget. `others`: a file before this one is still at work and will make room."""
@@ -281,7 +354,9 @@ class _Job:
         """Held-out documents to the validation split, the others to the training split in the block's own order."""
         train = self.splits.hold_out(block, self.tokenizer.end_of_text)
         if train:
-            order = np.random.Generator(np.random.Philox(key=[self.settings.seed, self.progress.block])).permutation(len(train))
+            order = np.random.Generator(
+                np.random.Philox(key=[self.settings.seed, self.progress.block])
+            ).permutation(len(train))
             tokens = np.concatenate([train[i] for i in order])
             self._wait_for(tokens.nbytes, f"a block of {tokens.nbytes / 1e6:,.0f} MB", others=False)
             if self.settings.limit_tokens:
@@ -292,9 +367,22 @@ class _Job:
         self.splits.remember(self.progress)
         write_json(self.out / PROGRESS, asdict(self.progress), FORMAT)
         if self.report:
-            p, tokens, seconds = self.progress, self.splits.train.n_tokens, time.perf_counter() - self.began
+            p, tokens, seconds = (
+                self.progress,
+                self.splits.train.n_tokens,
+                time.perf_counter() - self.began,
+            )
             share = p.file / len(self.source.files)
             if self.settings.limit_tokens:
                 share = max(share, tokens / self.settings.limit_tokens)
             disk = shards.disk_bytes(self.out)
-            self.report(Status(p.documents, p.bytes - self.bytes_before, tokens + self.splits.val.n_tokens, disk, seconds, share))
+            self.report(
+                Status(
+                    p.documents,
+                    p.bytes - self.bytes_before,
+                    tokens + self.splits.val.n_tokens,
+                    disk,
+                    seconds,
+                    share,
+                )
+            )

@@ -32,14 +32,27 @@ def is_table(path: Path) -> bool:
 def documents(path: Path, column: str = "text", skip: int = 0) -> Iterator[bytes]:
     """Every document of `path` that is not empty, in order, but for the first `skip`. UserError names a file that cannot be read."""
     try:
-        stream = _parquet(path, column) if path.suffix == ".parquet" else _lines(path, column) if is_table(path) else _whole(path)
+        stream = (
+            _parquet(path, column)
+            if path.suffix == ".parquet"
+            else _lines(path, column)
+            if is_table(path)
+            else _whole(path)
+        )
         for number, document in enumerate(d for d in stream if d):
             if number >= skip:
                 yield document
     except UserError:
         raise
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+    except (
+        OSError,
+        EOFError,
+        lzma.LZMAError,
+        ValueError,
+    ) as error:  # pyarrow's errors are ValueErrors
+        reason = (
+            getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        )
         raise UserError(f"{path} cannot be read ({reason}).") from error
 
 
@@ -72,7 +85,9 @@ def _lines(path: Path, column: str) -> Iterator[bytes]:
             try:
                 yield _bytes(json.loads(line)[column])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f'{path} line {number} is not a JSON object with a "{column}" string; mend or remove the line.') from error
+                raise UserError(
+                    f'{path} line {number} is not a JSON object with a "{column}" string; mend or remove the line.'
+                ) from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[bytes]:
@@ -80,7 +95,9 @@ def _parquet(path: Path, column: str) -> Iterator[bytes]:
 
     with parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column '{column}'; it has {', '.join(file.schema_arrow.names)}.")
+            raise UserError(
+                f"{path} has no column '{column}'; it has {', '.join(file.schema_arrow.names)}."
+            )
         for batch in file.iter_batches(ROWS_AT_A_TIME, columns=[column]):
             for value in batch.column(0).to_pylist():
                 if value is not None:

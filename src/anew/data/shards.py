@@ -47,16 +47,24 @@ class Shard:
                 f"{self.path.parent} and start again with a larger --disk-budget."
             ) from error
         except OSError as error:
-            raise UserError(f"shard {self.path} cannot be read ({error.strerror}); prepare the data again.") from error
+            raise UserError(
+                f"shard {self.path} cannot be read ({error.strerror}); prepare the data again."
+            ) from error
         if len(header) < 3 or header[0] != MAGIC:
-            raise UserError(f"{self.path} is not a shard: it does not start with {MAGIC}; prepare the data again.")
+            raise UserError(
+                f"{self.path} is not a shard: it does not start with {MAGIC}; prepare the data again."
+            )
         if header[1] != SHARD_VERSION:
             raise UserError(
                 f"shard {self.path} has version {header[1]}, and this anew reads version {SHARD_VERSION}; prepare the data again."
             )
         if header[2] != self.n_tokens or not right_size or sha256_of(self.path) != self.sha256:
-            raise UserError(f"shard {self.path} is damaged: its size or sha256 is not what index.json says; prepare the data again.")
-        return np.memmap(self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.n_tokens,))
+            raise UserError(
+                f"shard {self.path} is damaged: its size or sha256 is not what index.json says; prepare the data again."
+            )
+        return np.memmap(
+            self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.n_tokens,)
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,9 @@ class DataFolder:
     @property
     def identity(self) -> str:
         """What the tokens are: the revision of the text, and the vocabulary where it is not a built-in one."""
-        return self.revision if self.tokenizer in TOKENIZERS else f"{self.revision} {self.tokenizer}"
+        return (
+            self.revision if self.tokenizer in TOKENIZERS else f"{self.revision} {self.tokenizer}"
+        )
 
     def n_tokens(self, split: str) -> int:
         """Tokens in the split "train" or "val"."""
@@ -89,7 +99,11 @@ class DataFolder:
     def more(self, stop: threading.Event) -> Callable[[int], tuple[list[Shard], bool]] | None:
         """What `Batches` asks for further shards, if there will be any."""
         growth = self.growth
-        return None if growth is None or growth.complete else lambda known: (growth.wait_for_more(known, stop), growth.complete)
+        return (
+            None
+            if growth is None or growth.complete
+            else lambda known: (growth.wait_for_more(known, stop), growth.complete)
+        )
 
     @classmethod
     def open(cls, path: Path) -> "DataFolder":
@@ -103,15 +117,24 @@ class DataFolder:
                 )
             splits: dict[str, list[Shard]] = {"train": [], "val": []}
             for entry in index["shards"]:
-                shard = Shard(path / Path(entry["name"]).name, int(entry["tokens"]), entry["sha256"])
-                if not shard.path.is_file() and (entry["split"], len(splits["train"])) >= ("train", consumed(path)):
-                    raise UserError(f"{path}/index.json names {shard.path.name}, which is missing; prepare the data again.")
+                shard = Shard(
+                    path / Path(entry["name"]).name, int(entry["tokens"]), entry["sha256"]
+                )
+                if not shard.path.is_file() and (entry["split"], len(splits["train"])) >= (
+                    "train",
+                    consumed(path),
+                ):
+                    raise UserError(
+                        f"{path}/index.json names {shard.path.name}, which is missing; prepare the data again."
+                    )
                 splits[entry["split"]].append(shard)
             return cls(path, index["tokenizer"], index["source"], index["revision"], splits)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a data folder: its index.json cannot be read ({error}).") from error
+            raise UserError(
+                f"{path} is not a data folder: its index.json cannot be read ({error})."
+            ) from error
 
 
 def header_of(n_tokens: int) -> bytes:
@@ -137,13 +160,17 @@ class SplitWriter:
 
     def __post_init__(self) -> None:
         part, final = self._part, self._part.with_suffix("")
-        if not part.exists() and final.exists():  # killed between finishing this shard and remembering it
+        if (
+            not part.exists() and final.exists()
+        ):  # killed between finishing this shard and remembering it
             rename(final, part)
         for path in self.folder.glob(f"{self.split}-*.bin*"):
             if path != part and path.name not in {entry["name"] for entry in self.entries}:
                 path.unlink()
         if part.exists() and part.stat().st_size < HEADER_BYTES + 2 * self.unfinished:
-            raise UserError(f"{part} is shorter than was written to it; remove {self.folder} and prepare again.")
+            raise UserError(
+                f"{part} is shorter than was written to it; remove {self.folder} and prepare again."
+            )
         self.file = part.open("r+b" if part.exists() else "w+b")
         self.file.truncate(HEADER_BYTES + 2 * self.unfinished)
         self.file.seek(0, os.SEEK_END)
@@ -200,16 +227,37 @@ class SplitWriter:
         self.sync()
         self.file.close()
         part = self._part
-        entry = {"name": part.stem, "split": self.split, "tokens": self.unfinished, "sha256": sha256_of(part)}
+        entry = {
+            "name": part.stem,
+            "split": self.split,
+            "tokens": self.unfinished,
+            "sha256": sha256_of(part),
+        }
         rename(part, part.with_suffix(""))
         self.entries.append(entry)
         self.unfinished = 0
 
 
-def write_index(folder: Path, tokenizer: str, source: str, revision: str, entries: Sequence[dict[str, Any]], **more: Any) -> None:
+def write_index(
+    folder: Path,
+    tokenizer: str,
+    source: str,
+    revision: str,
+    entries: Sequence[dict[str, Any]],
+    **more: Any,
+) -> None:
     """Write `index.json`: the last file of a data folder. `more` says where it comes from; readers do not need it."""
-    index = {"version": INDEX_VERSION, "tokenizer": tokenizer, "dtype": "uint16", "source": source, "revision": revision}
-    write_atomic(folder / "index.json", json.dumps({**index, "shards": list(entries), **more}, indent=2) + "\n")
+    index = {
+        "version": INDEX_VERSION,
+        "tokenizer": tokenizer,
+        "dtype": "uint16",
+        "source": source,
+        "revision": revision,
+    }
+    write_atomic(
+        folder / "index.json",
+        json.dumps({**index, "shards": list(entries), **more}, indent=2) + "\n",
+    )
 
 
 def consumed(folder: Path) -> int:
@@ -226,8 +274,12 @@ def consume(shards: Sequence[Shard], count: int) -> None:
     if count > consumed(folder):
         write_atomic(folder / CONSUMED, f"{count}\n")
         for shard in shards[:count]:
-            shard.__dict__.pop("tokens", None)  # Windows does not remove a file that is mapped into memory
-            with contextlib.suppress(PermissionError):  # still mapped by a reader: removed with the next shard
+            shard.__dict__.pop(
+                "tokens", None
+            )  # Windows does not remove a file that is mapped into memory
+            with contextlib.suppress(
+                PermissionError
+            ):  # still mapped by a reader: removed with the next shard
                 shard.path.unlink(missing_ok=True)
 
 

@@ -31,9 +31,20 @@ from anew.data.hub_datasets import HubFile
 from anew.errors import UserError
 from anew.utils.files import cache_folder, sha256_of, write_atomic
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "lib2to3", "ensurepip"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "ensurepip",
+}
 HUB_SPEC = re.compile(r"([\w.-]+/[\w.-]+):([^:]+):([^:]+)(?::([^:]+))?")
 
 
@@ -53,7 +64,11 @@ class Source:
     @property
     def by_position(self) -> bool:
         """One text, whose end is held out, instead of many documents, of which some are."""
-        return len(self.files) == 1 and isinstance(self.files[0], Path) and not readers.is_table(self.files[0])
+        return (
+            len(self.files) == 1
+            and isinstance(self.files[0], Path)
+            and not readers.is_table(self.files[0])
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -66,7 +81,9 @@ class Source:
         if isinstance(self.files[0], HubFile):
             return self.files[0].revision
         try:
-            return hashlib.sha256("".join(sha256_of(f) for f in self.files if isinstance(f, Path)).encode()).hexdigest()
+            return hashlib.sha256(
+                "".join(sha256_of(f) for f in self.files if isinstance(f, Path)).encode()
+            ).hexdigest()
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
@@ -81,7 +98,11 @@ def find(source: str, revision: str = "main") -> Source:
     """The source that `--data` names: a known name, a file, a folder, a glob or a dataset of the hub (at `revision`)."""
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts) and p.stat().st_size]
+        files = [
+            p
+            for p in root.rglob("*.py")
+            if not SKIPPED_FOLDERS & set(p.relative_to(root).parts) and p.stat().st_size
+        ]
         return Source("stdlib", _ordered(files, root))
     if source == "tinyshakespeare":
         path = cache_folder() / "downloads" / "tinyshakespeare.txt"
@@ -120,15 +141,23 @@ def _on_the_hub(source: str, revision: str) -> Source:
     match = HUB_SPEC.fullmatch(source)
     if match is None:
         known = ", ".join(["stdlib", "tinyshakespeare", *hub_data.NAMED])
-        raise UserError(f"there is no data at '{source}': it is no file, folder, glob, repo:config:split:column or known source ({known}).")
+        raise UserError(
+            f"there is no data at '{source}': it is no file, folder, glob, repo:config:split:column or known source ({known})."
+        )
     repository, config, split, column = match.groups()
-    revision = hub_data.CONVERTED if revision == "main" else revision  # by name, where the hub converts; a commit on a restart
+    revision = (
+        hub_data.CONVERTED if revision == "main" else revision
+    )  # by name, where the hub converts; a commit on a restart
     files = hub_data.listing(repository, f"{config}/{split}/", revision)
     return Source(cache_name(source), tuple(files), column or "text")
 
 
 def _ordered(files: list[Path], root: Path) -> tuple[Path, ...]:
-    return tuple(sorted(files, key=lambda p: (p.relative_to(root) if p.is_relative_to(root) else p).as_posix()))
+    return tuple(
+        sorted(
+            files, key=lambda p: (p.relative_to(root) if p.is_relative_to(root) else p).as_posix()
+        )
+    )
 
 
 def _is_text(path: Path, root: Path) -> bool:
@@ -168,7 +197,9 @@ def download(
             continue
         except (OSError, http.client.HTTPException) as error:
             problem = str(error) or type(error).__name__
-            if attempt and isinstance(getattr(error, "reason", None), socket.gaierror):  # no such host twice: there is no network
+            if attempt and isinstance(
+                getattr(error, "reason", None), socket.gaierror
+            ):  # no such host twice: there is no network
                 break
             continue
         if hashlib.sha256(body).hexdigest() == sha256:

@@ -36,7 +36,9 @@ class ForeignShard(Shard):
         """(n_tokens,) uint16, mapped from the file."""
         if not self.path.is_file() or self.path.stat().st_size != self.offset + 2 * self.n_tokens:
             raise UserError(f"{self.path} has changed since it was opened.")
-        return np.memmap(self.path, dtype="<u2", mode="r", offset=self.offset, shape=(self.n_tokens,))
+        return np.memmap(
+            self.path, dtype="<u2", mode="r", offset=self.offset, shape=(self.n_tokens,)
+        )
 
 
 def open_others(path: Path) -> DataFolder | None:
@@ -47,7 +49,9 @@ def open_others(path: Path) -> DataFolder | None:
         found[split] = sorted(files) or [p for p in (path / f"{split}.bin",) if p.is_file()]
     if not found["train"]:
         return None
-    splits: dict[str, list[Shard]] = {split: [_shard(file) for file in files] for split, files in found.items()}
+    splits: dict[str, list[Shard]] = {
+        split: [_shard(file) for file in files] for split, files in found.items()
+    }
     return DataFolder(path, "gpt2", path.name, "", splits)
 
 
@@ -82,12 +86,16 @@ def _shard(path: Path) -> ForeignShard:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is no numpy file of tokens ({error}).") from error
         if array.dtype != np.uint16 or array.ndim != 1:
-            raise UserError(f"{path} holds {array.dtype} of {array.ndim} dimensions, and tokens are uint16 in a row.")
+            raise UserError(
+                f"{path} holds {array.dtype} of {array.ndim} dimensions, and tokens are uint16 in a row."
+            )
         return ForeignShard(path, len(array), "", size - 2 * len(array))
     header = np.fromfile(path, dtype="<i4", count=3)
     if len(header) == 3 and header[0] == MAGIC:
         if size != HEADER_BYTES + 2 * int(header[2]):
-            raise UserError(f"{path} is damaged: its header says {header[2]:,} tokens, and its size another number.")
+            raise UserError(
+                f"{path} is damaged: its header says {header[2]:,} tokens, and its size another number."
+            )
         return ForeignShard(path, int(header[2]), "", HEADER_BYTES)
     if size % 2:
         raise UserError(f"{path} is no file of uint16 tokens: it has an odd number of bytes.")

@@ -14,7 +14,9 @@ from anew.tokenizer.bpe import Tokenizer
 
 HELD_OUT_OF = 10  # a tenth of the documents is held out, until there are val_tokens of them
 JOB_BYTES = 1 << 19
-SMALL_BYTES = 64 << 20  # sources up to this size are read once more beforehand, so that they hold out at least one document
+SMALL_BYTES = (
+    64 << 20
+)  # sources up to this size are read once more beforehand, so that they hold out at least one document
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def jobs_of(texts: Iterable[Text]) -> Iterator[list[Text]]:
         yield job
 
 
-def in_order(pool: ThreadPoolExecutor, jobs: Iterable[list[Text]], tokenizer: Tokenizer, ahead: int) -> Iterator[Document]:
+def in_order(
+    pool: ThreadPoolExecutor, jobs: Iterable[list[Text]], tokenizer: Tokenizer, ahead: int
+) -> Iterator[Document]:
     """Every job's documents, in the order of the jobs, with at most `ahead` jobs at work or waiting."""
 
     def work(texts: list[Text]) -> list[Document]:

@@ -27,10 +27,15 @@ def shard(model: GPT, dtype: torch.dtype) -> None:
     Blocks are gathered in `dtype`, in which they compute in any case: half the bytes in bf16. Their layer norms see weights rounded
     to it. The embeddings, whose rows are added in fp32, are gathered in fp32, and all gradients are summed in fp32.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes 0.7 s, so it is imported only here
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+    )  # takes 0.7 s, so it is imported only here
 
     gathered = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.transformer.h:
         fully_shard(block, mp_policy=policy)
     fully_shard(model)
@@ -91,7 +96,11 @@ def fill(target: Tensor, value: Tensor | None, world: World) -> None:
     if world.size == 1:
         target.copy_(cast(Tensor, value))
         return
-    full = torch.empty(target.shape, dtype=target.dtype, device=target.device) if value is None else value.to(target.device, target.dtype)
+    full = (
+        torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        if value is None
+        else value.to(target.device, target.dtype)
+    )
     if hasattr(target, "full_tensor"):
         target.to_local().copy_(cut_like(target, full, source=0).to_local())  # type: ignore[attr-defined]
     else:

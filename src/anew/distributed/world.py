@@ -34,7 +34,9 @@ T = TypeVar("T")
 
 PREFLIGHT_BYTES = 64 << 20  # exchanged once before training, to measure the link
 PARENT_SECONDS = 1.0
-START_UP_TIMEOUT = datetime.timedelta(hours=12)  # downloading and tokenising the first shard may take long
+START_UP_TIMEOUT = datetime.timedelta(
+    hours=12
+)  # downloading and tokenising the first shard may take long
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class World:
     size: int = 1
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     local_rank: int = 0
-    gather_patiently: Callable[[Any], list[Any]] = lambda value: [value]  # where others work for long, such as preparing data
+    gather_patiently: Callable[[Any], list[Any]] = lambda value: [
+        value
+    ]  # where others work for long, such as preparing data
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over the ranks, the same bits on every rank. Raises LostRank."""
@@ -63,7 +67,9 @@ class World:
             return work(rows)
         share = -(-len(rows) // self.size)
         mine = rows[self.rank * share : (self.rank + 1) * share]
-        done = torch.zeros(share, *rows.shape[1:], dtype=dtype, device=rows.device)  # ranks behind the last row send zeros
+        done = torch.zeros(
+            share, *rows.shape[1:], dtype=dtype, device=rows.device
+        )  # ranks behind the last row send zeros
         if len(mine):
             done[: len(mine)] = work(mine)
         every = torch.empty(self.size * share, *rows.shape[1:], dtype=dtype, device=rows.device)
@@ -71,7 +77,9 @@ class World:
             distributed.all_gather_into_tensor(every, done)
         return every[: len(rows)]
 
-    def everywhere(self, work: Callable[[], T], first: Callable[["World"], bool] | None = None) -> T:
+    def everywhere(
+        self, work: Callable[[], T], first: Callable[["World"], bool] | None = None
+    ) -> T:
         """`work()` on every rank. If it fails on one with a UserError, all raise that. Ranks that are `first` go before the others."""
         done: list[T] = []
         problem = ""
@@ -112,7 +120,9 @@ def naming_lost_ranks(rank: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        raise LostRank(f"rank {rank} lost another rank and ends; the run goes on from its last checkpoint ({why}).") from error
+        raise LostRank(
+            f"rank {rank} lost another rank and ends; the run goes on from its last checkpoint ({why})."
+        ) from error
 
 
 def _store(size: int, timeout: datetime.timedelta) -> Store | None:
@@ -124,7 +134,9 @@ def _store(size: int, timeout: datetime.timedelta) -> Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     rank, me = int(os.environ["RANK"]), uuid.uuid4().hex
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    store = TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
     if rank == 0:
         store.set("anew", me)
         present = [store.get(f"anew/{me}/{other}").decode() for other in range(1, size)]
@@ -157,7 +169,9 @@ def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World
     try:
         store = _store(size, timeout)
         backend, rank = distributed.get_default_backend_for_device(device), int(os.environ["RANK"])
-        distributed.init_process_group(backend, timeout=timeout, rank=rank, world_size=size, store=store)
+        distributed.init_process_group(
+            backend, timeout=timeout, rank=rank, world_size=size, store=store
+        )
         control = distributed.new_group(backend="gloo", timeout=timeout)
         start_up = distributed.new_group(backend="gloo", timeout=max(timeout, START_UP_TIMEOUT))
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
@@ -175,7 +189,9 @@ def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World
 
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     try:
-        yield World(rank, size, partial(gather_in, control), local_rank, partial(gather_in, start_up))
+        yield World(
+            rank, size, partial(gather_in, control), local_rank, partial(gather_in, start_up)
+        )
     finally:
         distributed.destroy_process_group()
 
@@ -186,9 +202,16 @@ def _environment() -> int:
     if size == "1":
         return 1
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing or not size.isdigit() or not os.environ["RANK"].isdigit() or int(os.environ["RANK"]) >= int(size):
+    if (
+        missing
+        or not size.isdigit()
+        or not os.environ["RANK"].isdigit()
+        or int(os.environ["RANK"]) >= int(size)
+    ):
         lacking = f"{missing[0]} is missing" if missing else f"RANK is {os.environ['RANK']}"
-        raise UserError(f"WORLD_SIZE is {size}, and {lacking}; start the processes with torchrun, or unset WORLD_SIZE.")
+        raise UserError(
+            f"WORLD_SIZE is {size}, and {lacking}; start the processes with torchrun, or unset WORLD_SIZE."
+        )
     return int(size)
 
 
@@ -207,14 +230,20 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
-def preflight(world: World, device: torch.device, facts: dict[str, str], gradient_bytes: int) -> str:
+def preflight(
+    world: World, device: torch.device, facts: dict[str, str], gradient_bytes: int
+) -> str:
     """Refuse ranks that do not fit together; a line that says what sharing the gradients costs. `facts` must be the same on all ranks."""
     mine = {**facts, "machine": socket.gethostname()}
     all_ranks = world.gather(mine)
     for key in facts:
         if len({found[key] for found in all_ranks}) > 1:
-            listed = ", ".join(f"rank {rank} has {found[key]}" for rank, found in enumerate(all_ranks[:4]))
-            raise UserError(f"the ranks differ in {key}: {listed}; start all of them with the same command and the same software.")
+            listed = ", ".join(
+                f"rank {rank} has {found[key]}" for rank, found in enumerate(all_ranks[:4])
+            )
+            raise UserError(
+                f"the ranks differ in {key}: {listed}; start all of them with the same command and the same software."
+            )
     tensor = torch.zeros(min(gradient_bytes, PREFLIGHT_BYTES) // 4, device=device)
     seconds = min(_seconds(lambda: world.all_reduce(tensor), tensor) for _ in range(3))
     speed = tensor.numel() * 4 / seconds
@@ -230,7 +259,9 @@ def refuse_shared_gpus(world: World, device: torch.device) -> None:
     gpus = world.gather(identity_of(device)) if device.type == "cuda" else []
     twice = [rank for rank, gpu in enumerate(gpus) if gpus.count(gpu) > 1]
     if twice:
-        raise UserError(f"ranks {twice[0]} and {twice[1]} have the same GPU; start as many ranks a machine as it has GPUs.")
+        raise UserError(
+            f"ranks {twice[0]} and {twice[1]} have the same GPU; start as many ranks a machine as it has GPUs."
+        )
 
 
 def identity_of(device: torch.device) -> str:

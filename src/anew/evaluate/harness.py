@@ -52,12 +52,17 @@ class HarnessModel(TemplateLM):
         """Positions of the model."""
         return self.gpt.config.n_positions
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **unused: Any
+    ) -> list[int]:
         """Ids of a text, without special tokens."""
         return self.gpt_tokenizer.encode(string)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **unused: Any
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **unused: Any,
     ) -> list[tuple[float, bool]]:
         groups: list[list[int]] = []  # neighbours with the same context
         for i, (_, context, _) in enumerate(requests):
@@ -65,7 +70,9 @@ class HarnessModel(TemplateLM):
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        questions = [Question(requests[group[0]][1], [requests[i][2] for i in group]) for group in groups]
+        questions = [
+            Question(requests[group[0]][1], [requests[i][2] for i in group]) for group in groups
+        ]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for start in range(0, len(groups), BATCH_QUESTIONS):
             part = slice(start, start + BATCH_QUESTIONS)
@@ -74,7 +81,9 @@ class HarnessModel(TemplateLM):
                     answers[i] = (ending.total, bool(ending.hit.all()))
         return answers
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood in nats of whole texts of any length."""
         totals = []
         for request in requests:
@@ -89,7 +98,9 @@ class HarnessModel(TemplateLM):
         for request in requests:
             context, rules = request.args
             if rules.get("do_sample") or rules.get("temperature", 0):
-                raise UserError("the harness asks for sampling; only greedy generation is answered.")
+                raise UserError(
+                    "the harness asks for sampling; only greedy generation is answered."
+                )
             stops = rules.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
             most = min(int(rules.get("max_gen_toks", 256)), self.max_length - 1)
@@ -126,14 +137,23 @@ class HarnessModel(TemplateLM):
         return torch.stack([torch.as_tensor(value) for value in self.world.gather(tensor)])
 
 
-def run_harness(model: GPT, tokenizer: Tokenizer, name: str, limit: int, world: World) -> dict[str, float]:
+def run_harness(
+    model: GPT, tokenizer: Tokenizer, name: str, limit: int, world: World
+) -> dict[str, float]:
     """The figures of one of the harness's tasks: {"acc": 0.43, ...}; empty on other ranks than 0."""
     from lm_eval import simple_evaluate
 
     try:
-        outcome = simple_evaluate(HarnessModel(model, tokenizer, world), tasks=[name], limit=limit or None, bootstrap_iters=0)
+        outcome = simple_evaluate(
+            HarnessModel(model, tokenizer, world),
+            tasks=[name],
+            limit=limit or None,
+            bootstrap_iters=0,
+        )
     except (KeyError, ValueError, OSError) as error:
-        raise UserError(f"lm-evaluation-harness could not run {name} ({str(error).splitlines()[0]}).") from error
+        raise UserError(
+            f"lm-evaluation-harness could not run {name} ({str(error).splitlines()[0]})."
+        ) from error
     if outcome is None:
         return {}
     figures = {}

@@ -44,7 +44,9 @@ def mean_loss(
     device = model.transformer.wte.weight.device
     mine: dict[int, tuple[float, int]] = {}
     with computing_in(model, dtype):
-        for i, (ids, targets) in enumerate(evaluation_windows(shards, seq_len, limit_tokens, batch)):
+        for i, (ids, targets) in enumerate(
+            evaluation_windows(shards, seq_len, limit_tokens, batch)
+        ):
             if stop is not None and stop.is_set():
                 break
             if i % world.size == world.rank:

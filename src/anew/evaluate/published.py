@@ -23,9 +23,13 @@ class Published:
     figure: str
     values: dict[str, float]
     source: str
-    tolerance: str | None  # "3%" of the value, or "2se": two standard errors of a share of n examples
+    tolerance: (
+        str | None
+    )  # "3%" of the value, or "2se": two standard errors of a share of n examples
     note: str = ""
-    judged: tuple[str, ...] = tuple(SIZES.values())  # sizes that get a verdict: those for which others found the figure too
+    judged: tuple[str, ...] = tuple(
+        SIZES.values()
+    )  # sizes that get a verdict: those for which others found the figure too
 
     @property
     def higher_is_better(self) -> bool:
@@ -86,11 +90,15 @@ class Comparison:
         """PASS: not worse than theirs by more than the tolerance; better always passes."""
         if self.allowed is None:
             return ""
-        worse = self.theirs - self.ours if self.published.higher_is_better else self.ours - self.theirs
+        worse = (
+            self.theirs - self.ours if self.published.higher_is_better else self.ours - self.theirs
+        )
         return "PASS" if worse <= self.allowed else "FAIL"
 
 
-def compare(task: str, figures: dict[str, float], size: str | None, examples: int, whole: bool) -> list[Comparison]:
+def compare(
+    task: str, figures: dict[str, float], size: str | None, examples: int, whole: bool
+) -> list[Comparison]:
     """Every published figure of `task` for a model of `size`, beside ours, which was measured on `examples` examples.
 
     Nothing passes or fails but `whole`, the published measurement: 300 of HellaSwag's examples cannot tell GPT-2 from random weights, and
@@ -98,7 +106,11 @@ def compare(task: str, figures: dict[str, float], size: str | None, examples: in
     """
     found = []
     for published in FIGURES:
-        if published.task != task or published.figure not in figures or size not in published.values:
+        if (
+            published.task != task
+            or published.figure not in figures
+            or size not in published.values
+        ):
             continue
         theirs, allowed = published.values[size], None
         if not whole or size not in published.judged:

@@ -28,7 +28,9 @@ from anew.utils.device import pick_compile
 from anew.utils.files import json_lines
 from anew.utils.signals import Interrupted
 
-RESULTS_VERSION = 1  # to be raised with every change of what the scorer or a task makes of an example
+RESULTS_VERSION = (
+    1  # to be raised with every change of what the scorer or a task makes of an example
+)
 CHUNK_TOKENS = 16384  # 2 to 4 seconds of 124M on two cores: what a kill costs at most
 WORTH_COMPILING = 200_000  # tokens: 40 seconds of 124M on two cores
 BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
@@ -68,7 +70,10 @@ def run(
         if stop is not None and stop.is_set():
             break
         answers = score(model, [example.question for example in chunks[i]], batch_tokens)
-        done[i] = [task.result(example.row, answer) for example, answer in zip(chunks[i], answers, strict=True)]
+        done[i] = [
+            task.result(example.row, answer)
+            for example, answer in zip(chunks[i], answers, strict=True)
+        ]
         _keep(store, world, i, done[i])
         scored += len(chunks[i])
         if progress:
@@ -81,7 +86,9 @@ def run(
     for part, _, _ in shares:
         everywhere |= part
     results = [result for i in range(len(chunks)) for result in everywhere[i]]
-    return Report(task.figures(results), len(results), sum(share for _, share, _ in shares), seconds)
+    return Report(
+        task.figures(results), len(results), sum(share for _, share, _ in shares), seconds
+    )
 
 
 def compile_blocks(model: GPT, examples: Sequence[Example]) -> bool:
@@ -92,7 +99,10 @@ def compile_blocks(model: GPT, examples: Sequence[Example]) -> bool:
     if model.transformer.h[0]._compiled_call_impl is not None:
         return True
     weight = model.transformer.wte.weight
-    tokens = sum(len(e.question.context) + sum(len(ending) for ending in e.question.endings) for e in examples)
+    tokens = sum(
+        len(e.question.context) + sum(len(ending) for ending in e.question.endings)
+        for e in examples
+    )
     if (
         weight.device.type != "cpu"
         or weight.dtype != torch.bfloat16
@@ -111,7 +121,9 @@ def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
     tokens = 0
     for example in examples:
         chunk.append(example)
-        tokens += len(example.question.context) + sum(len(ending) for ending in example.question.endings)
+        tokens += len(example.question.context) + sum(
+            len(ending) for ending in example.question.endings
+        )
         if tokens >= CHUNK_TOKENS:
             yield chunk
             chunk, tokens = [], 0
@@ -136,13 +148,20 @@ def _keep(store: Path | None, world: World, chunk: int, results: list[Result]) -
         return
     store.mkdir(parents=True, exist_ok=True)
     with (store / f"{world.rank}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps({"chunk": chunk, "results": results}))  # behind what a killed one may have left
+        file.write(
+            "\n" + json.dumps({"chunk": chunk, "results": results})
+        )  # behind what a killed one may have left
 
 
 def key(task: str, weights: str, precision: str, device: str, examples: Sequence[Example]) -> str:
     """A name for what is evaluated: the same weights (their sha256), questions, precision and kind of device."""
-    digest = hashlib.sha256(json.dumps([RESULTS_VERSION, task, weights, precision, device, CHUNK_TOKENS]).encode())
+    digest = hashlib.sha256(
+        json.dumps([RESULTS_VERSION, task, weights, precision, device, CHUNK_TOKENS]).encode()
+    )
     for example in examples:
         parts = [example.question.context, *example.question.endings]
-        digest.update(json.dumps([[int(i) for i in part] for part in parts]).encode() + repr(example.row).encode())
+        digest.update(
+            json.dumps([[int(i) for i in part] for part in parts]).encode()
+            + repr(example.row).encode()
+        )
     return f"{task}-{digest.hexdigest()[:16]}"

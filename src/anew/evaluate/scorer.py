@@ -46,13 +46,19 @@ class Scored:
 
 
 @torch.inference_mode()
-def score(model: GPT, questions: Sequence[Question], batch_tokens: int = 8192) -> list[list[Scored]]:
+def score(
+    model: GPT, questions: Sequence[Question], batch_tokens: int = 8192
+) -> list[list[Scored]]:
     """A `Scored` for each ending of each question, in the order given. The model computes in its `compute_dtype`, reductions are fp32.
 
     A context too long for the model's positions loses its beginning, for each ending on its own, and an ending that is longer than they are
     is scored in pieces. Rows of like length are batched together, about `batch_tokens` at a time; that changes no more than rounding.
     """
-    rows = [row for number, question in enumerate(questions) for row in _rows(number, question, model.config.n_positions)]
+    rows = [
+        row
+        for number, question in enumerate(questions)
+        for row in _rows(number, question, model.config.n_positions)
+    ]
     found: dict[tuple[int, int, int], Scored] = {}
     was_training = model.training
     model.eval()
@@ -75,7 +81,9 @@ def score(model: GPT, questions: Sequence[Question], batch_tokens: int = 8192) -
 
 
 def _joined(a: Scored, b: Scored) -> Scored:
-    return Scored(*(np.concatenate(pair) for pair in ((a.log_p, b.log_p), (a.best, b.best), (a.hit, b.hit))))
+    return Scored(
+        *(np.concatenate(pair) for pair in ((a.log_p, b.log_p), (a.best, b.best), (a.hit, b.hit)))
+    )
 
 
 @dataclass(frozen=True)
@@ -85,18 +93,27 @@ class _Row:
     question: int
     context: Ids
     endings: Sequence[Ids]
-    numbers: Sequence[tuple[int, int]]  # which of the question's endings these are, and which piece of a long one
+    numbers: Sequence[
+        tuple[int, int]
+    ]  # which of the question's endings these are, and which piece of a long one
 
     @property
     def length(self) -> int:
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)  # the last token of an ending is never read
+        return len(self.context) + sum(
+            len(ending) - 1 for ending in self.endings
+        )  # the last token of an ending is never read
 
 
 def _rows(number: int, question: Question, positions: int) -> Iterator[_Row]:
     assert len(question.context) > 0, "a context needs at least one token"
     assert all(len(ending) > 0 for ending in question.endings), "an ending needs at least one token"
     if len(question.context) + max(len(ending) for ending in question.endings) - 1 <= positions:
-        yield _Row(number, question.context, question.endings, [(i, 0) for i in range(len(question.endings))])
+        yield _Row(
+            number,
+            question.context,
+            question.endings,
+            [(i, 0) for i in range(len(question.endings))],
+        )
         return
     for i, ending in enumerate(question.endings):
         for piece, start in enumerate(range(0, len(ending), positions)):
@@ -123,7 +140,9 @@ def _score_rows(model: GPT, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray, n
     width = max(row.length for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     position = np.zeros((len(rows), width), dtype=np.int64)
-    branch = np.full((len(rows), width), -1, dtype=np.int64)  # 0: context, 1..: endings, -1: padding
+    branch = np.full(
+        (len(rows), width), -1, dtype=np.int64
+    )  # 0: context, 1..: endings, -1: padding
     readouts: list[int] = []  # places whose logits are needed
     where: list[int] = []  # for each target, which of them predicts it
     targets: list[int] = []
@@ -134,16 +153,24 @@ def _score_rows(model: GPT, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray, n
         readouts.append(b * width + n - 1)
         for i, ending in enumerate(row.endings, 1):
             start, end = end, end + len(ending) - 1
-            ids[b, start:end], position[b, start:end], branch[b, start:end] = ending[:-1], np.arange(n, n + end - start), i
+            ids[b, start:end], position[b, start:end], branch[b, start:end] = (
+                ending[:-1],
+                np.arange(n, n + end - start),
+                i,
+            )
             where += [shared, *range(len(readouts), len(readouts) + end - start)]
             readouts += range(b * width + start, b * width + end)
             targets += ending
     mask = None
     if any(len(row.endings) > 1 for row in rows):
         mask = _visible(torch.from_numpy(branch).to(device))
-    hidden = model.hidden(torch.from_numpy(ids).to(device), position=torch.from_numpy(position).to(device), mask=mask)
+    hidden = model.hidden(
+        torch.from_numpy(ids).to(device), position=torch.from_numpy(position).to(device), mask=mask
+    )
     places = hidden.flatten(0, 1)[torch.tensor(readouts, device=device)]
-    return _read_out(model, places, torch.tensor(where, device=device), torch.tensor(targets, device=device))
+    return _read_out(
+        model, places, torch.tensor(where, device=device), torch.tensor(targets, device=device)
+    )
 
 
 def _visible(branch: Tensor) -> Tensor:
@@ -152,7 +179,9 @@ def _visible(branch: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
-def _read_out(model: GPT, places: Tensor, where: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_out(
+    model: GPT, places: Tensor, where: Tensor, targets: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """places (N, C), and for each of M targets the place that predicts it -> log_p, best, hit, each (M,)."""
     parts = []
     for start in range(0, len(places), HEAD_ROWS):
@@ -161,8 +190,12 @@ def _read_out(model: GPT, places: Tensor, where: Tensor, targets: Tensor) -> tup
         logits = model.head(places[start : start + HEAD_ROWS]).float()  # (rows, vocabulary)
         top, asked = logits.amax(dim=1), logits[rows, wanted]
         hit = asked == top[rows]
-        hit[hit.clone()] = logits[rows[hit]].argmax(dim=1) == wanted[hit]  # among equal logits the first is the likeliest
-        log_sum = logits.sub_(top[:, None]).exp_().sum(dim=1).log()  # in place: torch.logsumexp takes twice the time on a CPU
+        hit[hit.clone()] = (
+            logits[rows[hit]].argmax(dim=1) == wanted[hit]
+        )  # among equal logits the first is the likeliest
+        log_sum = (
+            logits.sub_(top[:, None]).exp_().sum(dim=1).log()
+        )  # in place: torch.logsumexp takes twice the time on a CPU
         parts.append((mine, asked - top[rows] - log_sum[rows], -log_sum[rows], hit))
     order, *columns = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     back = np.argsort(order, kind="stable")

@@ -73,7 +73,9 @@ class Packed(GPT):
             table = module.endswith(("wte", "wpe"))
             value = p.detach() if table else p.detach().to(model.compute_dtype)
             setattr(self.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
-        self.matrix = model.transformer.wte.weight.detach()[: model.config.vocab_size].to(model.compute_dtype)
+        self.matrix = model.transformer.wte.weight.detach()[: model.config.vocab_size].to(
+            model.compute_dtype
+        )
         self.eval()
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -82,7 +84,9 @@ class Packed(GPT):
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257) after one more id a row; the cache is one token longer."""
-        return self.head(self.hidden(torch.tensor(ids, device=cache.lengths.device)[:, None], cache)[:, -1])
+        return self.head(
+            self.hidden(torch.tensor(ids, device=cache.lengths.device)[:, None], cache)[:, -1]
+        )
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,17 @@ class Graphed(Packed):
         super().__init__(model)
         self.own: Cache | None = None  # for as many rows and slots as any text has needed
         self.text: weakref.ref[Cache] | None = None  # the cache that was copied last
-        self.recordings: dict[tuple[int, int, int], Recording] = {}  # by rows, slots, and how many of the likeliest tokens are found
+        self.recordings: dict[
+            tuple[int, int, int], Recording
+        ] = {}  # by rows, slots, and how many of the likeliest tokens are found
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (B, 50257), until the next step, after one more id a row; the cache is one token longer."""
         return self.step_and_top(ids, cache, 0)[0]
 
-    def step_and_top(self, ids: list[int], cache: Cache, top_k: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def step_and_top(
+        self, ids: list[int], cache: Cache, top_k: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """As `step`, with logits and ids of the `top_k` likeliest tokens, each (B, top_k); None if that is 0 or more than are recorded."""
         recorded = next((size for size in self.TOP_SIZES if size >= top_k), 0)
         with torch.cuda.device(cache.lengths.device):
@@ -138,7 +146,9 @@ class Graphed(Packed):
     def fixed(self, ids: Tensor, lengths: Tensor, slots: int, cache: Cache) -> Tensor:
         """One step over `slots` slots of the cache's tensors: ids (B, 1), lengths (B,) -> logits (B, 50257). Moves no counter."""
         rows = len(ids)
-        view = SlotCache(cache.keys[:, :rows], cache.values[:, :rows], lengths, used=slots - 1, ragged=True)
+        view = SlotCache(
+            cache.keys[:, :rows], cache.values[:, :rows], lengths, used=slots - 1, ragged=True
+        )
         return self.head(self.hidden(ids, view)[:, -1])
 
     def _copied(self, cache: Cache) -> Cache:
@@ -166,17 +176,25 @@ class Graphed(Packed):
 
     def _record(self, slots: int, rows: int, top_k: int, own: Cache) -> Recording:
         ids = torch.zeros(rows, 1, dtype=torch.long, device=own.lengths.device)
-        lengths = torch.full((rows,), slots - 1, device=own.lengths.device)  # the trial below writes into slots that are not read
+        lengths = torch.full(
+            (rows,), slots - 1, device=own.lengths.device
+        )  # the trial below writes into slots that are not read
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once for real: libraries allocate what may not be allocated while recording
+        with torch.cuda.stream(
+            stream
+        ):  # once for real: libraries allocate what may not be allocated while recording
             self.fixed(ids, lengths, slots, own)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # other threads may use the GPU meanwhile
             logits = self.fixed(ids, lengths, slots, own)
             top = logits.topk(top_k) if top_k else None
-        return Recording(graph, ids, lengths, logits, None if top is None else (top.values, top.indices))
+        return Recording(
+            graph, ids, lengths, logits, None if top is None else (top.values, top.indices)
+        )
 
 
 def _copy_slots(source: Cache, target: Cache, rows: int, used: int) -> None:
@@ -201,11 +219,19 @@ class Rows:
         self.library, self.config = library, model.config
         t = model.transformer
         self.tables = t.wte.weight.detach(), t.wpe.weight.detach()
-        self.norms, self.products = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor | None]]()
+        self.norms, self.products = (
+            list[tuple[Tensor, Tensor]](),
+            list[tuple[Tensor, Tensor | None]](),
+        )
         for block in cast(Iterable[Block], t.h):
-            self.norms += [(norm.weight.detach().float(), norm.bias.detach().float()) for norm in (block.ln_1, block.ln_2)]
+            self.norms += [
+                (norm.weight.detach().float(), norm.bias.detach().float())
+                for norm in (block.ln_1, block.ln_2)
+            ]
             for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-                self.products.append((_reordered(linear.weight.detach().t()), linear.bias.detach().bfloat16()))
+                self.products.append(
+                    (_reordered(linear.weight.detach().t()), linear.bias.detach().bfloat16())
+                )
         self.norms.append((t.ln_f.weight.detach().float(), t.ln_f.bias.detach().float()))
         self.products.append((_reordered(t.wte.weight.detach()[: self.config.vocab_size]), None))
 
@@ -218,8 +244,14 @@ class Rows:
         for keys, values in zip(cache.keys, cache.values, strict=True):
             qkv = _product(normed, *next(products))
             mixed = torch.empty_like(normed)
-            pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (qkv, keys, values, cache.lengths, mixed))
-            sizes = (ctypes.c_int64(n) for n in (len(x), self.config.n_head, self.config.head_dim, keys.size(2)))
+            pointers = (
+                ctypes.c_void_p(tensor.data_ptr())
+                for tensor in (qkv, keys, values, cache.lengths, mixed)
+            )
+            sizes = (
+                ctypes.c_int64(n)
+                for n in (len(x), self.config.n_head, self.config.head_dim, keys.size(2))
+            )
             self.library.anew_attend(*pointers, *sizes, ctypes.c_int(torch.get_num_threads()))
             normed = self._norm(x, _product(mixed, *next(products)), *next(norms))
             wide = _product(normed, *next(products), "gelu", [], "tanh")
@@ -231,21 +263,49 @@ class Rows:
     def _norm(self, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         """x += added, and its layer norm in bf16."""
         out = torch.empty(x.shape, dtype=torch.bfloat16)
-        x_, added_, weight_, bias_, out_ = (ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (x, added, weight, bias, out))
-        epsilon, rows, width = ctypes.c_float(self.config.layer_norm_epsilon), ctypes.c_int64(x.size(0)), ctypes.c_int64(x.size(1))
-        self.library.anew_norm(x_, added_, weight_, bias_, epsilon, out_, rows, width, ctypes.c_int(torch.get_num_threads()))
+        x_, added_, weight_, bias_, out_ = (
+            ctypes.c_void_p(t.data_ptr() if t is not None else None)
+            for t in (x, added, weight, bias, out)
+        )
+        epsilon, rows, width = (
+            ctypes.c_float(self.config.layer_norm_epsilon),
+            ctypes.c_int64(x.size(0)),
+            ctypes.c_int64(x.size(1)),
+        )
+        self.library.anew_norm(
+            x_,
+            added_,
+            weight_,
+            bias_,
+            epsilon,
+            out_,
+            rows,
+            width,
+            ctypes.c_int(torch.get_num_threads()),
+        )
         return out
 
 
 def _reordered(weight: Tensor) -> Tensor:
     """(out, in) in the order in which oneDNN multiplies: torch would bring it into that order for every token."""
-    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous(), 16)  # 16: rows to expect
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(
+        weight.bfloat16().contiguous(), 16
+    )  # 16: rows to expect
     return reordered
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", scalars: Iterable[Any] = (), kind: str = "") -> Tensor:
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    after: str = "none",
+    scalars: Iterable[Any] = (),
+    kind: str = "",
+) -> Tensor:
     """x W^T + bias, and a function of it."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, list(scalars), kind)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, weight, bias, after, list(scalars), kind
+    )
     return product
 
 
@@ -253,27 +313,55 @@ class Kernel:
     """Weights as the kernel reads them, for one row."""
 
     def __init__(self, model: GPT, library: ctypes.CDLL, int8: bool) -> None:
-        self.library, self.int8, self.kept = library, int8, list[Tensor]()  # tensors whose memory the structures point to
+        self.library, self.int8, self.kept = (
+            library,
+            int8,
+            list[Tensor](),
+        )  # tensors whose memory the structures point to
         t, c = model.transformer, model.config
         layers = (_Layer * c.n_layer)()
         for layer, block in zip(layers, cast(Iterable[Block], t.h), strict=True):
             a, m = block.attn, block.mlp
-            layer.ln_1_weight, layer.ln_1_bias = self._keep(block.ln_1.weight), self._keep(block.ln_1.bias)
-            layer.ln_2_weight, layer.ln_2_bias = self._keep(block.ln_2.weight), self._keep(block.ln_2.bias)
-            layer.attention, layer.projection = (self._matrix(linear.weight.t(), linear.bias) for linear in (a.c_attn, a.c_proj))
-            layer.wide, layer.narrow = (self._matrix(linear.weight.t(), linear.bias) for linear in (m.c_fc, m.c_proj))
+            layer.ln_1_weight, layer.ln_1_bias = (
+                self._keep(block.ln_1.weight),
+                self._keep(block.ln_1.bias),
+            )
+            layer.ln_2_weight, layer.ln_2_bias = (
+                self._keep(block.ln_2.weight),
+                self._keep(block.ln_2.bias),
+            )
+            layer.attention, layer.projection = (
+                self._matrix(linear.weight.t(), linear.bias) for linear in (a.c_attn, a.c_proj)
+            )
+            layer.wide, layer.narrow = (
+                self._matrix(linear.weight.t(), linear.bias) for linear in (m.c_fc, m.c_proj)
+            )
         self.layers, self.vocab_size, self.width = layers, c.vocab_size, c.n_embd
         tables = (self._keep(p) for p in (t.wte.weight, t.wpe.weight, t.ln_f.weight, t.ln_f.bias))
         head = self._matrix(t.wte.weight[: c.vocab_size], None)
-        self.model = _Model(c.n_layer, c.n_head, c.n_embd, 0, c.vocab_size, c.layer_norm_epsilon, layers, *tables, head)
+        self.model = _Model(
+            c.n_layer,
+            c.n_head,
+            c.n_embd,
+            0,
+            c.vocab_size,
+            c.layer_norm_epsilon,
+            layers,
+            *tables,
+            head,
+        )
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Logits (1, 50257) after one more id; the cache is one token longer."""
         logits, scratch = torch.empty(1, self.vocab_size), torch.empty(9 * self.width)
         self.model.capacity = cache.keys.size(3)
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (cache.keys, cache.values, scratch, logits))
+        pointers = (
+            ctypes.c_void_p(t.data_ptr()) for t in (cache.keys, cache.values, scratch, logits)
+        )
         where = ctypes.c_int64(ids[0]), ctypes.c_int64(cache.used)
-        self.library.anew_decode(ctypes.byref(self.model), *where, *pointers, ctypes.c_int(torch.get_num_threads()))
+        self.library.anew_decode(
+            ctypes.byref(self.model), *where, *pointers, ctypes.c_int(torch.get_num_threads())
+        )
         cache.lengths = cache.lengths + 1
         cache.used += 1
         return logits
@@ -297,7 +385,9 @@ class Kernel:
 
 
 Decoder = Packed | Rows | Kernel
-_PACKED: WeakKeyDictionary[GPT, tuple[Any, dict[Any, Decoder]]] = WeakKeyDictionary()  # as long as the model is there and unchanged
+_PACKED: WeakKeyDictionary[GPT, tuple[Any, dict[Any, Decoder]]] = (
+    WeakKeyDictionary()
+)  # as long as the model is there and unchanged
 
 
 def pack(model: GPT, rows: int, int8: bool = False) -> Decoder | None:
@@ -307,7 +397,9 @@ def pack(model: GPT, rows: int, int8: bool = False) -> Decoder | None:
     """
     if model.training:
         return None
-    on_cpu = model.transformer.wte.weight.device.type == "cpu" and model.compute_dtype == torch.bfloat16
+    on_cpu = (
+        model.transformer.wte.weight.device.type == "cpu" and model.compute_dtype == torch.bfloat16
+    )
     library = _library() if on_cpu else None
     if int8 and (library is None or rows > 1 or model.config.n_embd % GROUP):
         log.warning(
@@ -346,21 +438,34 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernel; None, with a line that says so, where it cannot be had."""
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    compiler = (
+        shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    )
     if compiler is None or platform.system() != "Linux":
         return None
-    kind = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[-1].split("\n", 1)[0]  # -march=native is of one kind of CPU
-    name = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, kind)).encode()).hexdigest()[:16]
+    kind = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[-1].split("\n", 1)[0]
+    )  # -march=native is of one kind of CPU
+    name = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, kind)).encode()).hexdigest()[
+        :16
+    ]
     path = cache_folder() / "kernels" / f"decode-{name}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(temporary)], check=True, capture_output=True, text=True)
+                subprocess.run(
+                    [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
         library: Any = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", "") or str(error)
-        log.info(f"decoding with torch, since the kernel could not be compiled: {why.strip().splitlines()[-1][:200]}")
+        log.info(
+            f"decoding with torch, since the kernel could not be compiled: {why.strip().splitlines()[-1][:200]}"
+        )
         return None
     library.anew_decode.restype = library.anew_attend.restype = library.anew_norm.restype = None
     return library

@@ -48,7 +48,13 @@ def sample(
     return choice.squeeze(1) if among is None else among.cpu().gather(1, choice).squeeze(1)
 
 
-def stream(model: GPT, prompts: Sequence[Sequence[int]], n_tokens: int, *rules: float, **named: float | bool) -> Iterator[list[int]]:
+def stream(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    *rules: float,
+    **named: float | bool,
+) -> Iterator[list[int]]:
     """Yield one new id for each prompt, `n_tokens` times. `rules` are those of `steps`."""
     return (ids for ids, _ in steps(model, prompts, n_tokens, *rules, **named))  # type: ignore[arg-type]
 
@@ -76,11 +82,15 @@ def steps(
     check_rules(temperature, top_k, top_p, prompts, n_tokens)
     rows = [list(p) for p in prompts]
     if max(map(len, rows)) > positions:
-        log.warning(f"the prompt has more than the model's {positions} positions; only its last {positions} tokens are read")
+        log.warning(
+            f"the prompt has more than the model's {positions} positions; only its last {positions} tokens are read"
+        )
         rows = [row[-positions:] for row in rows]
     generator = torch.Generator().manual_seed(seed)
     cache: Cache | None = None
-    decoder = pack(model, len(rows), int8) if use_cache and (int8 or n_tokens >= WORTH_PACKING) else None
+    decoder = (
+        pack(model, len(rows), int8) if use_cache and (int8 or n_tokens >= WORTH_PACKING) else None
+    )
     graphed = decoder if isinstance(decoder, Graphed) else None
     cropped = False
     was_training = model.training
@@ -95,14 +105,23 @@ def steps(
                 rows, cache, cropped = [row[-max(1, positions // 2) :] for row in rows], None, True
             top = None
             if cache is None:
-                cache, last = _prefill(model, rows, min(positions, max(map(len, rows)) + n_tokens - written))
+                cache, last = _prefill(
+                    model, rows, min(positions, max(map(len, rows)) + n_tokens - written)
+                )
                 logits = model.head(last)
             elif graphed is not None:
-                logits, top = graphed.step_and_top([row[-1] for row in rows], cache, 1 if temperature == 0 else top_k)
+                logits, top = graphed.step_and_top(
+                    [row[-1] for row in rows], cache, 1 if temperature == 0 else top_k
+                )
             elif decoder is not None:
                 logits = decoder.step([row[-1] for row in rows], cache)
             else:
-                logits = model.head(model.hidden(torch.tensor([[row[-1]] for row in rows], device=cache.lengths.device), cache)[:, -1])
+                logits = model.head(
+                    model.hidden(
+                        torch.tensor([[row[-1]] for row in rows], device=cache.lengths.device),
+                        cache,
+                    )[:, -1]
+                )
             ids = sample(logits, temperature, top_k, top_p, generator, top).tolist()
             for row, i in zip(rows, ids, strict=True):
                 row.append(i)
@@ -120,11 +139,17 @@ def _prefill(model: GPT, rows: list[list[int]], capacity: int) -> tuple[Cache, T
     cache = Cache.empty(model, len(rows), capacity)
     hidden = model.hidden(ids, cache)
     cache.truncate(lengths)
-    return cache, hidden[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]
+    return cache, hidden[
+        torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1
+    ]
 
 
 def generate(
-    model: GPT, prompts: Sequence[Sequence[int]] | Tensor, n_tokens: int, stop: int | None = None, **rules: float | int | bool
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    n_tokens: int,
+    stop: int | None = None,
+    **rules: float | int | bool,
 ) -> list[list[int]]:
     """The new ids of each prompt (rows of ids, or a (B, T) tensor), up to and without the id `stop`. `rules` are those of `stream`."""
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
@@ -141,7 +166,9 @@ def generate(
     return rows
 
 
-def check_rules(temperature: float, top_k: int, top_p: float, prompts: Sequence[Sequence[int]], n_tokens: int) -> None:
+def check_rules(
+    temperature: float, top_k: int, top_p: float, prompts: Sequence[Sequence[int]], n_tokens: int
+) -> None:
     """Refuse sampling settings that mean nothing."""
     if not temperature >= 0 or temperature == float("inf"):
         raise UserError(f"temperature {temperature} must be 0 (the likeliest token) or above.")

@@ -17,7 +17,9 @@ WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *WITHOUT_CUDNN]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, kind: str) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, kind: str
+) -> Tensor:
     """Attention of queries to keys: causal from the first position on, or where `mask` (B, 1, T, S) is true, or to all.
 
     `kind` names the kernel: `plain` is the formula; on NVIDIA GPUs `flash` is FlashAttention, `cudnn` is cuDNN's, and `auto` is what
@@ -27,15 +29,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
         return plain_attention(q, k, v, mask, dropout, causal)
     if q.device.type == "cuda" and (kernels := kernels_for(kind, torch.is_grad_enabled())):
         with sdpa_kernel(kernels, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-    if q.device.type == "mps":  # torch 2.11 returns wrong values there for permuted tensors (pytorch 181133)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
+    if (
+        q.device.type == "mps"
+    ):  # torch 2.11 returns wrong values there for permuted tensors (pytorch 181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if q.size(2) == 1 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    if (
+        q.size(2) == 1
+        and q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+    ):
         return one_query(q, k, v, mask)
-    in_tiles = causal and mask is None and dropout == 0.0 and q.size(2) % TILE == 0 and q.size(2) > TILE
+    in_tiles = (
+        causal and mask is None and dropout == 0.0 and q.size(2) % TILE == 0 and q.size(2) > TILE
+    )
     if in_tiles and q.device.type == "cpu" and q.requires_grad and torch.compiler.is_compiling():
         return TiledBackward.apply(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+    )
 
 
 def kernels_for(kind: str, training: bool) -> list[SDPBackend]:
@@ -49,12 +64,16 @@ def kernels_for(kind: str, training: bool) -> list[SDPBackend]:
     return CUDNN_FIRST if kind == "cudnn" else []
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool
+) -> Tensor:
     """The formula as the paper writes it: the reference that the others are tested against."""
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, heads, T, S)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:  # added, which costs nothing backward; filled in, it is a third of this function's time on a CPU
+    if (
+        mask is not None
+    ):  # added, which costs nothing backward; filled in, it is a third of this function's time on a CPU
         scores = scores + as_added(mask, q.dtype)
     weights = F.softmax(scores, dim=-1)  # sums in fp32 in every precision
     return F.dropout(weights, dropout) @ v  # (B, heads, T, head_dim)
@@ -73,7 +92,9 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask[:, :, 0], -math.inf)
     weights = F.softmax(scores, dim=-1).to(v.dtype)
-    return (weights[..., None] * v).sum(-2, keepdim=True, dtype=torch.float32).to(v.dtype)  # (B, heads, 1, head_dim)
+    return (
+        (weights[..., None] * v).sum(-2, keepdim=True, dtype=torch.float32).to(v.dtype)
+    )  # (B, heads, 1, head_dim)
 
 
 class TiledBackward(torch.autograd.Function):
@@ -87,7 +108,9 @@ class TiledBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """torch's kernel, as it is."""
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, True
+        )
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out
 
@@ -97,20 +120,32 @@ class TiledBackward(torch.autograd.Function):
         q, k, v, out, log_sum = ctx.saved_tensors
         dtype, T, scale = q.dtype, q.size(2), 1 / math.sqrt(q.size(-1))
         delta = (grad[0].float() * out.float()).sum(-1, keepdim=True)  # (B, heads, T, 1)
-        q, k, v, d_out = (q * scale).contiguous(), k.contiguous(), v.contiguous(), grad[0].contiguous()
+        q, k, v, d_out = (
+            (q * scale).contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            grad[0].contiguous(),
+        )
         d_q_parts, d_k, d_v = [], [], []
         for start in range(0, T, TILE):
             keys, values = k[:, :, start : start + TILE], v[:, :, start : start + TILE]
             queries, d_o = q[:, :, start:], d_out[:, :, start:]
             scores, d_p = queries @ keys.mT, d_o @ values.mT  # (B, heads, T - start, TILE)
-            visible = torch.arange(T - start, device=q.device)[:, None] >= torch.arange(TILE, device=q.device)
+            visible = torch.arange(T - start, device=q.device)[:, None] >= torch.arange(
+                TILE, device=q.device
+            )
             p = torch.where(visible, torch.exp(scores.float() - log_sum[:, :, start:, None]), 0.0)
             d_s = (p * (d_p.float() - delta[:, :, start:])).to(dtype)
             d_v.append(p.to(dtype).mT @ d_o)
             d_k.append(d_s.mT @ queries)
-            d_q_parts.append(d_s @ keys)  # what this tile of keys adds to every query behind its start
+            d_q_parts.append(
+                d_s @ keys
+            )  # what this tile of keys adds to every query behind its start
         d_q = []
         for i in range(T // TILE):
-            rows = [part[:, :, (i - j) * TILE : (i - j + 1) * TILE].float() for j, part in enumerate(d_q_parts[: i + 1])]
+            rows = [
+                part[:, :, (i - j) * TILE : (i - j + 1) * TILE].float()
+                for j, part in enumerate(d_q_parts[: i + 1])
+            ]
             d_q.append(torch.stack(rows).sum(0) * scale)
         return torch.cat(d_q, 2).to(dtype), torch.cat(d_k, 2), torch.cat(d_v, 2)

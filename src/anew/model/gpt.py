@@ -38,7 +38,9 @@ class Linear(nn.Module):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if not is_on_gpu(x):
             return x @ weight + bias
-        rows = torch.addmm(bias, x.flatten(0, -2), weight)  # (B T, out), the bias added as the product is written
+        rows = torch.addmm(
+            bias, x.flatten(0, -2), weight
+        )  # (B T, out), the bias added as the product is written
         return rows.view(*x.shape[:-1], -1)
 
 
@@ -58,9 +60,13 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # fp32 weights cost nothing there; rounded to bf16, a weight near 1 moves in steps of 0.004
-            normed = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+            normed = F.layer_norm(
+                x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps
+            )
             return normed.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 @dataclass
@@ -82,10 +88,14 @@ class Cache:
     def empty(cls, model: "GPT", batch: int, capacity: int) -> Self:
         """A cache for `batch` rows of at most `capacity` tokens (never more than the model's positions)."""
         c = model.config
-        assert capacity <= c.n_positions, f"a cache of {capacity} tokens, but the model has {c.n_positions} positions"
+        assert capacity <= c.n_positions, (
+            f"a cache of {capacity} tokens, but the model has {c.n_positions} positions"
+        )
         shape = (c.n_layer, batch, c.n_head, capacity, c.head_dim)
         wte = model.transformer.wte.weight
-        keys, values = (torch.zeros(shape, dtype=model.compute_dtype, device=wte.device) for _ in range(2))
+        keys, values = (
+            torch.zeros(shape, dtype=model.compute_dtype, device=wte.device) for _ in range(2)
+        )
         return cls(keys, values, torch.zeros(batch, dtype=torch.long, device=wte.device))
 
     def truncate(self, lengths: list[int]) -> None:
@@ -130,7 +140,9 @@ class QueryKeyValue(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, heads: int
+    ) -> tuple[Tensor, ...]:
         """Views of one product."""
         B, T, C = x.shape
         ctx.save_for_backward(x, weight)
@@ -141,7 +153,9 @@ class QueryKeyValue(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, W and b."""
         x, weight = ctx.saved_tensors
-        joined = torch.cat([grad.transpose(1, 2).reshape(x.shape) for grad in grads], dim=-1)  # (B, T, 3 C)
+        joined = torch.cat(
+            [grad.transpose(1, 2).reshape(x.shape) for grad in grads], dim=-1
+        )  # (B, T, 3 C)
         d_bias = joined.sum(1, dtype=torch.float32).sum(0).to(weight.dtype)
         rows = joined.flatten(0, 1)  # (B T, 3 C)
         return (rows @ weight.t()).view(x.shape), x.flatten(0, 1).t() @ rows, d_bias, None
@@ -163,7 +177,9 @@ class Attention(nn.Module):
             weight, bias = self.c_attn.weight.to(x.dtype), self.c_attn.bias.to(x.dtype)
             q, k, v = QueryKeyValue.apply(x, weight, bias, c.n_head)
         else:
-            q, k, v = self.c_attn(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
+            q, k, v = (
+                self.c_attn(x).view(B, T, 3, c.n_head, c.head_dim).permute(2, 0, 3, 1, 4)
+            )  # each (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
         causal = mask is None and (cache is None or k.size(2) == T)
@@ -253,19 +269,25 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with its language-model head, which is `wte` again."""
 
-    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32, seed: int | None = 0) -> None:
+    def __init__(
+        self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32, seed: int | None = 0
+    ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.transformer = Transformer(config)
         if seed is not None:
             self.init_weights(torch.Generator().manual_seed(seed))
         self.transformer.wte.weight.data[config.vocab_size :] = 0.0  # padding rows
-        self.head_loss: Callable[..., Tensor] = HeadLoss.apply  # an attribute, so that it can be compiled by itself
+        self.head_loss: Callable[..., Tensor] = (
+            HeadLoss.apply
+        )  # an attribute, so that it can be compiled by itself
 
     @classmethod
     def from_pretrained(cls, model: str) -> "GPT":
         """The model in a run folder, a checkpoint folder or a Hugging Face folder (see `weights.load_model`)."""
-        from anew.checkpoint.huggingface import load_model  # the one upward import: this method is a public name of the model
+        from anew.checkpoint.huggingface import (
+            load_model,
+        )  # the one upward import: this method is a public name of the model
 
         return load_model(model)
 
@@ -279,11 +301,29 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 p.zero_()
             else:
-                std = residual_std if "c_proj" in name else self.config.wpe_std if "wpe" in name else 0.02
-                rows = rounded_up(p.size(0)) if "wte" in name else p.size(0)  # the same numbers whether padded or not
-                p.copy_(torch.empty(rows, *p.shape[1:]).normal_(0.0, std, generator=generator)[: p.size(0)])
+                std = (
+                    residual_std
+                    if "c_proj" in name
+                    else self.config.wpe_std
+                    if "wpe" in name
+                    else 0.02
+                )
+                rows = (
+                    rounded_up(p.size(0)) if "wte" in name else p.size(0)
+                )  # the same numbers whether padded or not
+                p.copy_(
+                    torch.empty(rows, *p.shape[1:]).normal_(0.0, std, generator=generator)[
+                        : p.size(0)
+                    ]
+                )
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        position: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """(B, T) token ids -> (B, T, C) after the final layer norm, in `compute_dtype`. A cache is filled on the way.
 
         `position` (B, T) and `mask` (B, 1, T, T) are for rows that are not one text from left to right (see evaluate/score.py).
@@ -297,7 +337,11 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.config.recompute and torch.is_grad_enabled()
         for block in t.h:
-            x = checkpoint(block, x, cache, mask, use_reentrant=False) if recompute else block(x, cache, mask)
+            x = (
+                checkpoint(block, x, cache, mask, use_reentrant=False)
+                if recompute
+                else block(x, cache, mask)
+            )
         if cache is not None:
             cache.lengths = cache.lengths + T
             cache.used += T
@@ -305,25 +349,37 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., C) -> logits (..., 50257). Padding rows of `wte` are storage; they take no part."""
-        return F.linear(hidden, self.transformer.wte.weight[: self.config.vocab_size].to(hidden.dtype))
+        return F.linear(
+            hidden, self.transformer.wte.weight[: self.config.vocab_size].to(hidden.dtype)
+        )
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Logits (B, T, 50257), or with `targets` (B, T) the mean loss in nats over targets that are not -100."""
         hidden = self.hidden(ids, cache)
         if targets is None:
             return self.head(hidden)
         wte = self.transformer.wte.weight
         if self.config.head == "plain":
-            logits = F.linear(hidden, wte.to(hidden.dtype))[..., : self.config.vocab_size]  # (B, T, 50257)
+            logits = F.linear(hidden, wte.to(hidden.dtype))[
+                ..., : self.config.vocab_size
+            ]  # (B, T, 50257)
             return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         training = torch.is_grad_enabled()  # inside the function it never is
-        return self.head_loss(hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size, training)
+        return self.head_loss(
+            hidden.flatten(0, 1), wte, targets.flatten(), self.config.vocab_size, training
+        )
 
 
 def count_parameters(config: GPTConfig) -> int:
     """Parameters with the padded vocabulary: 124,475,904 for the 124M shape. wte, wpe, per layer 12 C^2 + 13 C, ln_f."""
     C = config.n_embd
-    return (config.padded_vocab_size + config.n_positions) * C + config.n_layer * (12 * C * C + 13 * C) + 2 * C
+    return (
+        (config.padded_vocab_size + config.n_positions) * C
+        + config.n_layer * (12 * C * C + 13 * C)
+        + 2 * C
+    )
 
 
 def flops_per_token(config: GPTConfig, seq_len: int, causal: bool = True) -> int:

@@ -31,7 +31,9 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int, training: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, wte: Tensor, targets: Tensor, vocab_size: int, training: bool
+    ) -> Tensor:
         """The loss; when `training` also both gradients, while the logits are there."""
         weight = wte.to(hidden.dtype)
         count = (targets != -100).sum().clamp(min=1)
@@ -58,7 +60,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_wte, count = ctx.saved_tensors
-        scale = grad[0] / count  # in fp32: fp16 holds neither 1 / count times a small probability nor a loss scale of 65536
+        scale = (
+            grad[0] / count
+        )  # in fp32: fp16 holds neither 1 / count times a small probability nor a loss scale of 65536
         return (d_hidden.float() * scale).to(d_hidden.dtype), d_wte * scale, None, None, None
 
 
@@ -69,7 +73,9 @@ def _product_of_chunk(d_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> T
     return (d_logits.t() @ (hidden / FP16_SHRINK)).to(dtype) * FP16_SHRINK
 
 
-def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
+def chunk_loss(
+    logits: Tensor, targets: Tensor, vocab_size: int, training: bool
+) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one chunk and, in training, the gradient of that sum by its logits (padding columns zero), in their place."""
     if torch.compiler.is_compiling():
         return fused_chunk_loss(logits, targets, vocab_size, training)
@@ -86,7 +92,9 @@ def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool)
     return loss, logits
 
 
-def fused_chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, training: bool) -> tuple[Tensor, Tensor | None]:
+def fused_chunk_loss(
+    logits: Tensor, targets: Tensor, vocab_size: int, training: bool
+) -> tuple[Tensor, Tensor | None]:
     """The same without writes in place, which keep a compiler from making one pass of it."""
     real = torch.arange(logits.size(1), device=logits.device) < vocab_size
     scored = targets != -100
@@ -119,7 +127,9 @@ def _kernel_is_loaded(device: torch.device) -> bool:
     if missing_for_triton(device):
         return False
     try:
-        importlib.import_module("anew.model.kernels.cross_entropy")  # registers torch.ops.anew.cross_entropy_
+        importlib.import_module(
+            "anew.model.kernels.cross_entropy"
+        )  # registers torch.ops.anew.cross_entropy_
     except ImportError:
         return False
     return True

@@ -35,27 +35,49 @@ def rate(step: int, steps: int, config: OptimConfig) -> float:
 def momentum(step: int, config: OptimConfig) -> float:
     """Muon's at `step`: early gradients point elsewhere within a few steps, so what was is forgotten sooner."""
     first, last = MOMENTUM
-    return last if step >= config.muon_warmup else first + (last - first) * step / config.muon_warmup
+    return (
+        last if step >= config.muon_warmup else first + (last - first) * step / config.muon_warmup
+    )
 
 
 def build(model: nn.Module, config: OptimConfig, world: World = ALONE) -> list[Optimizer]:
     """The optimizers of a run. Matrices are decayed, vectors are not; Muon takes the matrices of the blocks if asked to."""
     named = dict(model.named_parameters())
-    block = {n for n, p in named.items() if ".h." in n and p.ndim == 2} if config.optimizer == "muon" else set()
+    block = (
+        {n for n, p in named.items() if ".h." in n and p.ndim == 2}
+        if config.optimizer == "muon"
+        else set()
+    )
     rest = [(n, p) for n, p in named.items() if n not in block]
-    wte, matrices, vectors = ([(n, p) for n, p in rest if kind == _kind(n, p)] for kind in ("wte", "matrix", "vector"))
+    wte, matrices, vectors = (
+        [(n, p) for n, p in rest if kind == _kind(n, p)] for kind in ("wte", "matrix", "vector")
+    )
     groups = [
         {"params": wte, "lr": config.wte_lr or config.lr, "weight_decay": config.weight_decay},
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    adamw = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=config.fused or None)
+    adamw = AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=config.fused or None,
+    )
     optimizers: list[Optimizer] = [adamw]
     if block:
-        has_bf16 = getattr(model, "compute_dtype", torch.float32) == torch.bfloat16  # where it is slow, nothing computes in it
+        has_bf16 = (
+            getattr(model, "compute_dtype", torch.float32) == torch.bfloat16
+        )  # where it is slow, nothing computes in it
         dtype = torch.bfloat16 if has_bf16 and config.newton_schulz == "bf16" else torch.float32
         optimizers.append(
-            Muon([(n, named[n]) for n in sorted(block)], config.muon_lr, weight_decay=config.weight_decay, dtype=dtype, world=world)
+            Muon(
+                [(n, named[n]) for n in sorted(block)],
+                config.muon_lr,
+                weight_decay=config.weight_decay,
+                dtype=dtype,
+                world=world,
+            )
         )
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]

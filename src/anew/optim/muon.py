@@ -17,7 +17,11 @@ from torch.optim import Optimizer
 
 from anew.distributed.world import ALONE, World, cut_like, whole
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values to about 1 in five steps (Jordan et al. 2024)
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # quintic that drives singular values to about 1 in five steps (Jordan et al. 2024)
 
 
 class Muon(Optimizer):
@@ -34,7 +38,9 @@ class Muon(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype, self.world = dtype, world
-        self.found_inf: Tensor | None = None  # as in the fused AdamW: 1.0 leaves weights and state as they are, 0.0 does not
+        self.found_inf: Tensor | None = (
+            None  # as in the fused AdamW: 1.0 leaves weights and state as they are, 0.0 does not
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
@@ -45,9 +51,13 @@ class Muon(Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]  # scratch: nobody reads them after the step
+            grads = [
+                torch.zeros_like(p) if p.grad is None else p.grad for p in params
+            ]  # scratch: nobody reads them after the step
             good: float | Tensor = 1.0
-            if self.found_inf is not None:  # what is multiplied by 0 need not be asked for: the host does not wait
+            if (
+                self.found_inf is not None
+            ):  # what is multiplied by 0 need not be asked for: the host does not wait
                 good = 1 - self.found_inf
                 for grad in grads:
                     grad.masked_fill_(self.found_inf > 0, 0.0)
@@ -56,19 +66,32 @@ class Muon(Optimizer):
             torch._foreach_add_(buffers, grads, alpha=fresh)
             torch._foreach_lerp_(grads, buffers, group["momentum"])  # Nesterov
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * good)
-            for shape in dict.fromkeys(p.shape for p in params):  # one shape's updates at a time are in memory
+            for shape in dict.fromkeys(
+                p.shape for p in params
+            ):  # one shape's updates at a time are in memory
                 updates = self._orthogonal([g for g in grads if g.shape == shape])
                 torch._foreach_mul_(updates, good)
-                torch._foreach_add_([p for p in params if p.shape == shape], updates, alpha=-group["lr"])
+                torch._foreach_add_(
+                    [p for p in params if p.shape == shape], updates, alpha=-group["lr"]
+                )
 
     def _orthogonal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """The updates of matrices of one shape, at a rate of 1. Those that are cut over ranks are put together, and cut again."""
-        stacked = torch.stack([part for matrix in matrices for part in _square_parts(whole(matrix))])
+        stacked = torch.stack(
+            [part for matrix in matrices for part in _square_parts(whole(matrix))]
+        )
         is_wide = stacked.size(1) <= stacked.size(2)
-        done = self.world.divide(stacked if is_wide else stacked.mT, lambda share: orthogonalise(share, dtype=self.dtype), self.dtype)
+        done = self.world.divide(
+            stacked if is_wide else stacked.mT,
+            lambda share: orthogonalise(share, dtype=self.dtype),
+            self.dtype,
+        )
         done = done.to(torch.float32, copy=True).mul_(0.2 * math.sqrt(max(stacked.shape[1:])))
         parts = (done if is_wide else done.mT).split(len(stacked) // len(matrices))
-        return [cut_like(matrix, torch.cat(tuple(own), dim=1)) for matrix, own in zip(matrices, parts, strict=True)]
+        return [
+            cut_like(matrix, torch.cat(tuple(own), dim=1))
+            for matrix, own in zip(matrices, parts, strict=True)
+        ]
 
 
 def _square_parts(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -50,7 +50,10 @@ def _body(runs: Sequence[Run], price: float | None) -> Iterator[str]:
     if len(runs) == 1:
         yield _facts(first, price)
     else:
-        yield _table(["run", "model", "steps", "tokens", "validation loss", "time"], [_summary(run) for run in runs])
+        yield _table(
+            ["run", "model", "steps", "tokens", "validation loss", "time"],
+            [_summary(run) for run in runs],
+        )
     yield "<h2>Loss</h2>"
     yield f"<p>{_loss_words(runs)}</p>"
     yield f'<div class="charts wide">{_loss_chart(runs)}</div>'
@@ -76,8 +79,14 @@ def _subtitle(run: Run) -> str:
     m = run.config.model
     shape = f"GPT-2 {size}" if size else f"GPT-2 with {m.n_layer} layers of {m.n_embd}"
     kind = run.config.data.tokenizer.partition(":")[0]
-    tokens = {"bytes": "bytes", "train": f"{m.vocab_size:,} tokens learnt from it", "gpt2": "GPT-2's tokens"}.get(kind, f"{kind}'s tokens")
-    return f"{shape}, {short(count_parameters(m))} parameters, on {run.config.data.data} as {tokens}"
+    tokens = {
+        "bytes": "bytes",
+        "train": f"{m.vocab_size:,} tokens learnt from it",
+        "gpt2": "GPT-2's tokens",
+    }.get(kind, f"{kind}'s tokens")
+    return (
+        f"{shape}, {short(count_parameters(m))} parameters, on {run.config.data.data} as {tokens}"
+    )
 
 
 def _unit(*runs: Run) -> str:
@@ -94,14 +103,23 @@ def _verdict(runs: Sequence[Run]) -> str:
         words = f"{good} of {len(judged)} figures are not worse than what they are compared with, within the tolerance"
         head = f'<strong><b class="{state}">{state.upper()}</b> {words}</strong>'
     else:
-        state, head = "", "".join(f"<strong>{_name(run, runs)}{_without_verdict(run)}</strong><br>" for run in runs)
+        state, head = (
+            "",
+            "".join(
+                f"<strong>{_name(run, runs)}{_without_verdict(run)}</strong><br>" for run in runs
+            ),
+        )
     cells = [
         [_name(run, runs) + escape(name), f"{ours:.4f}", escape(f"{other}{'; ' + note if note else ''}"), f"{theirs:.4f}",
          f'<span class="{verdict.lower()}"><b>{verdict or "context"}</b></span>']
         for run, name, ours, other, theirs, verdict, note in rows
     ]  # fmt: skip
     table = _table(["figure", "here", "compared with", "there", "verdict"], cells) if rows else ""
-    why = "".join(f"<p><small>{_name(run, runs)}{_why_no_baseline(run)}</small></p>" for run in runs if not run.baseline)
+    why = "".join(
+        f"<p><small>{_name(run, runs)}{_why_no_baseline(run)}</small></p>"
+        for run in runs
+        if not run.baseline
+    )
     return f'<section class="verdict {state}">{head}{table}{why}</section>'
 
 
@@ -117,10 +135,28 @@ def _compared(run: Run) -> list[tuple[str, float, str, float, str, str]]:
         theirs = float(run.baseline["loss"])
         same = run.status == "complete" and final[1] == "fp32"
         verdict = ("PASS" if final[0] <= theirs else "FAIL") if same else ""
-        rows.append(("validation loss", final[0], f"{run.baseline['model']} on the same windows", theirs, verdict, "lower is better"))
+        rows.append(
+            (
+                "validation loss",
+                final[0],
+                f"{run.baseline['model']} on the same windows",
+                theirs,
+                verdict,
+                "lower is better",
+            )
+        )
     for c in run.comparisons():
         name = f"{c.published.task} {c.published.figure}"
-        rows.append((name, c.ours, f"OpenAI's GPT-2: {c.published.source}", c.theirs, c.verdict, c.published.note))
+        rows.append(
+            (
+                name,
+                c.ours,
+                f"OpenAI's GPT-2: {c.published.source}",
+                c.theirs,
+                c.verdict,
+                c.published.note,
+            )
+        )
     return rows
 
 
@@ -155,7 +191,12 @@ def _facts(run: Run, price: float | None) -> str:
     speeds = sorted(row["speed/tokens_per_second"] for row in steady)
     mfu = sorted(row["speed/mfu"] for row in steady)
     facts = [
-        ("status", run.status if run.status != "running" else f"running, {100 * last['step'] / r.steps:.0f}% done"),
+        (
+            "status",
+            run.status
+            if run.status != "running"
+            else f"running, {100 * last['step'] / r.steps:.0f}% done",
+        ),
         ("steps", f"{last['step']:,} of {r.steps:,}"),
         ("tokens", short(last["tokens"])),
         ("time of training", _time(last["seconds"])),
@@ -165,10 +206,15 @@ def _facts(run: Run, price: float | None) -> str:
     if run.final_loss:
         facts.insert(0, ("validation loss", f"{run.final_loss[0]:.4f}"))
     if last["step"] < r.steps:
-        facts.append(("time left, about", _time(last["seconds"] / last["step"] * (r.steps - last["step"]))))
+        facts.append(
+            ("time left, about", _time(last["seconds"] / last["step"] * (r.steps - last["step"])))
+        )
     if price is not None:
         facts.append((f"cost at ${price:g} an hour", f"${hours * ranks * price:,.2f}"))
-    cells = "".join(f"<div><dl><dt>{escape(name)}</dt><dd>{escape(value)}</dd></dl></div>" for name, value in facts)
+    cells = "".join(
+        f"<div><dl><dt>{escape(name)}</dt><dd>{escape(value)}</dd></dl></div>"
+        for name, value in facts
+    )
     return f'<div class="facts">{cells}</div>'
 
 
@@ -192,8 +238,13 @@ def _loss_words(runs: Sequence[Run]) -> str:
         "held-out text."
     )
     if data and size_of(run.config.model) == "124M":
-        words += f" Grey lines are public runs on {data}, each on its own validation text; the dashed level is OpenAI's GPT-2 124M " + (
-            "on this run's own windows." if run.baseline else f"there, measured by {reference.BASELINES[data][1]}."
+        words += (
+            f" Grey lines are public runs on {data}, each on its own validation text; the dashed level is OpenAI's GPT-2 124M "
+            + (
+                "on this run's own windows."
+                if run.baseline
+                else f"there, measured by {reference.BASELINES[data][1]}."
+            )
         )
     return words
 
@@ -208,21 +259,48 @@ def _loss_chart(runs: Sequence[Run]) -> str:
         lines.append(Line(f"{prefix}training", smoothed(train), f"own-{i}"))
         if val:
             lines.append(Line(f"{prefix}validation", val, f"own-{i + 1 if len(runs) == 1 else i}"))
-        projection = reference.project(val) if reference.is_like_them(run.config) and run.status != "complete" else None
+        projection = (
+            reference.project(val)
+            if reference.is_like_them(run.config) and run.status != "complete"
+            else None
+        )
         if projection:
             name = f"{prefix}expected at 10B tokens: {projection.value:.3f} ± {projection.plus_minus:.3f}"
-            whiskers.append(Whisker(name, reference.HORIZON, projection.value, projection.plus_minus, val[-1]))
+            whiskers.append(
+                Whisker(name, reference.HORIZON, projection.value, projection.plus_minus, val[-1])
+            )
     data, size = reference.data_of(runs[0].config), size_of(runs[0].config.model)
     if data and size == "124M":
-        reach = max((x for line in lines for x, _ in line.points), default=math.inf) if not whiskers else math.inf
+        reach = (
+            max((x for line in lines for x, _ in line.points), default=math.inf)
+            if not whiskers
+            else math.inf
+        )
         curves = [c for c in reference.CURVES if c.data == data]
-        lines += [Line(c.name, [p for p in c.losses if 0 < p[0] <= reach], f"context-{n}") for n, c in enumerate(curves, start=1)]
+        lines += [
+            Line(c.name, [p for p in c.losses if 0 < p[0] <= reach], f"context-{n}")
+            for n, c in enumerate(curves, start=1)
+        ]
         if not runs[0].baseline:
-            lines.append(Line(f"OpenAI's GPT-2 124M, {reference.BASELINES[data][0]}", [(0.0, reference.BASELINES[data][0])], "level"))
+            lines.append(
+                Line(
+                    f"OpenAI's GPT-2 124M, {reference.BASELINES[data][0]}",
+                    [(0.0, reference.BASELINES[data][0])],
+                    "level",
+                )
+            )
     if runs[0].baseline:
         theirs = float(runs[0].baseline["loss"])
-        lines.append(Line(f"{runs[0].baseline['model']} on the same windows, {theirs:.4f}", [(0.0, theirs)], "level"))
-    return line_chart("Loss", lines, f"nats a {_unit(*runs)}", whiskers=whiskers, settled=True, wide=True)
+        lines.append(
+            Line(
+                f"{runs[0].baseline['model']} on the same windows, {theirs:.4f}",
+                [(0.0, theirs)],
+                "level",
+            )
+        )
+    return line_chart(
+        "Loss", lines, f"nats a {_unit(*runs)}", whiskers=whiskers, settled=True, wide=True
+    )
 
 
 def _task_charts(runs: Sequence[Run]) -> str:
@@ -230,14 +308,23 @@ def _task_charts(runs: Sequence[Run]) -> str:
     for task, figures in runs[0].tasks.items():
         figure = next((f for f in ("acc_norm", "acc") if f in figures), figures[0])
         key = f"eval/{task}/{figure}"
-        lines = [Line(run.name if len(runs) > 1 else "this run", run.points(key), f"own-{i}") for i, run in enumerate(runs, 1)]
+        lines = [
+            Line(run.name if len(runs) > 1 else "this run", run.points(key), f"own-{i}")
+            for i, run in enumerate(runs, 1)
+        ]
         whiskers = []
         if task == "hellaswag" and figure == "acc_norm":
             size = size_of(runs[0].config.model)
-            lines += [Line(f"{name}, {100 * value:g}%", [(0.0, value)], "level") for name, value in reference.hellaswag_levels(size)]
+            lines += [
+                Line(f"{name}, {100 * value:g}%", [(0.0, value)], "level")
+                for name, value in reference.hellaswag_levels(size)
+            ]
             if size == "124M":
                 curves = [c for c in reference.CURVES if c.hellaswag]
-                lines += [Line(c.name, [p for p in c.hellaswag if p[0] > 0], f"context-{n}") for n, c in enumerate(curves, start=1)]
+                lines += [
+                    Line(c.name, [p for p in c.hellaswag if p[0] > 0], f"context-{n}")
+                    for n, c in enumerate(curves, start=1)
+                ]
             whiskers = _hellaswag_whisker(runs[0])
         charts.append(
             line_chart(
@@ -249,12 +336,30 @@ def _task_charts(runs: Sequence[Run]) -> str:
 
 
 def _hellaswag_whisker(run: Run) -> list[Whisker]:
-    loss = reference.project(run.points("val/loss")) if reference.is_like_them(run.config) and run.status != "complete" else None
-    found = reference.project_hellaswag(run.points("eval/hellaswag/acc_norm"), run.points("val/loss"), loss) if loss else None
+    loss = (
+        reference.project(run.points("val/loss"))
+        if reference.is_like_them(run.config) and run.status != "complete"
+        else None
+    )
+    found = (
+        reference.project_hellaswag(
+            run.points("eval/hellaswag/acc_norm"), run.points("val/loss"), loss
+        )
+        if loss
+        else None
+    )
     if not found:
         return []
     name = f"expected at 10B tokens: {100 * found.value:.1f}% ± {100 * found.plus_minus:.1f}"
-    return [Whisker(name, reference.HORIZON, found.value, found.plus_minus, run.points("eval/hellaswag/acc_norm")[-1])]
+    return [
+        Whisker(
+            name,
+            reference.HORIZON,
+            found.value,
+            found.plus_minus,
+            run.points("eval/hellaswag/acc_norm")[-1],
+        )
+    ]
 
 
 def _process_charts(runs: Sequence[Run]) -> Iterator[str]:
@@ -273,7 +378,11 @@ def _process_charts(runs: Sequence[Run]) -> Iterator[str]:
 
 def _samples(run: Run) -> str:
     samples = run.samples
-    chosen = samples if len(samples) <= 6 else [samples[round(i * (len(samples) - 1) / 5)] for i in range(6)]
+    chosen = (
+        samples
+        if len(samples) <= 6
+        else [samples[round(i * (len(samples) - 1) / 5)] for i in range(6)]
+    )
     articles = "".join(
         f'<article><h3>step {s["step"]:,}</h3><pre><span class="prompt">{escape(s["prompt"])}</span>{escape(s["text"])}</pre></article>'
         for s in chosen
@@ -288,7 +397,8 @@ def _context(run: Run) -> str:
     rows = [[escape(c.name), escape(c.data), f"{c.losses[-1][1]:.4f}", short(c.losses[-1][0]), "" if c.is_gpt2 else "another architecture",
              escape(c.source)] for c in reference.CURVES]  # fmt: skip
     rows += [
-        ["OpenAI's GPT-2 124M", escape(data), f"{loss:.4f}", "", "", escape(source)] for data, (loss, source) in reference.BASELINES.items()
+        ["OpenAI's GPT-2 124M", escape(data), f"{loss:.4f}", "", "", escape(source)]
+        for data, (loss, source) in reference.BASELINES.items()
     ]
     return (
         "<h2>Other people's runs</h2><p>Context, not a comparison: each loss is on its own validation text, and losses on different text "
@@ -302,19 +412,40 @@ def _events(run: Run) -> str:
     words = f"<p>Started {starts} time{'s' * (starts > 1)}; {len(events) or 'no'} event{'s' * (len(events) != 1)} in its log.</p>"
     if not events:
         return words
-    shown = events if len(events) <= 40 else [*events[:20], ("", f"... {len(events) - 40} more in log.txt ..."), *events[-20:]]
+    shown = (
+        events
+        if len(events) <= 40
+        else [*events[:20], ("", f"... {len(events) - 40} more in log.txt ..."), *events[-20:]]
+    )
     return words + _table(["when", "what"], [[escape(when), escape(what)] for when, what in shown])
 
 
 def _settings(run: Run) -> str:
-    groups: dict[str, Any] = {"model": run.config.model, "data": run.config.data, "optimizer": run.config.optim, "run": run.config.run}
+    groups: dict[str, Any] = {
+        "model": run.config.model,
+        "data": run.config.data,
+        "optimizer": run.config.optim,
+        "run": run.config.run,
+    }
     items = [
-        f"<div>{escape(name.replace('_', ' '))}: {escape(str(value))}</div>" for name, value in run.state.get("environment", {}).items()
+        f"<div>{escape(name.replace('_', ' '))}: {escape(str(value))}</div>"
+        for name, value in run.state.get("environment", {}).items()
     ]
-    found = [f'<details><summary>Where it ran</summary><div class="columns">{"".join(items)}</div></details>'] if items else []
+    found = (
+        [
+            f'<details><summary>Where it ran</summary><div class="columns">{"".join(items)}</div></details>'
+        ]
+        if items
+        else []
+    )
     for name, group in groups.items():
-        items = [f"<div>{escape(f.name)}: {escape(str(getattr(group, f.name)))}</div>" for f in dataclasses.fields(group)]
-        found.append(f'<details><summary>Settings: {name}</summary><div class="columns">{"".join(items)}</div></details>')
+        items = [
+            f"<div>{escape(f.name)}: {escape(str(getattr(group, f.name)))}</div>"
+            for f in dataclasses.fields(group)
+        ]
+        found.append(
+            f'<details><summary>Settings: {name}</summary><div class="columns">{"".join(items)}</div></details>'
+        )
     return "".join(found)
 
 

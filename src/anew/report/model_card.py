@@ -44,7 +44,9 @@ def _training(run: Path, step: int) -> list[str]:
         "recipe": config.recipe,
         "steps": f"{step:,} of {config.run.steps:,}",
         "tokens": f"{step * config.run.batch_tokens:,} ({config.run.batch_tokens:,} a step)",
-        "text": Path(config.data.data).name if os.path.sep in config.data.data else config.data.data,
+        "text": Path(config.data.data).name
+        if os.path.sep in config.data.data
+        else config.data.data,
         "begun from": config.run.init or "random weights",
         "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}"
         + (f", Muon's {config.optim.muon_lr:g}" if config.optim.optimizer == "muon" else ""),
@@ -68,5 +70,12 @@ def _training(run: Path, step: int) -> list[str]:
                         shown = f"| {task} | {figure} | {value:.4f} | {figures.get('examples', '')} | {row['precision']} |"
                         measured[task, figure, row["precision"]] = shown
     if measured:
-        lines += ["## Evaluation", "", "| task | figure | value | examples | precision |", "|---|---|---|---|---|", *measured.values(), ""]
+        lines += [
+            "## Evaluation",
+            "",
+            "| task | figure | value | examples | precision |",
+            "|---|---|---|---|---|",
+            *measured.values(),
+            "",
+        ]
     return lines

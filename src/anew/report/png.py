@@ -27,14 +27,24 @@ def bars(rows: Sequence[tuple[str, float]], unit: str, title: str, path: Path) -
     _save(plt, figure, path)
 
 
-def time_to_loss(arms: Sequence[tuple[str, int, Sequence[float]]], what: str, unit: str, path: Path) -> None:
+def time_to_loss(
+    arms: Sequence[tuple[str, int, Sequence[float]]], what: str, unit: str, path: Path
+) -> None:
     """Where each arm ended, (name, tokens, a loss for each seed): runs of one name on a line, seeds as points. `what`: model and text."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, colour in zip(dict.fromkeys(name for name, _, _ in arms), COLOURS, strict=False):
         mine = sorted((tokens, losses) for other, tokens, losses in arms if other == name)
         means = [sum(losses) / len(losses) for _, losses in mine]
-        axes.plot([tokens for tokens, _ in mine], means, color=colour, linewidth=1.5, label=name, marker="_", markersize=14)
+        axes.plot(
+            [tokens for tokens, _ in mine],
+            means,
+            color=colour,
+            linewidth=1.5,
+            label=name,
+            marker="_",
+            markersize=14,
+        )
         for tokens, losses in mine:
             axes.scatter([tokens] * len(losses), losses, color=colour, s=14, alpha=0.7)
         if len(mine) == 1:
@@ -45,7 +55,9 @@ def time_to_loss(arms: Sequence[tuple[str, int, Sequence[float]]], what: str, un
     axes.minorticks_off()
     axes.set_xlabel(f"{unit}s of the whole run (logarithmic)")
     axes.set_ylabel(f"validation loss, nats a {unit}")
-    axes.set_title(f"{what}: every point is a run that annealed to its own end", loc="left", fontsize=11)
+    axes.set_title(
+        f"{what}: every point is a run that annealed to its own end", loc="left", fontsize=11
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e3e5ea", linewidth=0.7)
     axes.legend(frameon=False)
@@ -63,14 +75,32 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
             points = run.points(key)
             if not points:  # never finite
                 continue
-            axes.plot(*zip(*points, strict=True), color=colour, alpha=0.3 if key == "train/loss" else 1.0, linewidth=1)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                alpha=0.3 if key == "train/loss" else 1.0,
+                linewidth=1,
+            )
             if key == "train/loss":
-                axes.plot(*zip(*smoothed(points), strict=True), color=colour, label=f"{run.name}: training")
+                axes.plot(
+                    *zip(*smoothed(points), strict=True),
+                    color=colour,
+                    label=f"{run.name}: training",
+                )
                 if val := run.points("val/loss"):
                     axes.plot(
-                        *zip(*val, strict=True), color=colour, marker="o", linestyle="--", markersize=4, label=f"{run.name}: validation"
+                        *zip(*val, strict=True),
+                        color=colour,
+                        marker="o",
+                        linestyle="--",
+                        markersize=4,
+                        label=f"{run.name}: validation",
                     )
-                settled = [y for other in runs for _, y in other.points(key)[len(other.points(key)) // 10 :]]
+                settled = [
+                    y
+                    for other in runs
+                    for _, y in other.points(key)[len(other.points(key)) // 10 :]
+                ]
                 if settled:
                     axes.set_ylim(0.97 * min(settled), 1.03 * max(settled))
         axes.set_title(title, loc="left", fontsize=11)
@@ -78,7 +108,9 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e3e5ea", linewidth=0.7)
     grid[0, 0].legend(frameon=False, fontsize=9)
-    figure.suptitle(", ".join(f"{run.name} at step {run.last['step']:,}" for run in runs), x=0.01, ha="left")
+    figure.suptitle(
+        ", ".join(f"{run.name} at step {run.last['step']:,}" for run in runs), x=0.01, ha="left"
+    )
     _save(plt, figure, path)
     return path
 

@@ -32,7 +32,10 @@ class Curve:
     hellaswag_text: str = ""
 
     def _points(self, values: str) -> Points:
-        return [(int(s) * TOKENS_A_STEP, float(v)) for s, v in zip(self.step_text.split(), values.split(), strict=True)]
+        return [
+            (int(s) * TOKENS_A_STEP, float(v))
+            for s, v in zip(self.step_text.split(), values.split(), strict=True)
+        ]
 
     @property
     def losses(self) -> Points:
@@ -96,7 +99,10 @@ BASELINES = {
     "FineWeb": (3.4250, "llm.c"),
     "OpenWebText": (3.12, "nanoGPT's README"),
 }
-HELLASWAG = {"GPT-2 124M": (0.2955, "build-nanogpt hellaswag.py"), "GPT-3 124M": (0.337, "Brown et al. 2020, table H.1")}
+HELLASWAG = {
+    "GPT-2 124M": (0.2955, "build-nanogpt hellaswag.py"),
+    "GPT-3 124M": (0.337, "Brown et al. 2020, table H.1"),
+}
 
 
 def data_of(config: Config) -> str:
@@ -163,7 +169,9 @@ def _moved(own: Points, references: Sequence[Points], end: float) -> float | Non
     recent = [p for p in own if p[0] > 0.7 * end]
     if len(recent) < 2 or len(own) < 3:
         return None
-    return mean(at(curve, HORIZON) + mean(y - at(curve, x) for x, y in recent) for curve in references)
+    return mean(
+        at(curve, HORIZON) + mean(y - at(curve, x) for x, y in recent) for curve in references
+    )
 
 
 def project_hellaswag(accuracies: Points, losses: Points, loss: Projection) -> Projection | None:
@@ -177,4 +185,6 @@ def project_hellaswag(accuracies: Points, losses: Points, loss: Projection) -> P
     recent = accuracies[-max(1, len(accuracies) // 3) :]
     moved = mean(y - my - slope * (at(losses, x) - mx) for x, y in recent)
     chance = (0.3 * 0.7 / 10_042) ** 0.5  # one standard error of that many examples
-    return Projection(my + slope * (loss.value - mx) + moved, worst + abs(slope) * loss.plus_minus + chance)
+    return Projection(
+        my + slope * (loss.value - mx) + moved, worst + abs(slope) * loss.plus_minus + chance
+    )

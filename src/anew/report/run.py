@@ -16,7 +16,14 @@ from anew.training import run_log as metrics
 from anew.utils.files import json_lines, read_json
 
 EVENT = re.compile(r"^(\S+ \S+?)(?:,\d+)? (WARNING|ERROR|INFO) (.*)$")
-TOLD = ("resumed from", "weights from", "went back", "stopped", "skipped:", "removed the leftover")  # of what is logged as INFO
+TOLD = (
+    "resumed from",
+    "weights from",
+    "went back",
+    "stopped",
+    "skipped:",
+    "removed the leftover",
+)  # of what is logged as INFO
 
 BASELINE_FORMAT = 1  # of baseline.json
 
@@ -64,17 +71,28 @@ class Run:
     def status(self) -> str:
         """complete, running, preempted or failed. A process that is gone cannot say that it failed."""
         done = self.last["step"] >= self.config.run.steps
-        return "complete" if done and self.state.get("status") in (None, "complete") else str(self.state.get("status", "stopped"))
+        return (
+            "complete"
+            if done and self.state.get("status") in (None, "complete")
+            else str(self.state.get("status", "stopped"))
+        )
 
     def points(self, key: str) -> Points:
         """(tokens, value) wherever `key` was written down."""
-        return [(float(row["tokens"]), float(row[key])) for row in self.rows if row.get(key) is not None]
+        return [
+            (float(row["tokens"]), float(row[key])) for row in self.rows if row.get(key) is not None
+        ]
 
     @cached_property
     def tasks(self) -> dict[str, list[str]]:
         """Figures by task, of what was scored while training."""
         found: dict[str, list[str]] = {}
-        for key in {key for row in self.rows for key, value in row.items() if key.startswith("eval/") and isinstance(value, float)}:
+        for key in {
+            key
+            for row in self.rows
+            for key, value in row.items()
+            if key.startswith("eval/") and isinstance(value, float)
+        }:
             _, task, figure = key.split("/", 2)
             found.setdefault(task, []).append(figure)
         return {task: sorted(figures) for task, figures in sorted(found.items())}
@@ -89,10 +107,22 @@ class Run:
         """The last figures of each task beside those published for OpenAI's GPT-2 of this size."""
         found = []
         for task, figures in self.tasks.items():
-            row = next(row for row in reversed(self.rows) if row.get(f"eval/{task}/{figures[0]}") is not None)
-            values = {figure: float(row[f"eval/{task}/{figure}"]) for figure in figures if row.get(f"eval/{task}/{figure}") is not None}
+            row = next(
+                row
+                for row in reversed(self.rows)
+                if row.get(f"eval/{task}/{figures[0]}") is not None
+            )
+            values = {
+                figure: float(row[f"eval/{task}/{figure}"])
+                for figure in figures
+                if row.get(f"eval/{task}/{figure}") is not None
+            }
             examples = int(row.get(f"eval/{task}/examples", 0))
-            all_scored = not self.config.run.evaluate_limit and row.get(f"eval/{task}/precision") == "fp32" and examples > 0
+            all_scored = (
+                not self.config.run.evaluate_limit
+                and row.get(f"eval/{task}/precision") == "fp32"
+                and examples > 0
+            )
             whole = all_scored and self.status == "complete"
             found += compare(task, values, size_of(self.config.model), max(1, examples), whole)
         return found
@@ -103,7 +133,11 @@ class Run:
         with contextlib.suppress(OSError, ValueError, KeyError):
             found, _ = read_json(self.folder / "baseline.json", BASELINE_FORMAT)
             data = self.config.data
-            return found if found["val_tokens"] == data.val_tokens and found["seq_len"] == data.seq_len else None
+            return (
+                found
+                if found["val_tokens"] == data.val_tokens and found["seq_len"] == data.seq_len
+                else None
+            )
         return None
 
     @property
@@ -121,7 +155,9 @@ class Run:
         """(time, what happened): starts, resumes, warnings, errors."""
         found = []
         with contextlib.suppress(OSError):
-            for line in (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in (
+                (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            ):
                 match = EVENT.match(line)
                 if match and (match[2] != "INFO" or match[3].startswith(TOLD)):
                     found.append((match[1], match[3]))

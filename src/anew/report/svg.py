@@ -80,7 +80,9 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         return [low]
     raw = (high - low) / about
     magnitude = 10 ** math.floor(math.log10(raw))
-    step = min((m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw), default=10 * magnitude)
+    step = min(
+        (m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw), default=10 * magnitude
+    )
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -97,14 +99,22 @@ def line_chart(
 ) -> str:
     """One chart with its legend. `settled`: the scale need not show the first tenth of the run, where a loss falls from chance."""
     width = WIDE if wide else NARROW
-    drawn = [Line(line.name, [(x, y) for x, y in thinned(line.points) if math.isfinite(y)], line.kind) for line in lines]
-    drawn.sort(key=lambda line: line.kind.startswith(("faint", "own")) + line.kind.startswith("own"))  # the run itself on top
+    drawn = [
+        Line(line.name, [(x, y) for x, y in thinned(line.points) if math.isfinite(y)], line.kind)
+        for line in lines
+    ]
+    drawn.sort(
+        key=lambda line: line.kind.startswith(("faint", "own")) + line.kind.startswith("own")
+    )  # the run itself on top
     moving = [line for line in drawn if line.points and line.kind != "level"]
     if not moving:
         return ""
     x_high = max([max(x for x, _ in line.points) for line in moving] + [w.x for w in whiskers])
     x_low = 0.0 if x_high > 0 else x_high - 1
-    own_end = max((line.points[-1][0] for line in moving if not line.kind.startswith("context")), default=x_high)
+    own_end = max(
+        (line.points[-1][0] for line in moving if not line.kind.startswith("context")),
+        default=x_high,
+    )
     after = 0.1 * own_end if settled and any(len(line.points) > 9 for line in moving) else -math.inf
     shown = [y for line in moving for x, y in line.points if x >= after] + [
         y for line in drawn if line.kind == "level" for _, y in line.points
@@ -124,7 +134,13 @@ def line_chart(
         return f"{100 * y:.4g}%" if percent else short(y)
 
     data = [
-        {"name": line.name, "kind": line.kind, "points": [[round(sx(x), 1), round(sy(y), 1), short(x), written(y)] for x, y in line.points]}
+        {
+            "name": line.name,
+            "kind": line.kind,
+            "points": [
+                [round(sx(x), 1), round(sy(y), 1), short(x), written(y)] for x, y in line.points
+            ],
+        }
         for line in moving
     ]
     axes = [
@@ -139,8 +155,15 @@ def line_chart(
         f'{sx(w.x):.1f},{sy(w.value + w.plus_minus):.1f}"/>'
         for w in whiskers if w.start
     ]  # fmt: skip
-    marks += [_whisker(sx(w.x) - 3, sy(w.value), sy(w.value - w.plus_minus), sy(w.value + w.plus_minus)) for w in whiskers]
-    legend = [f'<li class="{line.kind}">{escape(line.name)}</li>' for line in moving if not line.kind.startswith("faint")]
+    marks += [
+        _whisker(sx(w.x) - 3, sy(w.value), sy(w.value - w.plus_minus), sy(w.value + w.plus_minus))
+        for w in whiskers
+    ]
+    legend = [
+        f'<li class="{line.kind}">{escape(line.name)}</li>'
+        for line in moving
+        if not line.kind.startswith("faint")
+    ]
     legend += [f'<li class="whisker">{escape(w.name)}</li>' for w in whiskers]
     clip = f"clip-{hashlib.sha256(axes[0].encode() + title.encode()).hexdigest()[:8]}"
     box = f'<rect x="{LEFT}" y="{TOP}" width="{width - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'

@@ -30,7 +30,11 @@ from anew.serve.engine import Busy, Engine, Token
 log = logging.getLogger("anew")
 T = TypeVar("T")
 HERE = Path(__file__).parent
-FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 LOOK_SECONDS = 0.25  # between looks whether the visitor is still there
 
@@ -48,28 +52,46 @@ def app(engine: Engine, hosts: set[str]) -> Any:
 
     @api.get("/v1/models")
     def models() -> JSONResponse:
-        listed = [{"id": name, "object": "model", "created": born, "owned_by": "anew"} for name in engine.models]
+        listed = [
+            {"id": name, "object": "model", "created": born, "owned_by": "anew"}
+            for name in engine.models
+        ]
         return JSONResponse({"object": "list", "data": listed})
 
     @api.get("/v1/models/{name:path}")
     def model(name: str) -> JSONResponse:
-        return JSONResponse({"id": engine.find(name).name, "object": "model", "created": born, "owned_by": "anew"})
+        return JSONResponse(
+            {"id": engine.find(name).name, "object": "model", "created": born, "owned_by": "anew"}
+        )
 
     @api.get("/api/models")
     def shapes() -> JSONResponse:
-        return JSONResponse([{"name": s.name, "positions": s.model.config.n_positions} for s in engine.models.values()])
+        return JSONResponse(
+            [
+                {"name": s.name, "positions": s.model.config.n_positions}
+                for s in engine.models.values()
+            ]
+        )
 
     @api.post("/v1/completions")
     async def complete(request: Request) -> Response:
         asked = wanted.completion(engine, wanted.read(await _body(request)))
-        facts = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": asked.served.name}
+        facts = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": asked.served.name,
+        }
         place = engine.take_place()
         stop = threading.Event()
         writing = completions.chunks(engine, place, asked, stop)
         if asked.stream:
             lines = (json.dumps(facts | chunk) async for chunk in _thread(request, writing, stop))
             return StreamingResponse(_events(lines, end="[DONE]"), media_type="text/event-stream")
-        return JSONResponse(facts | completions.joined([chunk async for chunk in _thread(request, writing, stop)], asked))
+        return JSONResponse(
+            facts
+            | completions.joined([chunk async for chunk in _thread(request, writing, stop)], asked)
+        )
 
     @api.post("/api/write")
     async def write(request: Request) -> Response:
@@ -90,7 +112,9 @@ def app(engine: Engine, hosts: set[str]) -> Any:
 
     @api.exception_handler(Busy)
     async def busy(_: Request, __: Busy) -> JSONResponse:
-        return _error(429, "as many requests wait as may wait; try again in a moment.", {"retry-after": "2"})
+        return _error(
+            429, "as many requests wait as may wait; try again in a moment.", {"retry-after": "2"}
+        )
 
     @api.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> JSONResponse:
@@ -115,17 +139,28 @@ class Guard:
         async def guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
                 out = MutableHeaders(scope=message)
-                out["content-security-policy"], out["x-content-type-options"], out["referrer-policy"] = POLICY, "nosniff", "no-referrer"
+                (
+                    out["content-security-policy"],
+                    out["x-content-type-options"],
+                    out["referrer-policy"],
+                ) = POLICY, "nosniff", "no-referrer"
                 out["cache-control"] = "no-store"
             await send(message)
 
         await (refused or self.inner)(scope, receive, guarded)
 
     def _refused(self, method: str, headers: Headers) -> Any:
-        host = headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
+        host = (
+            headers.get("host", "").rsplit(":", 1)[0]
+            if not headers.get("host", "").endswith("]")
+            else headers["host"]
+        )
         if self.hosts and host.strip("[]").lower() not in self.hosts:
             return _error(403, "this server answers to its own address only.")
-        if method == "POST" and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        if (
+            method == "POST"
+            and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
+        ):
             return _error(415, "send JSON, with the content type application/json.")
         return None
 
@@ -192,12 +227,24 @@ async def _events(lines: AsyncIterator[str], end: str = "") -> AsyncIterator[str
 def _shown(asked: wanted.Wanted, token: Token) -> dict[str, Any]:
     """A token for the page."""
     tokenizer = asked.served.tokenizer
-    others = [{"id": i, "label": tokenizer.decode([i]), "log_p": log_p} for i, log_p in token.alternatives]
+    others = [
+        {"id": i, "label": tokenizer.decode([i]), "log_p": log_p} for i, log_p in token.alternatives
+    ]
     ended = token.id == tokenizer.end_of_text
-    return {"id": token.id, "text": token.text, "log_p": token.log_p, "end": ended, "alternatives": others}
+    return {
+        "id": token.id,
+        "text": token.text,
+        "log_p": token.log_p,
+        "end": ended,
+        "alternatives": others,
+    }
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    message = message.encode("utf-8", "backslashreplace").decode("utf-8")  # what was sent may hold half a surrogate pair, and is quoted
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers)
+    message = message.encode("utf-8", "backslashreplace").decode(
+        "utf-8"
+    )  # what was sent may hold half a surrogate pair, and is quoted
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers
+    )

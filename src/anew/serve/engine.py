@@ -90,7 +90,9 @@ class Engine:
     def find(self, name: str) -> Served:
         """The model of this name; UserError if there is none."""
         if name not in self.models:
-            raise UserError(f"there is no model '{name}' here; choose one of {', '.join(self.models)}.")
+            raise UserError(
+                f"there is no model '{name}' here; choose one of {', '.join(self.models)}."
+            )
         return self.models[name]
 
     def check(self, served: Served, prompts: Sequence[Sequence[int]], rules: Rules) -> None:
@@ -98,7 +100,9 @@ class Engine:
         check_rules(rules.temperature, rules.top_k, rules.top_p, prompts, rules.n_tokens)
         positions, longest = served.model.config.n_positions, max(map(len, prompts))
         if len(prompts) > MOST_ROWS:
-            raise UserError(f"{len(prompts)} texts at once are more than the {MOST_ROWS} that one request may have.")
+            raise UserError(
+                f"{len(prompts)} texts at once are more than the {MOST_ROWS} that one request may have."
+            )
         if longest + rules.n_tokens > positions:
             raise UserError(
                 f"{longest} tokens of prompt and {rules.n_tokens} new ones are more than the {positions} that {served.name} reads at once."
@@ -132,12 +136,26 @@ class Engine:
             place.free()
 
     def _write(
-        self, served: Served, prompts: Sequence[Sequence[int]], rules: Rules, stop: threading.Event, alternatives: int
+        self,
+        served: Served,
+        prompts: Sequence[Sequence[int]],
+        rules: Rules,
+        stop: threading.Event,
+        alternatives: int,
     ) -> Iterator[tuple[int, Token]]:
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
         left = set(range(len(prompts)))
         int8 = self.int8 and len(prompts) == 1
-        drawn = steps(served.model, prompts, rules.n_tokens, rules.temperature, rules.top_k, rules.top_p, rules.seed, int8=int8)
+        drawn = steps(
+            served.model,
+            prompts,
+            rules.n_tokens,
+            rules.temperature,
+            rules.top_k,
+            rules.top_p,
+            rules.seed,
+            int8=int8,
+        )
         for ids, logits in drawn:
             log_p = logits.float().cpu().log_softmax(-1)
             top = log_p.topk(min(alternatives, log_p.size(-1))) if alternatives else None
@@ -145,7 +163,11 @@ class Engine:
                 i = ids[row]
                 ended = i == served.tokenizer.end_of_text
                 text = "" if ended else decoders[row].decode(served.tokenizer.decode_bytes([i]))
-                others = list(zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True)) if top else []
+                others = (
+                    list(zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True))
+                    if top
+                    else []
+                )
                 yield row, Token(i, text, log_p[row, i].item(), others)
                 if ended:
                     left.discard(row)

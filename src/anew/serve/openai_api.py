@@ -32,7 +32,14 @@ class Text:
 
     def ready(self, stops: tuple[str, ...], last: bool) -> str:
         """The part of the text that no stop sequence can begin in."""
-        keep = 0 if last else max((n for stop in stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        keep = (
+            0
+            if last
+            else max(
+                (n for stop in stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])),
+                default=0,
+            )
+        )
         ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         self.shown += ready
         return ready
@@ -45,7 +52,9 @@ def chunks(engine: Engine, place: Place, asked: Wanted, stop: threading.Event) -
     counts = [0] * len(texts)
     nothing_new = asked.rules.n_tokens == 0
     for row, prompt in enumerate(asked.prompts if asked.echo or nothing_new else []):
-        found = _scored(engine, asked, prompt) if asked.echo and asked.logprobs is not None else None
+        found = (
+            _scored(engine, asked, prompt) if asked.echo and asked.logprobs is not None else None
+        )
         texts[row].shown = tokenizer.decode(prompt) if asked.echo else ""
         yield _chunk(row, texts[row].shown, found, "length" if nothing_new else None)
     if nothing_new:
@@ -53,7 +62,9 @@ def chunks(engine: Engine, place: Place, asked: Wanted, stop: threading.Event) -
         if asked.usage or not asked.stream:
             yield {"choices": [], "usage": _usage(sum(map(len, asked.prompts)), 0)}
         return
-    for row, token in engine.write(place, asked.served, asked.prompts, asked.rules, stop, alternatives=asked.logprobs or 0):
+    for row, token in engine.write(
+        place, asked.served, asked.prompts, asked.rules, stop, alternatives=asked.logprobs or 0
+    ):
         text = texts[row]
         if text.finished:
             continue
@@ -64,7 +75,12 @@ def chunks(engine: Engine, place: Place, asked: Wanted, stop: threading.Event) -
         offset = len(text.shown)
         ready = text.ready(asked.stop, last=text.finished)
         if ready or reason:
-            yield _chunk(row, ready, _logprobs(asked, text.tokens, offset) if asked.logprobs is not None else None, reason)
+            yield _chunk(
+                row,
+                ready,
+                _logprobs(asked, text.tokens, offset) if asked.logprobs is not None else None,
+                reason,
+            )
             text.tokens = []
         if all(t.finished for t in texts):
             break
@@ -87,7 +103,9 @@ def joined(found: list[Chunk], asked: Wanted) -> Chunk:
             choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
             if part["logprobs"]:
                 held = choice["logprobs"] or {name: [] for name in part["logprobs"]}
-                choice["logprobs"] = {name: held[name] + values for name, values in part["logprobs"].items()}
+                choice["logprobs"] = {
+                    name: held[name] + values for name, values in part["logprobs"].items()
+                }
     return {"choices": choices, "usage": usage}
 
 
@@ -115,7 +133,9 @@ def _logprobs(asked: Wanted, tokens: list[Token], offset: int) -> dict[str, list
     return {
         "tokens": [tokenizer.decode([t.id]) for t in tokens],
         "token_logprobs": [t.log_p for t in tokens],
-        "top_logprobs": [{tokenizer.decode([i]): value for i, value in t.alternatives} for t in tokens],
+        "top_logprobs": [
+            {tokenizer.decode([i]): value for i, value in t.alternatives} for t in tokens
+        ],
         "text_offset": offsets,
     }
 
@@ -125,7 +145,9 @@ def _choice(row: int) -> dict[str, Any]:
 
 
 def _chunk(row: int, text: str, logprobs: Any, reason: str | None) -> Chunk:
-    return {"choices": [{"text": text, "index": row, "logprobs": logprobs, "finish_reason": reason}]}
+    return {
+        "choices": [{"text": text, "index": row, "logprobs": logprobs, "finish_reason": reason}]
+    }
 
 
 def _usage(prompt: int, written: int) -> dict[str, int]:

@@ -73,7 +73,11 @@ def completion(engine: Engine, body: dict[str, Any]) -> Wanted:
         raise UserError("stream_options is not an object.")
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stops):
+    if (
+        not isinstance(stops, list)
+        or len(stops) > 4
+        or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stops)
+    ):
         raise UserError("stop is not a text, or a list of up to 4 texts of up to 200 characters.")
     wanted = Wanted(served, [p for p in prompts for _ in range(n)], rules, _yes(body, "stream"), _yes(options, "include_usage"), logprobs,
                     _yes(body, "echo"), tuple(stops))  # fmt: skip
@@ -84,7 +88,9 @@ def completion(engine: Engine, body: dict[str, Any]) -> Wanted:
 def playground(engine: Engine, body: dict[str, Any]) -> Wanted:
     """A request of the page: a text, or the ids of a text whose end was changed."""
     served = engine.find(_model(engine, body))
-    wanted = Wanted(served, _prompts(served, body.get("prompt", "")), _rules(body, 64, "n_tokens"), stream=True)
+    wanted = Wanted(
+        served, _prompts(served, body.get("prompt", "")), _rules(body, 64, "n_tokens"), stream=True
+    )
     engine.check(served, wanted.prompts, wanted.rules)
     if len(wanted.prompts) != 1:
         raise UserError("the page continues one text at a time.")
@@ -101,10 +107,16 @@ def _rules(body: dict[str, Any], n_tokens: int, name: str) -> Rules:
 def _prompts(served: Served, prompt: Any) -> list[list[int]]:
     """A text, ids, or a list of either; an empty one begins a new document."""
     several = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
-    if not isinstance(several, list) or not several or not all(isinstance(p, str) or _is_ids(p) for p in several):
+    if (
+        not isinstance(several, list)
+        or not several
+        or not all(isinstance(p, str) or _is_ids(p) for p in several)
+    ):
         raise UserError("prompt is not a text, a list of token ids, or a list of these.")
     begin = [served.tokenizer.end_of_text]
-    return [(served.tokenizer.encode(p) if isinstance(p, str) else list(p)) or begin for p in several]
+    return [
+        (served.tokenizer.encode(p) if isinstance(p, str) else list(p)) or begin for p in several
+    ]
 
 
 def _is_ids(value: Any) -> bool:

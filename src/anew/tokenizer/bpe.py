@@ -46,10 +46,15 @@ class Tokenizer:
         if name == "bytes":
             return Tokenizer("bytes", [bytes([b]) for b in range(256)], [])
         if name == "gpt2":
-            table = np.frombuffer(resources.files("anew").joinpath("tokenizer/gpt2_bpe/merges.bin").read_bytes(), dtype="<u2")
+            table = np.frombuffer(
+                resources.files("anew").joinpath("tokenizer/gpt2_bpe/merges.bin").read_bytes(),
+                dtype="<u2",
+            )
             merges = [(int(a), int(b)) for a, b in table.reshape(-1, 2)]
             return Tokenizer("gpt2", _tokens_of(merges), merges)
-        raise UserError(f"there is no tokenizer '{name}'; choose gpt2, bytes, train:N or a folder that holds a {FILE}.")
+        raise UserError(
+            f"there is no tokenizer '{name}'; choose gpt2, bytes, train:N or a folder that holds a {FILE}."
+        )
 
     @staticmethod
     def of_words(pairs: Iterable[tuple[str, str]]) -> "Tokenizer":
@@ -74,7 +79,9 @@ class Tokenizer:
             if vocab != {word: i for i, word in enumerate(tokenizer.words()[0])}:
                 raise ValueError(f"its ids are not 256 bytes, one for each merge and {END_OF_TEXT}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"the tokenizer in {folder} is no byte-level BPE as GPT-2's ({error}).") from error
+            raise UserError(
+                f"the tokenizer in {folder} is no byte-level BPE as GPT-2's ({error})."
+            ) from error
         return tokenizer
 
     @staticmethod
@@ -83,13 +90,17 @@ class Tokenizer:
         if (path / FILE).is_file() or (path / "merges.txt").is_file():
             tokenizer = Tokenizer.of_folder(path)
             if tokenizer.n_vocab != n_vocab:
-                raise UserError(f"{path} has a tokenizer of {tokenizer.n_vocab:,} ids, and its model has {n_vocab:,}.")
+                raise UserError(
+                    f"{path} has a tokenizer of {tokenizer.n_vocab:,} ids, and its model has {n_vocab:,}."
+                )
             return tokenizer
         for name, size in TOKENIZERS.items():
             if size == n_vocab:
                 return Tokenizer.named(name)
         known = ", ".join(f"{n} ({s})" for n, s in TOKENIZERS.items())
-        raise UserError(f"{path} holds no {FILE}, and no tokenizer here has {n_vocab:,} ids; known are {known}.")
+        raise UserError(
+            f"{path} holds no {FILE}, and no tokenizer here has {n_vocab:,} ids; known are {known}."
+        )
 
     @staticmethod
     def find(name: str, folder: Path) -> "Tokenizer":
@@ -98,7 +109,9 @@ class Tokenizer:
             return Tokenizer.named(name)
         tokenizer = Tokenizer.of_folder(folder)
         if tokenizer.name != name:
-            raise UserError(f"{folder} should hold the tokenizer {name}, and holds {tokenizer.name}.")
+            raise UserError(
+                f"{folder} should hold the tokenizer {name}, and holds {tokenizer.name}."
+            )
         return tokenizer
 
     @functools.cached_property
@@ -106,7 +119,12 @@ class Tokenizer:
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
-        return tiktoken.Encoding(self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.end_of_text})
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.end_of_text},
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never the end-of-text id. Lone surrogates become U+FFFD, as no UTF-8 can hold them."""
@@ -118,7 +136,9 @@ class Tokenizer:
         if self.name == "bytes":
             return np.frombuffer(document, dtype=np.uint8).astype(np.uint16)
         parts = [
-            self._tiktoken.encode_to_numpy(piece.decode("utf-8", errors="replace"), disallowed_special=()).astype(np.uint16)
+            self._tiktoken.encode_to_numpy(
+                piece.decode("utf-8", errors="replace"), disallowed_special=()
+            ).astype(np.uint16)
             for piece in pieces(document)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -127,8 +147,12 @@ class Tokenizer:
         """The bytes that `ids` stand for; end of text is written out. Ids no tokenizer emits (padding rows) are refused."""
         for i in ids:
             if not 0 <= i < self.n_vocab:
-                raise UserError(f"token id {i} does not exist; {self.name} has ids 0 to {self.n_vocab - 1}.")
-        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else self.tokens[i] for i in ids)
+                raise UserError(
+                    f"token id {i} does not exist; {self.name} has ids 0 to {self.n_vocab - 1}."
+                )
+        return b"".join(
+            END_OF_TEXT.encode() if i == self.end_of_text else self.tokens[i] for i in ids
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that form no UTF-8 (a character cut in half) become U+FFFD."""
@@ -147,8 +171,19 @@ class Tokenizer:
         """
         words, pairs = self.words()
         vocab = {word: i for i, word in enumerate(words)}
-        special = {"content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        special = {
+            "content": END_OF_TEXT,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
         tokenizer = {
             "version": "1.0",
             "truncation": None,
@@ -182,7 +217,9 @@ class Tokenizer:
         return {
             "vocab.json": json.dumps(vocab).encode(),
             "merges.txt": ("\n".join(["#version: 0.2", *pairs]) + "\n").encode(),
-            "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode(),
+            "tokenizer.json": json.dumps(
+                tokenizer, ensure_ascii=False, separators=(",", ":")
+            ).encode(),
             "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
         }
 
@@ -211,12 +248,22 @@ def _read_files(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if not (folder / FILE).is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return json.loads((folder / "vocab.json").read_text(encoding="utf-8")), [(left, right) for left, right in pairs]
+        return json.loads((folder / "vocab.json").read_text(encoding="utf-8")), [
+            (left, right) for left, right in pairs
+        ]
     raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
     before = raw["pre_tokenizer"]
-    if raw.get("normalizer") or before["type"] != "ByteLevel" or before["add_prefix_space"] or not before.get("use_regex", True):
+    if (
+        raw.get("normalizer")
+        or before["type"] != "ByteLevel"
+        or before["add_prefix_space"]
+        or not before.get("use_regex", True)
+    ):
         raise ValueError("it normalises or splits text in another way")
-    vocab = {**raw["model"]["vocab"], **{token["content"]: token["id"] for token in raw["added_tokens"]}}
+    vocab = {
+        **raw["model"]["vocab"],
+        **{token["content"]: token["id"] for token in raw["added_tokens"]},
+    }
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in raw["model"]["merges"]]
     return vocab, [(left, right) for left, right in pairs]
 
@@ -231,7 +278,9 @@ def pieces(document: bytes) -> Iterator[bytes]:
     while len(document) - start > PIECE_BYTES:
         match = CUT.search(document, start + PIECE_BYTES, start + MOST_BYTES)
         end = match.start() + 1 if match else min(len(document), start + MOST_BYTES)
-        while end < len(document) and not match and document[end] & 0xC0 == 0x80:  # not within a character
+        while (
+            end < len(document) and not match and document[end] & 0xC0 == 0x80
+        ):  # not within a character
             end += 1
         yield document[start:end]
         start = end

@@ -22,13 +22,19 @@ def learn(documents: Iterable[bytes], n_vocab: int) -> Tokenizer:
         from tokenizers import Tokenizer as Learner
         from tokenizers import models, pre_tokenizers, trainers
     except ImportError as error:
-        raise UserError("learning a vocabulary needs the tokenizers package: pip install -e '.[vocabulary]'.") from error
+        raise UserError(
+            "learning a vocabulary needs the tokenizers package: pip install -e '.[vocabulary]'."
+        ) from error
     learner = Learner(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     learner.pre_tokenizer = byte_level
-    trainer = trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=byte_level.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab - 1, initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
     learner.train_from_iterator(_texts(documents), trainer)
-    tokenizer = Tokenizer.of_words((left, right) for left, right in json.loads(learner.to_str())["model"]["merges"])
+    tokenizer = Tokenizer.of_words(
+        (left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]
+    )
     if tokenizer.n_vocab != n_vocab:
         raise UserError(
             f"this text has words for a vocabulary of {tokenizer.n_vocab:,}, not of {n_vocab:,}; use train:{tokenizer.n_vocab}."

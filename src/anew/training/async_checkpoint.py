@@ -23,7 +23,9 @@ log = logging.getLogger("anew")
 class Saver:
     """Writes the checkpoints of one run."""
 
-    def __init__(self, run: Path, config: Config, tokenizer: Tokenizer, run_state: RunState, saved_step: int) -> None:
+    def __init__(
+        self, run: Path, config: Config, tokenizer: Tokenizer, run_state: RunState, saved_step: int
+    ) -> None:
         """`saved_step`: the step of the checkpoint that the run was taken up from, else -1."""
         self.run, self.config, self.tokenizer, self.run_state = run, config, tokenizer, run_state
         self.saved_step = self.taken_step = saved_step

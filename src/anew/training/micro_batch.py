@@ -49,7 +49,9 @@ def find_micro_batch(state: State) -> tuple[int, str]:
         if all(state.world.gather(fits)):
             needed = (peak or 0) / 1e9
             return sequences, f"micro-batch {sequences}: uses {needed:.1f} of {limit / 1e9:.1f} GB"
-    error = UserError("not even one sequence fits into memory; lower --seq-len, choose a smaller model or use --parallel fsdp.")
+    error = UserError(
+        "not even one sequence fits into memory; lower --seq-len, choose a smaller model or use --parallel fsdp."
+    )
     error.on_every_rank = True
     raise error
 

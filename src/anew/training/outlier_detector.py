@@ -25,7 +25,10 @@ class Spikes:
         """The largest loss and the largest norm that are not spikes."""
         if self.steps < WARM_STEPS:
             return math.inf, math.inf
-        loss, norm = (m + z * max(math.sqrt(v), LEAST_SHARE * m) for m, v in zip(self.mean, self.variance, strict=True))
+        loss, norm = (
+            m + z * max(math.sqrt(v), LEAST_SHARE * m)
+            for m, v in zip(self.mean, self.variance, strict=True)
+        )
         return loss, norm
 
     def add(self, loss: float, norm: float) -> None:

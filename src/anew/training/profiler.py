@@ -37,10 +37,19 @@ def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         log.info(f"profile of {taken} steps in {path}; what took longest:")
         for event in sorted(recorded.key_averages(), key=lambda e: -_self_time(e, key))[:8]:
-            log.info(f"  {_self_time(event, key) / taken / 1e3:>9,.1f} ms a step  {event.count / taken:>6,.0f} times  {event.key[:60]}")
+            log.info(
+                f"  {_self_time(event, key) / taken / 1e3:>9,.1f} ms a step  {event.count / taken:>6,.0f} times  {event.key[:60]}"
+            )
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities, schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1), on_trace_ready=write) as p:
+    activities = [
+        ProfilerActivity.CPU,
+        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=write,
+    ) as p:
         yield p.step
     if not written:
         log.warning(f"no profile was written: the run ended before step {WARM_UP + steps}")

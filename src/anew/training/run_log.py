@@ -39,7 +39,14 @@ def last_loss(run: Path) -> float:
     """The newest training loss that a run has written down; NaN if there is none."""
     if not (run / "metrics.jsonl").is_file():
         return math.nan
-    return next((float(row["train/loss"]) for row in reversed(read(run)) if row.get("train/loss") is not None), math.nan)
+    return next(
+        (
+            float(row["train/loss"])
+            for row in reversed(read(run))
+            if row.get("train/loss") is not None
+        ),
+        math.nan,
+    )
 
 
 FORMAT = 1  # of run_state.json
@@ -54,14 +61,21 @@ class RunState:
         with contextlib.suppress(OSError, ValueError):
             self.facts, _ = read_json(self.path, FORMAT)
         kept = {name: self.facts[name] for name in ("micro_batch_found",) if name in self.facts}
-        self.facts = {"starts": int(self.facts.get("starts", 0)) + 1, "saved_step": self.facts.get("saved_step", 0), **kept}
+        self.facts = {
+            "starts": int(self.facts.get("starts", 0)) + 1,
+            "saved_step": self.facts.get("saved_step", 0),
+            **kept,
+        }
 
     def update(self, **facts: Any) -> None:
         """Replace some of the facts."""
         if not self.writes:
             return
         with self.lock:
-            self.facts |= {**facts, "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            self.facts |= {
+                **facts,
+                "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }
             write_json(self.path, self.facts, FORMAT)
 
 
@@ -91,24 +105,43 @@ class Recorder:
             log.setLevel(logging.INFO)
         self.board = _tensorboard(self.run / "tensorboard", self.first_step)
         self.run_state.update(
-            status="running", step=self.first_step, steps=self.config.run.steps, pid=os.getpid(), host=socket.gethostname()
+            status="running",
+            step=self.first_step,
+            steps=self.config.run.steps,
+            pid=os.getpid(),
+            host=socket.gethostname(),
         )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if not self.writes:
             return
         if kind is None and self.board is not None and self.last_val is not None:
             groups = (self.config.model, self.config.data, self.config.optim, self.config.run)
-            settings = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+            settings = {
+                name: value for group in groups for name, value in dataclasses.asdict(group).items()
+            }
             self.board.add_hparams(settings, {"final/val_loss": self.last_val}, run_name=".")
         if isinstance(error, Preempted):
             log.info(str(error))
         elif error is not None and not isinstance(error, KeyboardInterrupt):
             log.error(f"stopped: {error}")
-        status = "complete" if error is None else "preempted" if isinstance(error, Preempted) else "failed"
+        status = (
+            "complete"
+            if error is None
+            else "preempted"
+            if isinstance(error, Preempted)
+            else "failed"
+        )
         with contextlib.suppress(OSError):  # a full disk is what the error may be about
-            self.run_state.update(status=status, **({"error": str(error)} if status == "failed" else {}))
+            self.run_state.update(
+                status=status, **({"error": str(error)} if status == "failed" else {})
+            )
         log.removeHandler(self.handler)
         self.handler.close()
         for file in (self.metrics, self.samples, self.board):
@@ -126,10 +159,16 @@ class Recorder:
 
     def row(self, row: Row) -> None:
         """Append one row; numbers go to TensorBoard too."""
-        self.last_val, self.last_train = row.get("val/loss", self.last_val), row.get("train/loss", self.last_train)
+        self.last_val, self.last_train = (
+            row.get("val/loss", self.last_val),
+            row.get("train/loss", self.last_train),
+        )
         if not self.writes:
             return
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         self.metrics.write(json.dumps(finite) + "\n")  # JSON has no NaN
         self.metrics.flush()
         if self.board is not None:
@@ -140,11 +179,18 @@ class Recorder:
     def step(self, row: Row, applied: bool, sequences: str) -> None:
         """Append the row of a training step, say it now and then, and stop a run whose steps cannot be applied any more."""
         self.row(row)
-        step, loss, norm, r = row["step"], row["train/loss"], row["train/grad_norm"], self.config.run
+        step, loss, norm, r = (
+            row["step"],
+            row["train/loss"],
+            row["train/grad_norm"],
+            self.config.run,
+        )
         self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
         if not applied:
             what = "a spike" if math.isfinite(loss + norm) else "not finite"
-            log.warning(f"step {step:,}: loss {loss:.4g}, gradient norm {norm:.4g} is {what}; the step was skipped ({sequences})")
+            log.warning(
+                f"step {step:,}: loss {loss:.4g}, gradient norm {norm:.4g} is {what}; the step was skipped ({sequences})"
+            )
         if step % r.log_every == 0 or step in (1, r.steps):
             log.info(line_of(row, r.steps))
             self.run_state.update(step=step)
@@ -170,7 +216,16 @@ class Recorder:
             self.board.add_text("sample", f"{prompt}{text}", step)
 
 
-def step_row(clock: Row, loss: float, norm: float, lr: float, seconds: float, tokens: int, config: Config, peak: float) -> Row:
+def step_row(
+    clock: Row,
+    loss: float,
+    norm: float,
+    lr: float,
+    seconds: float,
+    tokens: int,
+    config: Config,
+    peak: float,
+) -> Row:
     """The row of one step over `tokens` that took `seconds`; `peak` is what all ranks could do, in floating-point operations a second."""
     per_second = tokens / seconds
     flops = per_second * flops_per_token(config.model, config.data.seq_len)
@@ -197,11 +252,15 @@ def describe(config: Config, ranks: int) -> Iterator[str]:
     yield f"       {count_parameters(m):,} parameters"
     yield f"batch: {ranks} rank{'s' * (ranks > 1)} x {micro} sequences x {T:,} tokens x {accumulation} accumulated"
     yield f"       = {r.batch_tokens:,} tokens a step"
-    total, warm_up = (_count(steps * config.batch_sequences * T) for steps in (r.steps, o.warmup_steps))
+    total, warm_up = (
+        _count(steps * config.batch_sequences * T) for steps in (r.steps, o.warmup_steps)
+    )
     yield f"steps: {r.steps:,} = {total} tokens, of which {o.warmup_steps:,} = {warm_up} warm up"
 
 
-def describe_data(config: Config, train_tokens: int, val_tokens: int, epoch_sequences: int, dropped: int) -> Iterator[str]:
+def describe_data(
+    config: Config, train_tokens: int, val_tokens: int, epoch_sequences: int, dropped: int
+) -> Iterator[str]:
     """What is read, in lines. `dropped`: targets an epoch at the ends of shards, which fill no sequence."""
     epochs = config.run.steps * config.batch_sequences / epoch_sequences
     yield f"data:  {config.data.data} as {config.data.tokenizer}"

@@ -65,7 +65,13 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
     world.everywhere(lambda: _own(run, stack) if world.rank == 0 else None)
     folder = world.everywhere(lambda: _open(config, world, stop), first=lambda w: w.local_rank == 0)
     stack.enter_context(folder)
-    batches = Batches(folder.splits["train"], config.data.seq_len, config.run.seed, folder.more(stop), config.data.recut)
+    batches = Batches(
+        folder.splits["train"],
+        config.data.seq_len,
+        config.run.seed,
+        folder.more(stop),
+        config.data.recut,
+    )
     state = State(config, rt, folder.identity, world)
     found = world.everywhere(lambda: state.begin(run) if world.rank == 0 else [])
     state.share()
@@ -81,7 +87,9 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
         found.append(why)
         config = state.config = config.override(micro_batch=micro)
     tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
-    recorder = stack.enter_context(metrics.Recorder(run, config, state.step, writes=world.rank == 0))
+    recorder = stack.enter_context(
+        metrics.Recorder(run, config, state.step, writes=world.rank == 0)
+    )
     if micro_batch_found:
         recorder.run_state.update(micro_batch_found=micro_batch_found)
     saver = Saver(run, config, tokenizer, recorder.run_state, state.step or -1)
@@ -90,18 +98,39 @@ def begin(config: Config, stop: Stop, stack: contextlib.ExitStack) -> Begun:
         write_config(run, config)
     peak, peak_source = runtime.peak_flops(rt) if world.rank == 0 else (1.0, "")
     tokens = {split: folder.n_tokens(split) for split in ("train", "val")}
-    data_lines = metrics.describe_data(config, tokens["train"], tokens["val"], batches.epoch_sequences, batches.dropped)
+    data_lines = metrics.describe_data(
+        config, tokens["train"], tokens["val"], batches.epoch_sequences, batches.dropped
+    )
     if world.size > 1:
         facts = {"settings": config.to_json(), "torch": torch.__version__, "data": folder.identity}
         found.append(preflight(world, rt.device, facts, 4 * sum(p.numel() for p in state.params)))
     if batches.more:
-        found.append("the data is still being prepared: its tokens and epochs above are those so far")
-    for line in [*rt.why, *metrics.describe(config, world.size), *data_lines, f"MFU is measured against {peak_source}", *found]:
+        found.append(
+            "the data is still being prepared: its tokens and epochs above are those so far"
+        )
+    for line in [
+        *rt.why,
+        *metrics.describe(config, world.size),
+        *data_lines,
+        f"MFU is measured against {peak_source}",
+        *found,
+    ]:
         log.info(line)
     recorder.run_state.update(environment=runtime.environment(rt) | {"ranks": world.size})
     evaluator = Evaluator(config, state, recorder, saver, folder.splits, tokenizer, micro, stop)
     loss_of = training_loss(state)
-    return Begun(config, state, folder, batches, evaluator, recorder, saver, loss_of, rt.compile, peak * world.size)
+    return Begun(
+        config,
+        state,
+        folder,
+        batches,
+        evaluator,
+        recorder,
+        saver,
+        loss_of,
+        rt.compile,
+        peak * world.size,
+    )
 
 
 def training_loss(state: State) -> Any:
@@ -140,7 +169,11 @@ def earlier_micro_batch(config: Config, conditions: dict[str, Any]) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     same = all(found.get(name) == value for name, value in conditions.items())
-    return micro_batch if same and config.batch_sequences % (conditions["ranks"] * micro_batch) == 0 else 0
+    return (
+        micro_batch
+        if same and config.batch_sequences % (conditions["ranks"] * micro_batch) == 0
+        else 0
+    )
 
 
 def settle(config: Config) -> Config:
@@ -154,17 +187,35 @@ def settle(config: Config) -> Config:
             model = weights.find(config.run.init)
             shape = weights.read_config(model)
             tokenizer = _kept(Tokenizer.of_model(model, shape.vocab_size), config.folder)
-        taken = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")}
+        taken = {
+            name: getattr(shape, name)
+            for name in (
+                "n_layer",
+                "n_head",
+                "n_embd",
+                "n_positions",
+                "vocab_size",
+                "layer_norm_epsilon",
+            )
+        }
         if config.data.seq_len > shape.n_positions:
-            log.info(f"seq_len lowered from {config.data.seq_len} to the {shape.n_positions} positions of {config.run.init}")
-        config = config.override(**taken, tokenizer=tokenizer, seq_len=min(config.data.seq_len, shape.n_positions))
+            log.info(
+                f"seq_len lowered from {config.data.seq_len} to the {shape.n_positions} positions of {config.run.init}"
+            )
+        config = config.override(
+            **taken, tokenizer=tokenizer, seq_len=min(config.data.seq_len, shape.n_positions)
+        )
     elif ids_of(config.data.tokenizer) is None:
         own = Tokenizer.of_folder(Path(config.data.tokenizer))
         config = config.override(tokenizer=_kept(own, config.folder), vocab_size=own.n_vocab)
     config.check()
     if existing is not None and config.data.recut and not existing.data.recut:
-        config = config.override(recut=False)  # the default of runs that began before this setting existed
-        log.info("this run keeps the order of windows it began with, the same in every epoch (--no-recut)")
+        config = config.override(
+            recut=False
+        )  # the default of runs that began before this setting existed
+        log.info(
+            "this run keeps the order of windows it began with, the same in every epoch (--no-recut)"
+        )
     if existing is not None and (different := existing.differences(config)):
         raise UserError(
             f"{config.folder} is another run ({'; '.join(different)}); use the same settings to go on with it, or another --out."
@@ -190,13 +241,21 @@ def _own(run: Path, stack: contextlib.ExitStack) -> None:
     try:
         stack.enter_context(FileLock(run / ".lock", timeout=0))
     except Timeout as error:
-        raise UserError(f"another process is training in {run}; wait until it ends, or use another --out.") from error
+        raise UserError(
+            f"another process is training in {run}; wait until it ends, or use another --out."
+        ) from error
 
 
 def _open(config: Config, world: World, stop: Stop) -> DataFolder:
     wanted = config.data.tokenizer
     tokenizer = wanted if wanted.startswith("train:") else Tokenizer.find(wanted, config.folder)
-    return open_data(config.data.data, tokenizer, bytes_of(config.data.disk_budget), stop, leads=world.local_rank == 0)
+    return open_data(
+        config.data.data,
+        tokenizer,
+        bytes_of(config.data.disk_budget),
+        stop,
+        leads=world.local_rank == 0,
+    )
 
 
 def write_config(run: Path, config: Config) -> None:

@@ -95,7 +95,11 @@ class State:
     def advance(self, seconds: float) -> None:
         """Count one step done."""
         tokens = self.config.batch_sequences * self.config.data.seq_len
-        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        self.step, self.tokens, self.seconds = (
+            self.step + 1,
+            self.tokens + tokens,
+            self.seconds + seconds,
+        )
 
     def begin(self, run: Path) -> list[str]:
         """Read the newest good checkpoint of `run`, or --init, or nothing; lines that say which. On rank 0, then `share`."""
@@ -105,7 +109,9 @@ class State:
             self.restore(folder)
             return [*said, *(f"skipped: {line}" for line in skipped), f"resumed from {folder.name}"]
         if skipped:
-            raise UserError(f"run {run} has no checkpoint that is whole: {skipped[0]} Delete the run folder to start anew.")
+            raise UserError(
+                f"run {run} has no checkpoint that is whole: {skipped[0]} Delete the run folder to start anew."
+            )
         if self.config.run.init:
             folder = weights.find(self.config.run.init)
             self.loaded = self._weights(folder)
@@ -127,14 +133,22 @@ class State:
         except UserError:
             raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is a model, but no checkpoint that training can resume from ({error}).") from error
+            raise UserError(
+                f"{folder} is a model, but no checkpoint that training can resume from ({error})."
+            ) from error
         if revision != self.data_revision:
             raise UserError(
                 f"the text in {self.config.data.data} is no longer the one that {folder.parent.parent} was trained on; use another --out."
             )
         for name, tensor in stored.items():
-            missing = self.config.model.padded_vocab_size - tensor.size(0) if tensor.ndim and name.endswith(weights.WTE) else 0
-            self.loaded[name] = nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor  # padding rows have no state: zeros
+            missing = (
+                self.config.model.padded_vocab_size - tensor.size(0)
+                if tensor.ndim and name.endswith(weights.WTE)
+                else 0
+            )
+            self.loaded[name] = (
+                nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
+            )  # padding rows have no state: zeros
 
     def _weights(self, folder: Path) -> dict[str, Tensor]:
         """Every weight at `folder`, checked, with padding rows."""
@@ -160,7 +174,9 @@ class State:
                 full = whole(value)
                 if self.world.rank == 0:
                     kind[name] = weights.unpadded(name, full, self.config.model, copy=True)
-        return Snapshot(self.step, tensors, moments, self._trainer()) if self.world.rank == 0 else None
+        return (
+            Snapshot(self.step, tensors, moments, self._trainer()) if self.world.rank == 0 else None
+        )
 
     def _moments(self) -> list[tuple[str, Tensor]]:
         """The optimizers' state by its name in a checkpoint."""
@@ -176,9 +192,13 @@ class State:
             return parameters[name].detach()
         key, parameter = name.split(".", 1)
         p = parameters[parameter]
-        [owner] = [o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"])]
+        [owner] = [
+            o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"])
+        ]
         if key not in owner.state[p]:
-            owner.state[p][key] = torch.zeros_like(p) if ndim else torch.zeros((), dtype=dtype, device=p.device)
+            owner.state[p][key] = (
+                torch.zeros_like(p) if ndim else torch.zeros((), dtype=dtype, device=p.device)
+            )
         return owner.state[p][key]
 
     def _trainer(self) -> dict[str, Any]:
@@ -192,7 +212,11 @@ class State:
         }
 
     def _take(self, trainer: dict[str, Any]) -> None:
-        self.step, self.tokens, self.seconds = trainer["step"], trainer["tokens"], trainer["seconds"]
+        self.step, self.tokens, self.seconds = (
+            trainer["step"],
+            trainer["tokens"],
+            trainer["seconds"],
+        )
         self.spikes = Spikes(**trainer.get("spikes", {}))
         if trainer["scaler"]:
             self.scaler.load_state_dict(trainer["scaler"])

@@ -96,7 +96,9 @@ def train_step(
     apply_update(state, skip, rate)
     drop_gradients(state)
     results = torch.stack([loss, norm, skip.float(), stop_requests, save_requests])
-    loss_, norm_, skipped, stop_, save_ = results.tolist()  # the one point where the host always waits for the device
+    loss_, norm_, skipped, stop_, save_ = (
+        results.tolist()
+    )  # the one point where the host always waits for the device
     return Outcome(loss_, norm_, applied=not skipped, stop=stop_ > 0, save=save_ > 0)
 
 
@@ -113,13 +115,20 @@ def accumulate_gradients(
     loss_sum = torch.zeros((), device=state.rt.device)
     if state.buckets is not None:
         state.buckets.start_step()
-    with contextlib.suppress(Interrupted), stop.breakable() if compiling else contextlib.nullcontext():
+    with (
+        contextlib.suppress(Interrupted),
+        stop.breakable() if compiling else contextlib.nullcontext(),
+    ):
         for index, (ids, targets) in enumerate(micro_batches):
-            if stop.is_set() and not state.is_sharded:  # sharded weights need every rank to the end of the step
+            if (
+                stop.is_set() and not state.is_sharded
+            ):  # sharded weights need every rank to the end of the step
                 break
             if config.model.dropout > 0:
                 torch.manual_seed(_seed(config.run.seed, state.step, index, state.world.rank))
-            state.prepare_backward(is_last=index == len(micro_batches) - 1, may_be_interrupted=compiling)
+            state.prepare_backward(
+                is_last=index == len(micro_batches) - 1, may_be_interrupted=compiling
+            )
             loss = loss_of(ids, targets) / len(micro_batches)
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
@@ -128,7 +137,9 @@ def accumulate_gradients(
     return loss_sum
 
 
-def all_reduce_gradients(state: State, loss: Tensor, stop: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def all_reduce_gradients(
+    state: State, loss: Tensor, stop: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Average the gradients over all ranks; returns the mean loss and the numbers of ranks that want to stop and to save."""
     shared = torch.zeros(3, device=loss.device)
     shared[0], shared[1], shared[2] = loss, float(stop), float(save)
@@ -162,7 +173,9 @@ def apply_update(state: State, skip: Tensor, rate: float) -> None:
     scaler, config = state.scaler, state.config.optim
     optim.set_rate(state.optimizers, rate, optim.momentum(state.step, config))
     # Fused AdamW and Muon read `found_inf` on the device. The optimizers on MPS, of sharded parameters, and the unfused do not.
-    host_must_look = scaler.is_enabled() or state.is_sharded or skip.device.type == "mps" or not config.fused
+    host_must_look = (
+        scaler.is_enabled() or state.is_sharded or skip.device.type == "mps" or not config.fused
+    )
     if not (host_must_look and skip.item()):
         for optimizer in state.optimizers:
             if not host_must_look:
@@ -189,7 +202,11 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
         if not is_out_of_memory(error):
             raise
         micro_batch = config.run.micro_batch
-        what = "the micro-batch that was found" if micro_batch == "auto" else f"a micro-batch of {micro_batch}"
+        what = (
+            "the micro-batch that was found"
+            if micro_batch == "auto"
+            else f"a micro-batch of {micro_batch}"
+        )
         raise UserError(
             f"there is not enough memory for {what}; use a smaller --micro-batch or --recompute. The tokens a step stay the same."
         ) from error
@@ -201,7 +218,9 @@ def train(config: Config, progress: Callable[[metrics.Row], None] | None = None)
         ) from error
 
 
-def _train(config: Config, progress: Callable[[metrics.Row], None] | None, stack: contextlib.ExitStack) -> Result:
+def _train(
+    config: Config, progress: Callable[[metrics.Row], None] | None, stack: contextlib.ExitStack
+) -> Result:
     stop = stack.enter_context(listening())
     try:
         with stop.breakable(patience=5.0):
@@ -209,7 +228,9 @@ def _train(config: Config, progress: Callable[[metrics.Row], None] | None, stack
     except Interrupted:
         raise Preempted(NOTHING_YET) from None
     state, saver = run.state, run.saver
-    step_done = stack.enter_context(profiled(config.folder / "trace.json", config.run.profile if state.world.rank == 0 else 0))
+    step_done = stack.enter_context(
+        profiled(config.folder / "trace.json", config.run.profile if state.world.rank == 0 else 0)
+    )
     collect = stack.enter_context(quiet_garbage())
 
     def after_step() -> None:
@@ -225,10 +246,23 @@ def _train(config: Config, progress: Callable[[metrics.Row], None] | None, stack
         saver.wait()
         steps = f"{state.step:,} of {run.config.run.steps:,}"
         raise Preempted(f"stopped at step {steps}; the same command goes on from there.") from None
-    return Result(run.config.folder, state.step, state.tokens, state.seconds, run.recorder.last_loss, val_loss, text_loss)
+    return Result(
+        run.config.folder,
+        state.step,
+        state.tokens,
+        state.seconds,
+        run.recorder.last_loss,
+        val_loss,
+        text_loss,
+    )
 
 
-def _loop(run: Begun, stop: Stop, after_step: Callable[[], None], progress: Callable[[metrics.Row], None] | None) -> None:
+def _loop(
+    run: Begun,
+    stop: Stop,
+    after_step: Callable[[], None],
+    progress: Callable[[metrics.Row], None] | None,
+) -> None:
     """Steps until the last. Interrupted on every rank at the same step, if one of them was asked to stop."""
     rows = LateRows(run, progress)
     try:
@@ -270,7 +304,17 @@ def _steps(run: Begun, stop: Stop, after_step: Callable[[], None], rows: LateRow
         limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
         micro_batch = len(micro_batches[0][0]) if micro_batches else 0
         compiling = run.compiled and not state.is_sharded and micro_batch not in (0, compiled_for)
-        outcome = train_step(run.loss_of, state, micro_batches, rate, stop, saver.is_due(), limits, compiling, rows.write)
+        outcome = train_step(
+            run.loss_of,
+            state,
+            micro_batches,
+            rate,
+            stop,
+            saver.is_due(),
+            limits,
+            compiling,
+            rows.write,
+        )
         compiled_for = micro_batch
         if outcome.stop:
             raise Interrupted
@@ -280,10 +324,14 @@ def _steps(run: Begun, stop: Stop, after_step: Callable[[], None], rows: LateRow
             state.spikes.add(outcome.loss, outcome.norm)
         sequences = config.batch_sequences
         lr, tokens = rate * config.optim.lr, sequences * config.data.seq_len
-        row = metrics.step_row(state.clock(), outcome.loss, outcome.norm, lr, seconds, tokens, config, run.peak_flops)
+        row = metrics.step_row(
+            state.clock(), outcome.loss, outcome.norm, lr, seconds, tokens, config, run.peak_flops
+        )
         first = step * sequences
         save = outcome.save or state.step % r.save_every == 0 or state.step == r.steps
-        now = save or run.evaluator.is_due(state.step)  # their rows and files come after this step's
+        now = save or run.evaluator.is_due(
+            state.step
+        )  # their rows and files come after this step's
         rows.add(row, outcome.applied, f"sequences {first:,} to {first + sequences - 1:,}", now)
         after_step()
         if save:
@@ -305,8 +353,12 @@ def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]
         rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
         if device.type == "cuda":
             rows = rows.pin_memory()
-        rows = rows.to(device, non_blocking=device.type == "cuda")  # on MPS a copy from a temporary may read freed memory
-        return step, [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(micro)]
+        rows = rows.to(
+            device, non_blocking=device.type == "cuda"
+        )  # on MPS a copy from a temporary may read freed memory
+        return step, [
+            (part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(micro)
+        ]
 
     try:
         yield from prefetch(load, steps)
@@ -319,7 +371,9 @@ def _blank_micro_batches(run: Begun) -> list[MicroBatch]:
     share = run.config.batch_sequences // run.state.world.size
     most, _ = run.config.micro_batches(run.state.world.size)
     micro = _micro_batch_of(share, most)
-    blank = torch.zeros(micro, run.config.data.seq_len, dtype=torch.int64, device=run.state.rt.device)
+    blank = torch.zeros(
+        micro, run.config.data.seq_len, dtype=torch.int64, device=run.state.rt.device
+    )
     return [(blank, blank)] * (share // micro)
 
 
@@ -332,7 +386,12 @@ def _remove_used_shards(run: Begun) -> None:
     """Within a disk budget: shards that even the oldest checkpoint is past are not needed again."""
     config, folder = run.config, run.folder
     saved = checkpoint.steps(config.folder)
-    if folder.growth is not None and folder.growth.leads and bytes_of(config.data.disk_budget) and saved:
+    if (
+        folder.growth is not None
+        and folder.growth.leads
+        and bytes_of(config.data.disk_budget)
+        and saved
+    ):
         sequences = int(saved[0].name.removeprefix("step-")) * config.batch_sequences
         remove_used(run.batches.shards, sequences, config.data.seq_len)
 

@@ -44,15 +44,21 @@ class Evaluator:
         r = self.config.run
         for name in filter(None, r.evaluate_tasks.split(",")):
             if name not in TASKS:
-                raise UserError(f"there is no task '{name}' to evaluate; choose among {', '.join(TASKS)}.")
-            examples = TASKS[name].examples(TASKS[name].fetch(), self.tokenizer, self.config.model.n_positions)
+                raise UserError(
+                    f"there is no task '{name}' to evaluate; choose among {', '.join(TASKS)}."
+                )
+            examples = TASKS[name].examples(
+                TASKS[name].fetch(), self.tokenizer, self.config.model.n_positions
+            )
             self.tasks.append((TASKS[name], examples[: r.evaluate_limit or None]))
 
     def due(self, step: int) -> float:
         """Validate and sample if `step` asks for it; the checkpoint of the step is saved first. Returns the seconds it took."""
         began = time.perf_counter()
         r = self.config.run
-        validate, sample = (_is_multiple(step, every) for every in (r.evaluate_every, r.sample_every))
+        validate, sample = (
+            _is_multiple(step, every) for every in (r.evaluate_every, r.sample_every)
+        )
         if validate or sample:
             self.saver.save(self.state)
             with whole_model(self.state.model) as model:
@@ -65,7 +71,9 @@ class Evaluator:
 
     def is_due(self, step: int) -> bool:
         """Does `step` ask for a validation or a sample?"""
-        return _is_multiple(step, self.config.run.evaluate_every) or _is_multiple(step, self.config.run.sample_every)
+        return _is_multiple(step, self.config.run.evaluate_every) or _is_multiple(
+            step, self.config.run.sample_every
+        )
 
     def validate(self, model: GPT, split: str, precision: str) -> float | None:
         """Mean loss over the fixed windows of a split, written down as <split>/loss with the precision it was computed in."""
@@ -74,9 +82,13 @@ class Evaluator:
             return None
         with matmul_precision(precision):
             shards, seq_len, dtype = self.splits[split], self.config.data.seq_len, DTYPES[precision]
-            loss = mean_loss(model, shards, seq_len, limit, dtype, self.batch, self.state.world, self.stop)
+            loss = mean_loss(
+                model, shards, seq_len, limit, dtype, self.batch, self.state.world, self.stop
+            )
         name = "val" if split == "val" else "train_text"
-        self.recorder.evaluation({**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision})
+        self.recorder.evaluation(
+            {**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision}
+        )
         log.info(
             f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} bits) "
             f"a token, {limit - 1:,} tokens, {precision}"
@@ -88,12 +100,19 @@ class Evaluator:
         for task, examples in self.tasks:
             with matmul_precision(precision), computing_in(model, DTYPES[precision]):
                 report = run(model, task, examples, self.state.world, stop=self.stop)
-            figures = {name: value for name, value in report.figures.items() if isinstance(value, float)}
+            figures = {
+                name: value for name, value in report.figures.items() if isinstance(value, float)
+            }
             row = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
-            how = {f"eval/{task.name}/examples": report.examples, f"eval/{task.name}/precision": precision}
+            how = {
+                f"eval/{task.name}/examples": report.examples,
+                f"eval/{task.name}/precision": precision,
+            }
             self.recorder.evaluation({**self.state.clock(), **row, **how})
             said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            log.info(f"step {self.state.step:,}: {task.name} {said}, {report.examples:,} examples, {precision}")
+            log.info(
+                f"step {self.state.step:,}: {task.name} {said}, {report.examples:,} examples, {precision}"
+            )
 
     def sample(self, model: GPT) -> None:
         """One sample text from the current weights."""
@@ -101,7 +120,14 @@ class Evaluator:
             return
         r = self.config.run
         prompt = self.tokenizer.encode(r.sample_prompt) or [self.tokenizer.end_of_text]
-        rows = generate(model, [prompt], r.sample_tokens, self.tokenizer.end_of_text, temperature=0.8, seed=r.seed)
+        rows = generate(
+            model,
+            [prompt],
+            r.sample_tokens,
+            self.tokenizer.end_of_text,
+            temperature=0.8,
+            seed=r.seed,
+        )
         self.recorder.sample(self.state.step, r.sample_prompt, self.tokenizer.decode(rows[0]))
 
     def finish(self) -> tuple[float | None, float | None]:
@@ -111,7 +137,9 @@ class Evaluator:
                 self.sample(model)
             self.score_tasks(model, "fp32")
             held_out = None if self.config.data.one_batch else self.validate(model, "val", "fp32")
-            return held_out, self.validate(model, "train", "fp32") if self.config.run.evaluate_train else None
+            return held_out, self.validate(
+                model, "train", "fp32"
+            ) if self.config.run.evaluate_train else None
 
 
 def _is_multiple(step: int, every: int) -> bool:

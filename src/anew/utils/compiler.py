@@ -34,7 +34,10 @@ def missing_for_triton(device: torch.device | None = None) -> str:
 def _missing_compiler(*names: str) -> str:
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *names) if name):
         return "there is no C++ compiler"
-    if sys.platform == "darwin" and subprocess.run(["xcrun", "-f", "clang++"], capture_output=True, check=False).returncode:
+    if (
+        sys.platform == "darwin"
+        and subprocess.run(["xcrun", "-f", "clang++"], capture_output=True, check=False).returncode
+    ):
         return "Apple's command-line tools are not installed (xcode-select --install)"  # without them g++ and clang++ only ask for them
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         return "Python's C headers are not installed (Debian: python3-dev)"

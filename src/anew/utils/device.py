@@ -30,9 +30,19 @@ from anew.errors import UserError
 from anew.utils import gpus as devices
 from anew.utils.compiler import missing_for_compile
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
-MATMUL = {"fp32": "highest", "tf32": "high", "bf16": "highest", "fp16": "highest"}  # what torch does with fp32 matrices
+MATMUL = {
+    "fp32": "highest",
+    "tf32": "high",
+    "bf16": "highest",
+    "fp16": "highest",
+}  # what torch does with fp32 matrices
 
 
 @dataclass(frozen=True)
@@ -80,18 +90,26 @@ def start(run: DeviceSettings) -> Runtime:
     """Choose device, precision and compiler, refuse what the machine lacks, and set torch's process-wide modes to match."""
     device = pick_device(run.device)
     if device.index is not None:
-        torch.accelerator.set_device_index(device)  # what torch picks by itself is the first, also for the second rank
+        torch.accelerator.set_device_index(
+            device
+        )  # what torch picks by itself is the first, also for the second rank
     precision, reason = pick_precision(run.precision, device)
     compiles, compile_reason = pick_compile(run.compile, device)
     torch.set_float32_matmul_precision(MATMUL[precision])
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # which are not used on purpose: `precision` says so
+    warnings.filterwarnings(
+        "ignore", message="TensorFloat32 tensor cores"
+    )  # which are not used on purpose: `precision` says so
     # cuBLAS may split a long sum over tokens and add the parts; these keep the parts in fp32.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device.type == "cpu":
         _keep_freed_memory()
     _be_deterministic(run.deterministic or device.type == "cpu")
-    why = (f"device {device.type} ({_name_of(device)})", f"precision {precision}: {reason}", compile_reason)
+    why = (
+        f"device {device.type} ({_name_of(device)})",
+        f"precision {precision}: {reason}",
+        compile_reason,
+    )
     return Runtime(device, precision, compiles, why)
 
 
@@ -116,7 +134,11 @@ def _keep_freed_memory() -> None:
     """Let glibc keep what a step frees: given back to Linux, it has to be faulted in again, page by page (docs/log.md, 2)."""
     if sys.platform != "linux":
         return
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    mmap_max, trim_threshold, top_pad = (
+        -4,
+        -1,
+        -2,
+    )  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
@@ -131,7 +153,9 @@ def _be_deterministic(wanted: bool) -> None:
 
 def pick_device(wanted: str) -> torch.device:
     """The device that "auto", "cpu", "cuda", "mps" or "xpu" means here; under torchrun each process has a GPU of its own."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     here = accelerator.type if accelerator is not None else "cpu"
     if wanted == "auto":
         if here == "cpu" and (problem := unusable_gpu()):
@@ -139,13 +163,18 @@ def pick_device(wanted: str) -> torch.device:
         wanted = here
     if wanted not in (here, "cpu"):
         problem = unusable_gpu() if wanted == "cuda" else ""
-        raise UserError(f"{problem or f'this machine (or this build of torch) has no {wanted}'}; use --device {here}.")
+        raise UserError(
+            f"{problem or f'this machine (or this build of torch) has no {wanted}'}; use --device {here}."
+        )
     return torch.device(wanted, _gpu_index()) if wanted in ("cuda", "xpu") else torch.device(wanted)
 
 
 def unusable_gpu() -> str:
     """Why torch cannot use the NVIDIA GPU of this machine, and what to do; empty if there is none, or if it is hidden on purpose."""
-    if not Path("/dev/nvidia0").exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+    if not Path("/dev/nvidia0").exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in (
+        "",
+        "-1",
+    ):
         return ""
     if torch.version.cuda is None:
         return f"this machine has an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA: install one with it"
@@ -172,14 +201,20 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """(precision, why)."""
     sm = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if wanted == "tf32" and sm < (8, 0):
-        raise UserError("tf32 needs an NVIDIA GPU of compute capability 8.0 or newer; use --precision fp32.")
+        raise UserError(
+            "tf32 needs an NVIDIA GPU of compute capability 8.0 or newer; use --precision fp32."
+        )
     if wanted == "bf16" and device.type == "cuda" and sm < (8, 0):
-        raise UserError(f"bf16 needs compute capability 8.0, and this GPU has {sm[0]}.{sm[1]}; use --precision fp16.")
+        raise UserError(
+            f"bf16 needs compute capability 8.0, and this GPU has {sm[0]}.{sm[1]}; use --precision fp16."
+        )
     if wanted in ("bf16", "fp16") and device.type == "mps":
         raise UserError(f"{wanted} training is not reliable on MPS; use --precision fp32.")
     if wanted != "auto":
         slow = wanted == "fp16" and device.type == "cpu"
-        return wanted, "as asked" + (" (fp16 on a CPU is many times slower than bf16)" if slow else "")
+        return wanted, "as asked" + (
+            " (fp16 on a CPU is many times slower than bf16)" if slow else ""
+        )
     if device.type == "cuda":
         return (
             ("bf16", f"compute capability {sm[0]}.{sm[1]}")
@@ -188,19 +223,32 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         )
     if device.type == "xpu":
         return "bf16", "Intel GPUs have bf16 instructions"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
         return "bf16", "the CPU has bf16 instructions"
-    return "fp32", "MPS computes most reliably in fp32" if device.type == "mps" else "the CPU has no bf16 instructions"
+    return (
+        "fp32",
+        "MPS computes most reliably in fp32"
+        if device.type == "mps"
+        else "the CPU has no bf16 instructions",
+    )
 
 
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     """(compile the training step?, why)."""
     missing = missing_for_compile(device)
     if wanted in ("on", "blocks") and missing:
-        raise UserError(f"torch.compile cannot work here: {missing}; install it, or use --compile off.")
+        raise UserError(
+            f"torch.compile cannot work here: {missing}; install it, or use --compile off."
+        )
     if wanted == "off":
         return False, "eager, as asked"
-    return (False, f"eager: {missing}") if missing else (True, "compiled (the first step takes a while)")
+    return (
+        (False, f"eager: {missing}")
+        if missing
+        else (True, "compiled (the first step takes a while)")
+    )
 
 
 @contextlib.contextmanager
@@ -216,13 +264,23 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:
     """Floating-point operations a second that MFU is measured against, and where the figure comes from."""
-    gpu = devices.known(torch.cuda.get_device_name(runtime.device)) if runtime.device.type == "cuda" else None
+    gpu = (
+        devices.known(torch.cuda.get_device_name(runtime.device))
+        if runtime.device.type == "cuda"
+        else None
+    )
     if gpu is not None and (tflops := gpu.peak(runtime.precision)):
         return tflops * 1e12, f"{tflops} TFLOP/s, {gpu.source}"
     if runtime.device.type == "cuda":
         flops = _product_flops_on_gpu(runtime)
-        return flops, f"{flops / 1e12:.3g} TFLOP/s, products of two matrices of 8192 x 8192 in {runtime.precision}, timed here"
-    a, b = (torch.randn(shape, dtype=runtime.dtype, device=runtime.device) for shape in ((2048, 768), (768, 3072)))
+        return (
+            flops,
+            f"{flops / 1e12:.3g} TFLOP/s, products of two matrices of 8192 x 8192 in {runtime.precision}, timed here",
+        )
+    a, b = (
+        torch.randn(shape, dtype=runtime.dtype, device=runtime.device)
+        for shape in ((2048, 768), (768, 3072))
+    )
     if _seconds(a[:64], b) > 0.2:  # fp16 on a CPU without it: 10 s for all rows
         a = a[:64]
     times = [_seconds(a, b)]

@@ -118,7 +118,9 @@ def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path} is not a JSON object")
     format = int(content.pop("format", 1))
     if format > newest_format:
-        raise UserError(f"{path} has format {format}, and this version of anew reads formats up to {newest_format}; update anew.")
+        raise UserError(
+            f"{path} has format {format}, and this version of anew reads formats up to {newest_format}; update anew."
+        )
     return content, format
 
 

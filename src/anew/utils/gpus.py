@@ -17,7 +17,9 @@ class GPU:
     """One kind of device. Rates in TFLOP/s, memory in GB (10^9 bytes), bandwidths in GB/s."""
 
     name: str
-    matches: tuple[str, ...]  # words of the name that torch reports, or that a user types; all must be there
+    matches: tuple[
+        str, ...
+    ]  # words of the name that torch reports, or that a user types; all must be there
     memory_gb: float
     memory_gb_s: float
     fp32: float
@@ -31,7 +33,9 @@ class GPU:
 
     def peak(self, precision: str) -> float | None:
         """TFLOP/s in a precision; None where the device lacks it."""
-        return {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16, "fp16": self.fp16}[precision]
+        return {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16, "fp16": self.fp16}[
+            precision
+        ]
 
     @property
     def precision(self) -> str:
@@ -50,22 +54,152 @@ _APPLE = "Apple newsroom, GPU teraflops at announcement"
 
 # Looked through in this order, first match: longer names before those they contain.
 GPUS = (
-    GPU("A100-40", ("a100", "40"), 40, 1555, 19.5, 156, 312, 312, 300, 0.55, "NVIDIA A100 datasheet", _LLMC_A100),
-    GPU("A100-80", ("a100",), 80, 2039, 19.5, 156, 312, 312, 300, 0.55, "NVIDIA A100 datasheet", _LLMC_A100),
-    GPU("H100 PCIe", ("h100", "pcie"), 80, 2000, 51, 378, 756, 756, 64, 0.38, "NVIDIA H100 datasheet", _LLMC_H100),
-    GPU("H100 NVL", ("h100", "nvl"), 94, 3900, 60, 417, 835, 835, 300, 0.325, "NVIDIA H100 datasheet", _H100_NVL),
-    GPU("H100", ("h100",), 80, 3350, 67, 495, 989, 989, 450, 0.38, "NVIDIA H100 datasheet", _LLMC_H100),
-    GPU("GH200", ("gh200",), 96, 4000, 67, 495, 989, 989, 450, 0.335, "NVIDIA GH200 datasheet", _GH200),
+    GPU(
+        "A100-40",
+        ("a100", "40"),
+        40,
+        1555,
+        19.5,
+        156,
+        312,
+        312,
+        300,
+        0.55,
+        "NVIDIA A100 datasheet",
+        _LLMC_A100,
+    ),
+    GPU(
+        "A100-80",
+        ("a100",),
+        80,
+        2039,
+        19.5,
+        156,
+        312,
+        312,
+        300,
+        0.55,
+        "NVIDIA A100 datasheet",
+        _LLMC_A100,
+    ),
+    GPU(
+        "H100 PCIe",
+        ("h100", "pcie"),
+        80,
+        2000,
+        51,
+        378,
+        756,
+        756,
+        64,
+        0.38,
+        "NVIDIA H100 datasheet",
+        _LLMC_H100,
+    ),
+    GPU(
+        "H100 NVL",
+        ("h100", "nvl"),
+        94,
+        3900,
+        60,
+        417,
+        835,
+        835,
+        300,
+        0.325,
+        "NVIDIA H100 datasheet",
+        _H100_NVL,
+    ),
+    GPU(
+        "H100",
+        ("h100",),
+        80,
+        3350,
+        67,
+        495,
+        989,
+        989,
+        450,
+        0.38,
+        "NVIDIA H100 datasheet",
+        _LLMC_H100,
+    ),
+    GPU(
+        "GH200",
+        ("gh200",),
+        96,
+        4000,
+        67,
+        495,
+        989,
+        989,
+        450,
+        0.335,
+        "NVIDIA GH200 datasheet",
+        _GH200,
+    ),
     GPU("H20", ("h20",), 96, 4000, 44, 74, 148, 148, 450, 0.75, "NVIDIA H20 datasheet", _H20),
-    GPU("H200 NVL", ("h200", "nvl"), 141, 4800, 60, 417, 835, 835, 450, 0.39, "NVIDIA H200 datasheet", _H200),
+    GPU(
+        "H200 NVL",
+        ("h200", "nvl"),
+        141,
+        4800,
+        60,
+        417,
+        835,
+        835,
+        450,
+        0.39,
+        "NVIDIA H200 datasheet",
+        _H200,
+    ),
     GPU("H200", ("h200",), 141, 4800, 67, 495, 989, 989, 450, 0.39, "NVIDIA H200 datasheet", _H200),
     GPU("B200", ("b200",), 180, 8000, 75, 1125, 2250, 2250, 900, 0.35, "NVIDIA DGX B200 datasheet"),
-    GPU("MI300X", ("mi300x",), 192, 5300, 163.4, 653.7, 1307, 1307, 64, 0.25, "AMD MI300X datasheet"),
+    GPU(
+        "MI300X", ("mi300x",), 192, 5300, 163.4, 653.7, 1307, 1307, 64, 0.25, "AMD MI300X datasheet"
+    ),
     GPU("L40S", ("l40s",), 48, 864, 91.6, 183, 362, 362, 32, 0.40, "NVIDIA L40S datasheet"),
     GPU("A10G", ("a10g",), 24, 600, 31.2, 35, 70, 70, 32, 0.45, "AWS G5 and NVIDIA A10 datasheets"),
-    GPU("RTX 5090", ("5090",), 32, 1792, 104.8, 104.8, 209.5, 209.5, 64, 0.45, "NVIDIA RTX Blackwell whitepaper"),
-    GPU("RTX 4090", ("4090",), 24, 1008, 82.6, 82.6, 165, 165, 32, 0.55, "NVIDIA Ada whitepaper", _ADA),
-    GPU("RTX 4070", ("4070",), 12, 504, 29.1, 29.1, 58.3, 58.3, 32, 0.50, "NVIDIA RTX 4070 specifications"),
+    GPU(
+        "RTX 5090",
+        ("5090",),
+        32,
+        1792,
+        104.8,
+        104.8,
+        209.5,
+        209.5,
+        64,
+        0.45,
+        "NVIDIA RTX Blackwell whitepaper",
+    ),
+    GPU(
+        "RTX 4090",
+        ("4090",),
+        24,
+        1008,
+        82.6,
+        82.6,
+        165,
+        165,
+        32,
+        0.55,
+        "NVIDIA Ada whitepaper",
+        _ADA,
+    ),
+    GPU(
+        "RTX 4070",
+        ("4070",),
+        12,
+        504,
+        29.1,
+        29.1,
+        58.3,
+        58.3,
+        32,
+        0.50,
+        "NVIDIA RTX 4070 specifications",
+    ),
     GPU("RTX 3090", ("3090",), 24, 936, 35.6, 35.6, 71, 71, 32, 0.45, "NVIDIA GA102 whitepaper"),
     GPU("T4", ("t4",), 16, 320, 8.1, None, None, 65, 16, 0.30, "NVIDIA T4 datasheet"),
     GPU("V100", ("v100",), 32, 900, 15.7, None, None, 125, 150, 0.35, "NVIDIA V100 datasheet"),
@@ -80,7 +214,9 @@ GPUS = (
 
 def known(name: str) -> GPU | None:
     """The device of this name, as torch or a user writes it."""
-    return next((gpu for gpu in GPUS if all(_has_word(name.lower(), word) for word in gpu.matches)), None)
+    return next(
+        (gpu for gpu in GPUS if all(_has_word(name.lower(), word) for word in gpu.matches)), None
+    )
 
 
 def _has_word(name: str, word: str) -> bool:

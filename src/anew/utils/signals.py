@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-NOTHING_YET = "stopped before its first step, so there was nothing to save; the same command starts again."
+NOTHING_YET = (
+    "stopped before its first step, so there was nothing to save; the same command starts again."
+)
 
 
 class Interrupted(BaseException):
@@ -86,7 +88,11 @@ def listening() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    numbers = [
+        signal.SIGINT,
+        signal.SIGTERM,
+        *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []),
+    ]
     before = {number: signal.signal(number, stop.handle) for number in numbers}
     here, there = socket.socketpair()
     there.setblocking(False)
@@ -100,5 +106,7 @@ def listening() -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
         outer = getattr(before[signal.SIGTERM], "__self__", None)
-        if stop.is_set() and isinstance(outer, Stop):  # what came too late for the inner is for the outer
+        if stop.is_set() and isinstance(
+            outer, Stop
+        ):  # what came too late for the inner is for the outer
             outer.set()

@@ -9,7 +9,15 @@ import numpy as np
 
 from anew.errors import UserError
 from anew.evaluate.scorer import Question, Scored
-from anew.evaluate.tasks.task import Remote, Result, Task, json_lines, perplexity, split_pair, text_of
+from anew.evaluate.tasks.task import (
+    Remote,
+    Result,
+    Task,
+    json_lines,
+    perplexity,
+    split_pair,
+    text_of,
+)
 from anew.tokenizer.bpe import Tokenizer
 
 
@@ -27,17 +35,24 @@ class HellaSwag(Task):
     )
 
     def rows(self, path: Path) -> list[Any]:
-        return [{"context": r["ctx"], "endings": r["endings"], "label": r["label"]} for r in _hellaswag_json(path)]
+        return [
+            {"context": r["ctx"], "endings": r["endings"], "label": r["label"]}
+            for r in _hellaswag_json(path)
+        ]
 
     def question(self, row: Any, tokenizer: Tokenizer) -> Question:
         return Question(
-            tokenizer.encode(row["context"]) or [tokenizer.end_of_text], [tokenizer.encode(" " + ending) for ending in row["endings"]]
+            tokenizer.encode(row["context"]) or [tokenizer.end_of_text],
+            [tokenizer.encode(" " + ending) for ending in row["endings"]],
         )
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         totals = np.array([ending.total for ending in answer])
         means = totals / [len(ending.log_p) for ending in answer]
-        return {"acc": int(totals.argmax() == row["label"]), "acc_norm": int(means.argmax() == row["label"])}
+        return {
+            "acc": int(totals.argmax() == row["label"]),
+            "acc_norm": int(means.argmax() == row["label"]),
+        }
 
 
 class HellaSwagHarness(HellaSwag):
@@ -54,7 +69,9 @@ class HellaSwagHarness(HellaSwag):
             lines = text_of(path).rstrip("\n").split("\n")
             groups = [lines[i : i + 6] for i in range(0, len(lines), 6)]
             if any(len(g) != 6 or g[1] not in {"0", "1", "2", "3"} for g in groups):
-                raise UserError(f"{path} is not HellaSwag: it holds neither JSON lines nor six lines an example.")
+                raise UserError(
+                    f"{path} is not HellaSwag: it holds neither JSON lines nor six lines an example."
+                )
             return [{"context": g[0], "endings": g[2:], "label": int(g[1])} for g in groups]
         return [
             {
@@ -72,7 +89,10 @@ class HellaSwagHarness(HellaSwag):
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         totals = np.array([ending.total for ending in answer])
         by_character = totals / [len(ending) for ending in row["endings"]]
-        return {"acc": int(totals.argmax() == row["label"]), "acc_norm": int(by_character.argmax() == row["label"])}
+        return {
+            "acc": int(totals.argmax() == row["label"]),
+            "acc_norm": int(by_character.argmax() == row["label"]),
+        }
 
 
 class ChildrensBook(Task):
@@ -82,7 +102,8 @@ class ChildrensBook(Task):
     """
 
     remote = Remote(
-        "http://www.thespermwhale.com/jaseweston/babi/CBTest.tgz", "932df0cadc1337b2a12b4c696b1041c1d1c6d4b6bd319874c6288f02e4a61e92"
+        "http://www.thespermwhale.com/jaseweston/babi/CBTest.tgz",
+        "932df0cadc1337b2a12b4c696b1041c1d1c6d4b6bd319874c6288f02e4a61e92",
     )
 
     def __init__(self, kind: str) -> None:
@@ -97,7 +118,14 @@ class ChildrensBook(Task):
                 query, answer, _, choices = sentence.split("\t")
                 before, _, after = query.partition("XXXXX")
                 words = choices.strip().split("|")
-                rows.append({"story": " ".join([*story, before]), "after": after, "words": words, "label": words.index(answer)})
+                rows.append(
+                    {
+                        "story": " ".join([*story, before]),
+                        "after": after,
+                        "words": words,
+                        "label": words.index(answer),
+                    }
+                )
             story = [*story, sentence] if number.isdigit() and number != "21" else []
         if not rows:
             raise UserError(f"{path} holds no questions of the Children's Book Test.")
@@ -106,7 +134,10 @@ class ChildrensBook(Task):
     def question(self, row: Any, tokenizer: Tokenizer) -> Question:
         context = _close_up(row["story"]).rstrip()
         rest = _close_up(row["after"])
-        return Question(tokenizer.encode(context) or [tokenizer.end_of_text], [tokenizer.encode(f" {word}{rest}") for word in row["words"]])
+        return Question(
+            tokenizer.encode(context) or [tokenizer.end_of_text],
+            [tokenizer.encode(f" {word}{rest}") for word in row["words"]],
+        )
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         return {"acc": int(np.argmax([ending.total for ending in answer]) == row["label"])}
@@ -155,7 +186,9 @@ class Lambada(Task):
 def _hellaswag_json(path: Path) -> list[dict[str, Any]]:
     rows = json_lines(path, ["activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label"])
     if not all(len(r["endings"]) == 4 and str(r["label"]) in {"0", "1", "2", "3"} for r in rows):
-        raise UserError(f"{path} is not HellaSwag's labelled part: an example lacks four endings and a label of 0 to 3.")
+        raise UserError(
+            f"{path} is not HellaSwag's labelled part: an example lacks four endings and a label of 0 to 3."
+        )
     return [{**r, "label": int(r["label"])} for r in rows]
 
 

@@ -14,7 +14,20 @@ from anew.evaluate.scorer import Question, Scored
 from anew.evaluate.tasks.task import Example, Remote, Result, Task, perplexity, text_of
 from anew.tokenizer.bpe import Tokenizer
 
-POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens seen before the one predicted
+POSITION_EDGES = (
+    0,
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    512,
+    1024,
+)  # tokens seen before the one predicted
 CONFIDENCE_BINS = 10
 
 
@@ -31,7 +44,12 @@ def window_result(window: Window, answer: Sequence[Scored]) -> Result:
     """What is kept of one window: sums, and sums by position and by confidence."""
     [scored] = answer
     nats = -scored.log_p.astype(np.float64)
-    place = np.searchsorted(POSITION_EDGES, np.arange(window.seen, window.seen + len(nats)), side="right") - 1
+    place = (
+        np.searchsorted(
+            POSITION_EDGES, np.arange(window.seen, window.seen + len(nats)), side="right"
+        )
+        - 1
+    )
     confidence = np.exp(scored.best.astype(np.float64))
     bin_of = np.minimum((confidence * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     return {
@@ -46,30 +64,54 @@ def window_result(window: Window, answer: Sequence[Scored]) -> Result:
 
 def window_figures(results: Sequence[Result]) -> dict[str, Any]:
     """Figures of running text; nats are a token's, `loss_by_position` and `calibration` are tables."""
-    total = {key: sum(r[key] for r in results) for key in ("nats", "tokens", "hits", "words", "bytes")}
-    tables = {key: np.sum([r[key] for r in results], axis=0) for key in results[0] if "_" in key or key == "confidence"}
+    total = {
+        key: sum(r[key] for r in results) for key in ("nats", "tokens", "hits", "words", "bytes")
+    }
+    tables = {
+        key: np.sum([r[key] for r in results], axis=0)
+        for key in results[0]
+        if "_" in key or key == "confidence"
+    }
     loss = total["nats"] / total["tokens"]
-    figures: dict[str, Any] = {"loss": loss, "token_perplexity": perplexity(loss), "acc": total["hits"] / total["tokens"]}
+    figures: dict[str, Any] = {
+        "loss": loss,
+        "token_perplexity": perplexity(loss),
+        "acc": total["hits"] / total["tokens"],
+    }
     if total["words"]:
         figures["word_perplexity"] = perplexity(total["nats"] / total["words"])
     if total["bytes"]:
         figures["bits_per_byte"] = total["nats"] / math.log(2) / total["bytes"]
     counts = tables["confidence_tokens"]
-    figures["calibration_error"] = float(np.abs(tables["confidence"] - tables["confidence_hits"]).sum() / counts.sum())
+    figures["calibration_error"] = float(
+        np.abs(tables["confidence"] - tables["confidence_hits"]).sum() / counts.sum()
+    )
     figures["loss_by_position"] = {
         str(edge): nats / n
-        for edge, nats, n in zip(POSITION_EDGES, tables["position_nats"].tolist(), tables["position_tokens"].tolist(), strict=True)
+        for edge, nats, n in zip(
+            POSITION_EDGES,
+            tables["position_nats"].tolist(),
+            tables["position_tokens"].tolist(),
+            strict=True,
+        )
         if n
     }
     figures["calibration"] = [
         {"confidence": c / n, "hit_rate": h / n, "tokens": int(n)}
-        for c, h, n in zip(tables["confidence"].tolist(), tables["confidence_hits"].tolist(), counts.tolist(), strict=True)
+        for c, h, n in zip(
+            tables["confidence"].tolist(),
+            tables["confidence_hits"].tolist(),
+            counts.tolist(),
+            strict=True,
+        )
         if n
     ]
     return figures
 
 
-def windows(ids: Sequence[int], words: int, size: int, positions: int, stride: int = 0) -> Iterator[Example]:
+def windows(
+    ids: Sequence[int], words: int, size: int, positions: int, stride: int = 0
+) -> Iterator[Example]:
     """Windows over a document `ids`, of which the first is given and each other is predicted once, `stride` at a time (0: as many as fit).
 
     A window holds as much context as fits, so a small stride gives every token a long past, at the price of reading it again.
@@ -79,7 +121,9 @@ def windows(ids: Sequence[int], words: int, size: int, positions: int, stride: i
         ending = ids[start : start + stride]
         context = ids[max(0, start + len(ending) - 1 - positions) : start]
         share = len(ending) / (len(ids) - 1)
-        yield Example(Window(len(context), words * share, size * share), Question(context, [ending]))
+        yield Example(
+            Window(len(context), words * share, size * share), Question(context, [ending])
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +143,11 @@ class Corpus(Task):
     size: int = 0  # bytes of the published text; 0: not known
 
     def is_whole(self, examples: Sequence[Example]) -> bool:
-        return self.stride == 0 and self.size > 0 and abs(sum(e.row.bytes for e in examples) - self.size) < self.size // 500
+        return (
+            self.stride == 0
+            and self.size > 0
+            and abs(sum(e.row.bytes for e in examples) - self.size) < self.size // 500
+        )
 
     def rows(self, path: Path) -> list[Any]:
         documents = [text for text in self.documents(text_of(path, self.member)) if text.strip()]
@@ -110,7 +158,9 @@ class Corpus(Task):
     def examples(self, path: Path, tokenizer: Tokenizer, positions: int) -> list[Example]:
         found: list[Example] = []
         for text in self.rows(path):
-            words = len(re.split(r"\s+", text))  # as lm-evaluation-harness counts them: an edge counts too
+            words = len(
+                re.split(r"\s+", text)
+            )  # as lm-evaluation-harness counts them: an edge counts too
             ids = [tokenizer.end_of_text, *tokenizer.encode(self.polish(text))]
             found += windows(ids, words, len(text.encode()), positions, self.stride)
         return found
@@ -124,8 +174,13 @@ class Corpus(Task):
 
 def wikitext_articles(text: str) -> list[str]:
     """WikiText cut before each article's title, which is a line ` = Title = ` between blank ones."""
-    starts = [match.start(1) for match in re.finditer(r"(?:^|\n) *\n( = [^=\n](?:[^\n]*[^=\n])? = \n *\n)", text)]
-    return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)] or [text]
+    starts = [
+        match.start(1)
+        for match in re.finditer(r"(?:^|\n) *\n( = [^=\n](?:[^\n]*[^=\n])? = \n *\n)", text)
+    ]
+    return [
+        text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)
+    ] or [text]
 
 
 # What WikiText's tokenisation did, undone in this order. The rules are lm-evaluation-harness's, so that figures can be compared.
@@ -133,7 +188,10 @@ WIKITEXT_RULES: tuple[tuple[str, Any], ...] = (
     (r"s '", "s'"),  # boys ' -> boys'
     (r" @([-,.])@ ", r"\1"),  # 1 @,@ 000 -> 1,000
     *((rf" ({mark}) ", r"\1 ") for mark in (":", ";", r"\.", "!", r"\?", ",")),
-    *((rf"({a})\s*([^{b}]*?)\s*({b})", r"\1\2\3") for a, b in ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))),
+    *(
+        (rf"({a})\s*([^{b}]*?)\s*({b})", r"\1\2\3")
+        for a, b in ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
+    ),
     (r"=(?: =)+", lambda match: match[0].replace(" ", "")),  # = = Heading = = -> == Heading ==
     (" ° ", "°"),
     (r" \n", "\n"),
@@ -152,7 +210,11 @@ def wikitext_polish(text: str) -> str:
 
 def ptb_polish(text: str) -> str:
     """Penn Treebank with its clitics closed up and its sentences as lines."""
-    return re.sub(r" (n't|'(?:s|m|d|re|ve|ll))\b", r"\1", text).replace(" \n", "\n").replace("\n ", "\n")
+    return (
+        re.sub(r" (n't|'(?:s|m|d|re|ve|ll))\b", r"\1", text)
+        .replace(" \n", "\n")
+        .replace("\n ", "\n")
+    )
 
 
 def last_characters(text: str) -> list[str]:
@@ -164,14 +226,29 @@ WIKITEXT = Remote(
     "https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
     "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
 )
-WIKITEXT_TEST = "wikitext-2-raw/wiki.test.raw"  # WikiText-2's test text, which is WikiText-103's too
+WIKITEXT_TEST = (
+    "wikitext-2-raw/wiki.test.raw"  # WikiText-2's test text, which is WikiText-103's too
+)
 WIKITEXT_BYTES = 1_290_590
-ENWIK8 = Remote("https://mattmahoney.net/dc/enwik8.zip", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")
-TEXT8 = Remote("https://mattmahoney.net/dc/text8.zip", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")
+ENWIK8 = Remote(
+    "https://mattmahoney.net/dc/enwik8.zip",
+    "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+)
+TEXT8 = Remote(
+    "https://mattmahoney.net/dc/text8.zip",
+    "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+)
 
 CORPORA = (
     Corpus("wikitext2", WIKITEXT, WIKITEXT_TEST, size=WIKITEXT_BYTES),
-    Corpus("wikitext103", WIKITEXT, WIKITEXT_TEST, wikitext_articles, wikitext_polish, size=WIKITEXT_BYTES),
+    Corpus(
+        "wikitext103",
+        WIKITEXT,
+        WIKITEXT_TEST,
+        wikitext_articles,
+        wikitext_polish,
+        size=WIKITEXT_BYTES,
+    ),
     Corpus("ptb", polish=ptb_polish),
     Corpus("enwik8", ENWIK8, "enwik8", last_characters),
     Corpus("text8", TEXT8, "text8", last_characters),

@@ -15,7 +15,15 @@ from anew.evaluate.tasks.task import Example, Result, Task
 from anew.tokenizer.bpe import Tokenizer
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (HellaSwag(), HellaSwagHarness(), Lambada(), *CORPORA, ChildrensBook("CN"), ChildrensBook("NE"))
+    task.name: task
+    for task in (
+        HellaSwag(),
+        HellaSwagHarness(),
+        Lambada(),
+        *CORPORA,
+        ChildrensBook("CN"),
+        ChildrensBook("NE"),
+    )
 }
 
 
@@ -42,11 +50,15 @@ class Validation(Task):
     def examples(self, path: Path, tokenizer: Tokenizer, positions: int) -> list[Example]:
         """The windows that training reports its loss on, whatever the file."""
         found = []
-        for ids, targets in evaluation_windows(self.shards, min(self.seq_len, positions), self.limit, 1):
+        for ids, targets in evaluation_windows(
+            self.shards, min(self.seq_len, positions), self.limit, 1
+        ):
             known = int((targets[0] == -100).sum()) + 1  # tokens that are context only
             ending = targets[0, known - 1 :].tolist()
             size = len(tokenizer.decode_bytes([i for i in ending if i != tokenizer.end_of_text]))
-            found.append(Example(Window(known, bytes=size), Question(ids[0, :known].tolist(), [ending])))
+            found.append(
+                Example(Window(known, bytes=size), Question(ids[0, :known].tolist(), [ending]))
+            )
         return found
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:

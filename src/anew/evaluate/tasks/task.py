@@ -25,7 +25,9 @@ from anew.evaluate.scorer import Question, Scored
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import cache_folder, sha256_of
 
-Result = dict[str, Any]  # what is kept of one example: numbers and lists of numbers, as JSON can hold them
+Result = dict[
+    str, Any
+]  # what is kept of one example: numbers and lists of numbers, as JSON can hold them
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Task:
         if self.remote is None:
             raise UserError(f"task {self.name} has no public download; give its text with --file.")
         if self.remote.path.is_file() and sha256_of(self.remote.path) != self.remote.sha256:
-            raise UserError(f"{self.remote.path} is not the published file (another sha256); remove it, or give another with --file.")
+            raise UserError(
+                f"{self.remote.path} is not the published file (another sha256); remove it, or give another with --file."
+            )
         if not self.remote.path.is_file():
             hint = f"fetch it by other means and put it at {self.remote.path}"
             sources.download(self.remote.url, self.remote.path, self.remote.sha256, hint=hint)
@@ -89,7 +93,9 @@ class Task:
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} is not in the format of task {self.name} ({error}).") from error
+            raise UserError(
+                f"{path} is not in the format of task {self.name} ({error})."
+            ) from error
 
     def result(self, row: Any, answer: Sequence[Scored]) -> Result:
         """What the answer says about one row."""
@@ -108,7 +114,10 @@ def perplexity(nats: float) -> float:
 def split_pair(tokenizer: Tokenizer, context: str, ending: str) -> Question:
     """Tokens of context + ending, cut where the context's own tokens end: lm-evaluation-harness's rule for where an ending begins."""
     stripped = context.rstrip()
-    context, ending = stripped, context[len(stripped) :] + ending  # a space at the cut belongs to the next word's token
+    context, ending = (
+        stripped,
+        context[len(stripped) :] + ending,
+    )  # a space at the cut belongs to the next word's token
     n = len(tokenizer.encode(context))
     ids = tokenizer.encode(context + ending)
     return Question([tokenizer.end_of_text], [ids]) if n == 0 else Question(ids[:n], [ids[n:]])
@@ -123,9 +132,22 @@ def text_of(path: Path, member: str = "") -> str:
             with tarfile.open(path) as archive:
                 content = (archive.extractfile(member) or io.BytesIO()).read()
         else:
-            content = bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
-    except (OSError, KeyError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give the text itself with --file.") from error
+            content = (
+                bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
+            )
+    except (
+        OSError,
+        KeyError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        zlib.error,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+    ) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); give the text itself with --file."
+        ) from error
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
@@ -138,7 +160,9 @@ def json_lines(path: Path, needs: Sequence[str]) -> list[dict[str, Any]]:
                 row = json.loads(line)
                 rows.append({key: row[key] for key in needs})
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} line {number} is not a JSON object with {', '.join(needs)}.") from error
+                raise UserError(
+                    f"{path} line {number} is not a JSON object with {', '.join(needs)}."
+                ) from error
     if not rows:
         raise UserError(f"{path} is empty.")
     return rows

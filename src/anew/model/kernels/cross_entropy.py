@@ -20,7 +20,14 @@ STAGES = tl.constexpr(2)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    logits, targets, losses, stride, VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, TRAINING: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    targets,
+    losses,
+    stride,
+    VOCABULARY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRAINING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # 65,536 rows of 50,304 are more than 2^31
     logits += row * stride
@@ -31,18 +38,24 @@ def _kernel(  # type: ignore[no-untyped-def]
     at_target = tl.load(logits + target, mask=scored, other=0.0).to(tl.float32)
     for start in tl.range(0, VOCABULARY, BLOCK, num_stages=STAGES):
         i = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + i, mask=i < COLUMNS).to(tl.float32)  # 16 bytes at a time, which a mask of 50,257 would not allow
+        x = tl.load(logits + i, mask=i < COLUMNS).to(
+            tl.float32
+        )  # 16 bytes at a time, which a mask of 50,257 would not allow
         x = tl.where(i < VOCABULARY, x, -float("inf"))
         higher = tl.maximum(most, tl.max(x, axis=0))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(x - higher), axis=0)
         most = higher
-    tl.store(losses + row, tl.where(scored, tl.log(total) - (at_target - most), 0.0))  # most + log(total) would round large logits
+    tl.store(
+        losses + row, tl.where(scored, tl.log(total) - (at_target - most), 0.0)
+    )  # most + log(total) would round large logits
     if TRAINING:
         for start in tl.range(0, COLUMNS, BLOCK, num_stages=STAGES):
             i = start + tl.arange(0, BLOCK)
             x = tl.load(logits + i, mask=i < COLUMNS).to(tl.float32)
             x = tl.where(i < VOCABULARY, x, -float("inf"))
-            gradient = tl.exp(x - most) / total - tl.where(i == target, 1.0, 0.0)  # 0 in the padding columns
+            gradient = tl.exp(x - most) / total - tl.where(
+                i == target, 1.0, 0.0
+            )  # 0 in the padding columns
             tl.store(logits + i, tl.where(scored, gradient, 0.0), mask=i < COLUMNS)
 
 
@@ -54,7 +67,17 @@ def cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int, training: b
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
-        _kernel[(len(logits),)](logits, targets, losses, logits.stride(0), vocab_size, logits.size(1), training, BLOCK, num_warps=WARPS)
+        _kernel[(len(logits),)](
+            logits,
+            targets,
+            losses,
+            logits.stride(0),
+            vocab_size,
+            logits.size(1),
+            training,
+            BLOCK,
+            num_warps=WARPS,
+        )
     return losses
 
 

@@ -25,7 +25,15 @@ MEMBER = "whisper/assets/gpt2.tiktoken"
 def download() -> str:
     """The text of `gpt2.tiktoken`, read from the source distribution without unpacking it."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--no-build-isolation"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--no-binary=:all:",
+            "--no-build-isolation",
+        ]
         subprocess.run([*pip, "--dest", folder, PACKAGE], check=True)
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
             name = next(n for n in archive.getnames() if n.endswith(MEMBER))
