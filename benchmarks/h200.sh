@@ -4,7 +4,7 @@
 #   PART=1 benchmarks/h200.sh results     # one part; each is useful alone, and this is the order of their use
 #   benchmarks/h200.sh results            # parts 1 to 8 one after the other, about 45 minutes on an H100 or H200
 #
-#   1  correctness: tests/test_cuda.py, tests/test_cross_entropy.py
+#   1  correctness: tests/gpu/test_cuda.py, tests/unit/model/test_cross_entropy.py
 #   2  the training step of 124M at 64 x 1024, with each attention kernel and in blocks, and a profile
 #   3  decoding beside transformers: one row and sixteen
 #   4  the speed ladder
@@ -66,7 +66,7 @@ say "$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,nohe
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
 
 if wants 1; then
-    LINES_SHOWN=40 run 460 correct "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_cross_entropy.py
+    LINES_SHOWN=40 run 460 correct "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_cuda.py tests/unit/model/test_cross_entropy.py
 fi
 if wants 2; then
     for attention in cudnn flash auto; do

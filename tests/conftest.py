@@ -14,17 +14,6 @@ if not torch.cuda.is_available():
         "TRITON_INTERPRET", "1"
     )  # read once, when Triton is imported: its kernels then run on a CPU
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-
-
-def shared(name: str) -> Path:
-    """A file or folder of the team's real data; the test skips where it is absent."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"needs ../shared/data/{name}")
-    return path
-
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -23,8 +23,8 @@ from anew.errors import Preempted
 from anew.training import run_log as metrics
 from anew.training.trainer import train
 from tests.faults.common import SIGNALS, Tally, final, flags, losses, tiny
-from tests.ranks import run_ranks, start
-from tests.test_parallel import trained, trained_until
+from tests.integration.test_parallel import trained, trained_until
+from tests.support.ranks import run_ranks, start
 
 MARK = "ANEW_FAULT_RUN"
 

@@ -5,7 +5,7 @@
 The source distribution of `openai-whisper` (MIT, LICENSE beside this file) holds GPT-2's vocabulary as `gpt2.tiktoken`: one line a token,
 its bytes in base64 and its id. Each token above 255 was made by joining two earlier ones; replaying byte-pair encoding on its bytes
 with only the ids below its own leaves exactly those two. They are stored as two little-endian uint16 a merge, in order.
-tests/test_tokenizer.py proves that the table gives OpenAI's own `vocab.bpe` and `encoder.json`, byte for byte.
+tests/unit/tokenizer/test_bpe.py proves that the table gives OpenAI's own `vocab.bpe` and `encoder.json`, byte for byte.
 """
 
 import base64

@@ -1,0 +1,518 @@
+"""The promises of training: bit for bit after a stop, the same at any micro-batch, and never disturbed by looking."""
+
+import contextlib
+import gc
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import anew
+from anew import Config, UserError
+from anew.checkpoint import folder as checkpoint
+from anew.errors import Preempted
+from anew.training import run_log as metrics
+from anew.training.train_state import State
+from anew.training.trainer import _seed, train, train_step
+from anew.utils import device as runtime
+from anew.utils.signals import Stop
+from tests.faults.common import tiny
+from tests.support import shared
+
+GOLDEN = [
+    5.539498,
+    5.361929,
+    5.247861,
+    5.134156,
+    5.015452,
+    4.90322,
+    4.771688,
+    4.706358,
+    4.611162,
+    4.591778,
+]
+
+
+def rows_of(config: Config) -> list[metrics.Row]:
+    keys = ("step", "tokens", "train/loss", "train/lr", "train/grad_norm")
+    return [{k: r[k] for k in keys} for r in metrics.read(config.folder)]
+
+
+def weights_hash(config: Config) -> str:
+    newest, _ = checkpoint.newest(config.folder)
+    assert newest is not None
+    both = (newest / "model.safetensors").read_bytes() + (
+        newest / "optimizer.safetensors"
+    ).read_bytes()
+    return hashlib.sha256(both).hexdigest()
+
+
+class StopAt:
+    """A progress callback that asks the run to stop, as a signal would, after given steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, row: metrics.Row) -> None:
+        if row["step"] in self.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+FAST = {
+    "optimizer": "muon",
+    "muon_warmup": 6,
+    "decay_share": 0.5,
+    "wte_lr": 2e-3,
+}
+VARIANTS = {
+    "adamw": {},
+    "muon": {"optimizer": "muon"},
+    "fast": FAST,
+    "dropout": {"dropout": 0.2, "micro_batch": 4},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "short epochs": {"batch_tokens": 4096},  # 5 steps an epoch: stops fall on both sides of its end
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_three_times_is_bit_for_bit_never_stopped(tiny: Config, variant: str) -> None:
+    whole = tiny.override(**VARIANTS[variant], out=tiny.run.out + "-whole")
+    train(whole)
+    parts = whole.override(out=tiny.run.out + "-parts")
+    for stop in (1, 5, 10):
+        with pytest.raises(Preempted, match=f"stopped at step {stop} of 12"):
+            train(parts, StopAt(stop))
+    train(parts)
+    assert rows_of(parts) == rows_of(whole)
+    assert weights_hash(parts) == weights_hash(whole)
+
+
+def test_a_compiled_run_resumes_bit_for_bit(tiny: Config) -> None:
+    if not runtime.pick_compile("auto", torch.device("cpu"))[0]:
+        pytest.skip("needs a C++ compiler")
+    compiled = tiny.override(compile="on", dropout=0.1, n_layer=1)
+    whole, parts = (
+        compiled.override(out=tiny.run.out + "-whole"),
+        compiled.override(out=tiny.run.out + "-parts"),
+    )
+    train(whole)
+    with pytest.raises(Preempted):
+        train(parts, StopAt(7))
+    train(parts)
+    assert rows_of(parts) == rows_of(whole)
+    assert weights_hash(parts) == weights_hash(whole)
+
+
+def test_compiled_blocks_and_recomputed_ones_are_the_same_run(tiny: Config) -> None:
+    if not runtime.pick_compile("auto", torch.device("cpu"))[0]:
+        pytest.skip("needs a C++ compiler")
+    short = tiny.override(steps=4, warmup_steps=1)
+    train(short.override(out=tiny.run.out + "-eager"))
+    for name, settings in {"blocks": {}, "recomputed": {"recompute": True}}.items():
+        config = short.override(compile="blocks", out=f"{tiny.run.out}-{name}", **settings)
+        train(config)
+        for a, b in zip(
+            rows_of(config), rows_of(short.override(out=tiny.run.out + "-eager")), strict=True
+        ):
+            assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6)
+
+
+def test_resume_across_shards_and_epochs(tiny: Config, tmp_path: Path) -> None:
+    from anew import Tokenizer
+    from anew.data import shards
+
+    tokenizer = Tokenizer.named("bytes")
+    text = tokenizer.encode(Path(tiny.data.data).read_text())
+    folder = tmp_path / "data"
+    folder.mkdir()
+    writer = shards.SplitWriter(folder, "train", shard_tokens=301)  # 18 sequences a shard, 8 a step
+    writer.write(torch.tensor(text[:1500]).numpy())
+    shards.write_index(folder, "bytes", "test", "1", writer.close())
+    whole = tiny.override(data=str(tmp_path / "data"), steps=30, out=tiny.run.out + "-whole")
+    train(whole)
+    parts = whole.override(out=tiny.run.out + "-parts")
+    for stop in (
+        2,
+        3,
+        11,
+        23,
+    ):  # inside a shard, just past its end, at and past the end of an epoch
+        with pytest.raises(Preempted):
+            train(parts, StopAt(stop))
+    train(parts)
+    assert rows_of(parts) == rows_of(whole)
+    assert weights_hash(parts) == weights_hash(whole)
+
+
+def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: Path) -> None:
+    """The same model, tokens, rates and optimizer by other people's code: every loss and the golden ones agree."""
+    from transformers import AutoModelForCausalLM
+
+    from anew import Tokenizer
+    from anew.checkpoint import huggingface as weights
+    from anew.data.dataloader import Batches
+    from anew.data.dataset import open_data
+    from anew.optim import build as optim
+
+    train(tiny)
+    weights.save_model(tmp_path, anew.GPT(tiny.model, seed=tiny.run.seed), Tokenizer.named("bytes"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    matrices, vectors = (
+        [p for p in model.parameters() if p.ndim > 1],
+        [p for p in model.parameters() if p.ndim == 1],
+    )
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    batches = Batches(open_data(tiny.data.data, "bytes").splits["train"], 16, tiny.run.seed)
+    for step, row in enumerate(metrics.read(tiny.folder)[:10]):
+        ids = torch.from_numpy(batches.rows(step * 8, 8))
+        logits = model(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = tiny.optim.lr * optim.rate(step, 12, tiny.optim)
+        adamw.step()
+        adamw.zero_grad()
+        assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert row["train/loss"] == pytest.approx(GOLDEN[step], rel=2e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> None:
+    config = tiny.override(steps=50)
+    one = config.override(out=tiny.run.out + "-one")
+    other = config.override(micro_batch=micro, out=tiny.run.out + "-other")
+    train(one), train(other)
+    for a, b in zip(rows_of(one), rows_of(other), strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-6)
+        assert a["tokens"] == b["tokens"]
+
+
+def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
+    from anew.training.setup import begin
+    from anew.training.trainer import _batches
+    from anew.utils.signals import Stop
+
+    seen = []
+    for micro in range(1, 9):
+        if 8 % micro:
+            with pytest.raises(UserError, match=f"micro-batches of {micro}"):
+                tiny.override(micro_batch=micro).micro_batches(1)
+            continue
+        with contextlib.ExitStack() as stack:
+            run = begin(tiny.override(micro_batch=micro), Stop(), stack)
+            steps = list(_batches(run, range(3, 6)))
+        seen.append(
+            [
+                (
+                    step,
+                    torch.cat([ids for ids, _ in m]).tolist(),
+                    torch.cat([t for _, t in m]).tolist(),
+                )
+                for step, m in steps
+            ]
+        )
+    assert all(s == seen[0] for s in seen)
+    assert seen[0][0][1] == [row[:-1] for row in run.batches.rows(24, 8).tolist()]
+
+
+def test_evaluating_and_sampling_more_often_changes_nothing(tiny: Config) -> None:
+    quiet = tiny.override(dropout=0.3, out=tiny.run.out + "-quiet")
+    busy = quiet.override(
+        evaluate_every=2, sample_every=3, sample_tokens=40, save_every=1, out=tiny.run.out + "-busy"
+    )
+    a, b = train(quiet), train(busy)
+    assert rows_of(quiet) == [r for r in rows_of(busy) if "train/loss" in r]
+    assert weights_hash(quiet) == weights_hash(busy)
+    assert a.val_loss == b.val_loss
+    lines = [json.loads(line) for line in (busy.folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "text" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if "val/loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert "sample at step 3" in (busy.folder / "log.txt").read_text()
+    assert len([r for r in metrics.read(busy.folder) if "val/loss" in r]) == 6
+
+
+def test_validation_loss_is_that_of_a_plain_loop(tiny: Config) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = train(tiny)
+    newest, _ = checkpoint.newest(tiny.folder)
+    model = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.float64).eval()
+    text = Path(tiny.data.data).read_bytes()
+    ids = torch.tensor([256, *text[len(text) * 9 // 10 :]])
+    total, count = 0.0, 0
+    for start in range(0, len(ids) - 1, 16):
+        end = min(start + 16, len(ids) - 1)
+        window = ids[max(0, end - 16) : end + 1]
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0, start - end :]
+        total += torch.nn.functional.cross_entropy(
+            logits, window[start - end :], reduction="sum"
+        ).item()
+        count += end - start
+    assert result.val_loss == pytest.approx(total / count, rel=1e-6)
+    assert count == len(ids) - 1
+
+
+def test_a_non_finite_step_is_skipped_and_said(
+    tiny: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["anew.training.trainer"]  # `anew.train` is the function
+    original, calls = module.train_step, []
+
+    def poisoned(loss_of, *rest):
+        calls.append(len(calls))
+        bad = len(calls) == 4
+        return original((lambda i, t: loss_of(i, t) * math.nan) if bad else loss_of, *rest)
+
+    monkeypatch.setattr(module, "train_step", poisoned)
+    result = train(tiny)
+    rows = metrics.read(tiny.folder)
+    assert rows[3]["train/loss"] is None
+    assert all(math.isfinite(r["train/loss"]) for i, r in enumerate(rows) if i != 3)
+    assert "the step was skipped" in caplog.text
+    assert result.val_loss is not None
+    assert math.isfinite(result.val_loss)
+
+
+def test_rows_that_are_written_late_are_all_written_in_order(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a row is written while the next step is computed: before anything that is saved, evaluated or ends the run."""
+    module = sys.modules["anew.training.trainer"]
+    made = module.LateRows.__init__
+
+    def late(self, *arguments):
+        made(self, *arguments)
+        self.is_late = True
+
+    settings = {"save_every": 4, "evaluate_every": 3, "keep": 0}
+    usual = tiny.override(**settings, out=tiny.run.out + "-usual")
+    train(usual)
+    monkeypatch.setattr(module.LateRows, "__init__", late)
+    delayed = tiny.override(**settings)
+    behind = []
+    write = module.LateRows.write
+    monkeypatch.setattr(
+        module.LateRows, "write", lambda self: (behind.append(len(self.waiting)), write(self))[1]
+    )
+    for stop in (2, 7):
+        with pytest.raises(Preempted):
+            train(delayed, StopAt(stop))
+    train(delayed)
+    assert 1 in behind
+    assert max(behind) == 1
+    assert rows_of(delayed) == rows_of(usual)
+    order = [
+        json.loads(line) for line in (delayed.folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    for i, row in enumerate(order):
+        if "val/loss" in row:
+            assert order[i - 1]["step"] == row["step"], "a validation follows the row of its step"
+
+    step = module.train_step
+
+    def failing(loss_of, state, *rest):
+        if state.step == 5:
+            raise RuntimeError("the device is gone")
+        return step(loss_of, state, *rest)
+
+    monkeypatch.setattr(module, "train_step", failing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        train(tiny.override(out=tiny.run.out + "-failed"))
+    assert metrics.read(tiny.override(out=tiny.run.out + "-failed").folder)[-1]["step"] == 5
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["anew.training.trainer"]
+    original = module.train_step
+    monkeypatch.setattr(
+        module,
+        "train_step",
+        lambda loss_of, *rest: original(lambda i, t: loss_of(i, t) * math.inf, *rest),
+    )
+    with pytest.raises(RuntimeError, match="10 steps in a row"):
+        train(tiny)
+
+
+def test_interrupted_accumulation_leaves_no_trace(tiny: Config) -> None:
+    state = State(tiny, runtime.start(tiny.run), "")
+    stop, ids = Stop(), torch.arange(8)[None]
+    before = [p.clone() for p in state.params]
+
+    def loss_of(i: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        stop.set()  # arrives while the first of two micro-batches is computed
+        return state.model(i, t)
+
+    assert train_step(loss_of, state, [(ids, ids)] * 2, 1.0, stop).stop
+    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
+    assert all(p.grad is None for p in state.params)
+
+
+def test_another_run_in_the_folder_is_refused_by_name(tiny: Config) -> None:
+    train(tiny)
+    with pytest.raises(UserError, match="seed: 1337 -> 5"):
+        train(tiny.override(seed=5))
+    again = train(tiny.override(micro_batch=4, save_every=3))
+    assert again.step == 12
+    assert math.isfinite(again.train_loss)
+
+
+def test_other_text_under_the_same_name_is_refused(tiny: Config, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("one text, " * 300)
+    config = tiny.override(data=str(text))
+    with pytest.raises(Preempted):
+        train(config, StopAt(4))
+    text.write_text("another text, " * 300)
+    with pytest.raises(UserError, match="is no longer the one"):
+        train(config)
+
+
+def test_falls_back_past_a_damaged_checkpoint_and_replays_the_same(tiny: Config) -> None:
+    config = tiny.override(save_every=4)
+    train(config)
+    rows, final = rows_of(config), weights_hash(config)
+    for step in (12, 8):
+        path = checkpoint.folder_of(config.folder, step) / (
+            "model.safetensors" if step == 12 else "optimizer.safetensors"
+        )
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 16
+        path.write_bytes(raw)
+    train(config)
+    assert "resumed from step-00000004" in (config.folder / "log.txt").read_text()
+    assert rows_of(config) == rows
+    assert weights_hash(config) == final
+    for folder in checkpoint.steps(config.folder):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint that is whole"):
+        train(config)
+
+
+def test_init_takes_over_shape_and_weights(tiny: Config) -> None:
+    train(tiny)
+    tuned = tiny.override(
+        init=tiny.run.out,
+        n_layer=9,
+        n_embd=900,
+        lr=1e-9,
+        min_lr=0.0,
+        steps=3,
+        warmup_steps=1,
+        out=tiny.run.out + "-tuned",
+    )
+    train(tuned)
+    a, b = (anew.GPT.from_pretrained(c.run.out) for c in (tiny, tuned))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+    assert Config.read(tuned.folder / "config.json").model.n_layer == 2
+
+
+def test_padding_rows_stay_out_of_the_folder_and_zero_after_training(tiny: Config) -> None:
+    from safetensors.torch import load_file
+
+    train(tiny.override(optimizer="muon"))
+    newest, _ = checkpoint.newest(tiny.folder)
+    assert newest is not None
+    assert load_file(newest / "model.safetensors")["transformer.wte.weight"].shape == (257, 32)
+    assert load_file(newest / "optimizer.safetensors")["exp_avg.transformer.wte.weight"].shape == (
+        257,
+        32,
+    )
+    assert (anew.GPT.from_pretrained(tiny.run.out).transformer.wte.weight[257:] == 0).all()
+
+
+def test_seeds_of_forward_passes_differ() -> None:
+    seeds = {
+        _seed(seed, step, micro, rank)
+        for seed in (0, 1, 2**62)
+        for step in range(30)
+        for micro in range(6)
+        for rank in range(4)
+    }
+    assert len(seeds) == 3 * 30 * 6 * 4
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_tensorboard_has_scalars_settings_and_texts(tiny: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny.override(sample_every=6))
+    events = EventAccumulator(str(tiny.folder / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("train/loss")) == 12
+    assert events.Scalars("train/loss")[-1].value == pytest.approx(
+        metrics.last_loss(tiny.folder), rel=1e-6
+    )
+    tags = events.Tags()["tensors"]
+    assert any("sample" in tag for tag in tags)
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_tensorboard_of_a_resumed_run_keeps_what_was_before(tiny: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(Preempted):
+        train(tiny, StopAt(5))
+    train(tiny)
+    events = EventAccumulator(str(tiny.folder / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+
+
+def test_training_through_python_needs_no_command_line_packages(
+    tiny: Config, tmp_path: Path
+) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('tyro', 'rich', 'loguru', 'tensorboard', 'transformers'): sys.modules[name] = None\n"
+        "import anew\n"
+        "from pathlib import Path\n"
+        f"anew.train(anew.Config.read(Path({str(tmp_path / 'config.json')!r})))\n"
+    )
+    (tmp_path / "config.json").write_text(tiny.override(steps=3).to_json())
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "TensorBoard is not installed" in (tiny.folder / "log.txt").read_text()
+
+
+def test_bpe_on_real_shakespeare(tiny: Config) -> None:
+    path = shared("tinyshakespeare/input.txt")
+    config = tiny.override(data=str(path), tokenizer="gpt2", vocab_size=50257, steps=6, n_embd=16)
+    result = train(config)
+    assert result.val_loss is not None
+    assert 9 < result.val_loss < 10.9  # a little under ln 50257 = 10.82
+
+
+def test_a_profile_is_a_trace_of_the_steps_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny(tmp_path / "run", steps=8, profile=3)
+    train(config)
+    events = json.loads((config.folder / "trace.json").read_text())["traceEvents"]
+    steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
+    assert any(e.get("name") == "aten::mm" for e in events)
+    assert "profile of 3 steps" in caplog.text
+    train(tiny(tmp_path / "short", steps=2, warmup_steps=1, profile=3))
+    assert "no profile was written" in caplog.text
+
+
+def test_the_collector_of_cycles_is_quiet_while_steps_are_taken(tmp_path: Path) -> None:
+    seen = []
+    train(tiny(tmp_path / "run", steps=2, warmup_steps=1), lambda row: seen.append(gc.isenabled()))
+    assert seen == [False, False]
+    assert gc.isenabled()
