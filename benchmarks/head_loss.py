@@ -17,10 +17,10 @@ import torch
 
 from anew import recipe
 from anew.model import loss as head
-from anew.training.train_state import State
-from anew.training.trainer import train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
 from anew.utils import device as runtime
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 
 WAYS = {"one pass": head.fused_chunk_loss, "in place": head.chunk_loss}
 
@@ -33,7 +33,7 @@ def step_of(a: argparse.Namespace) -> Callable[[str], object]:
         if (value := getattr(a, name))
     }
     config = recipe(a.recipe, compile="off", out=tempfile.mkdtemp(), **shape)
-    state, stop = State(config, runtime.start(config.run), ""), Stop()
+    state, stop = TrainState(config, runtime.start(config.run), ""), StopFlag()
     ids = torch.randint(0, config.model.vocab_size, (config.batch_sequences, config.data.seq_len))
     batches = [(part, part.roll(-1, 1)) for part in ids.split(config.micro_batches(1)[0])]
 

@@ -74,9 +74,9 @@ def rank(arguments: argparse.Namespace) -> None:
     from anew import recipe
     from anew.bench.timing import text_batch
     from anew.config.schema import RunConfig
-    from anew.distributed.world import joined
+    from anew.distributed.rendezvous import joined
     from anew.training.setup import training_loss
-    from anew.training.train_state import State
+    from anew.training.train_state import TrainState
     from anew.utils.device import start
 
     torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def rank(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     with joined("cpu", 120) as world:
         rt = start(RunConfig(device="cpu", precision="fp32", compile=config.run.compile))
-        state = State(config, rt, "", world)
+        state = TrainState(config, rt, "", world)
         loss_of, batch = training_loss(state), text_batch(config, rt.device)
         assert state.buckets is not None
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -106,7 +106,9 @@ def rank(arguments: argparse.Namespace) -> None:
                     seconds[way].append(time.perf_counter() - begin)
         if world.rank == 0:
             print(
-                json.dumps({"seconds": seconds, "bytes": sum(4 * p.numel() for p in state.params)})
+                json.dumps(
+                    {"seconds": seconds, "bytes": sum(4 * p.numel() for p in state.parameters)}
+                )
             )
 
 

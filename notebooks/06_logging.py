@@ -17,7 +17,7 @@ from anew.training import run_log as metrics
 
 ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "docs" / "example").is_dir())
 run = ROOT / "docs" / "example"
-rows = metrics.read(run)
+rows = metrics.read_metrics(run)
 steps = [row for row in rows if "train/loss" in row]
 print(f"{len(rows)} rows, {len(steps)} of them training steps; the last one:")
 print(json.dumps(steps[-1], indent=1))

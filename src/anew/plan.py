@@ -252,7 +252,7 @@ def lines(plan: Plan) -> Iterator[str]:
 def from_run(run: Path, config: Config) -> Iterator[str]:
     """What a short real run says about `config` on the same device."""
     source = Config.read(run / "config.json")
-    rows = [row for row in metrics.read(run) if "speed/tokens_per_second" in row]
+    rows = [row for row in metrics.read_metrics(run) if "speed/tokens_per_second" in row]
     if len(rows) < 4:
         raise UserError(
             f"{run} has {len(rows)} timed steps; train a few more before planning from it."

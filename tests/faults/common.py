@@ -68,7 +68,7 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
     """What must be the same bit for bit: step, loss, norm and rate of every step."""
     return [
         (r["step"], r["train/loss"], r["train/grad_norm"], r["train/lr"])
-        for r in metrics.read(run)
+        for r in metrics.read_metrics(run)
         if "train/loss" in r
     ]
 

@@ -461,7 +461,7 @@ def poisoned(config: Config, kind: str, at: int) -> list[Any]:
 def _digest(state: Any) -> str:
     digest = hashlib.sha256()
     for tensor in (
-        *state.params,
+        *state.parameters,
         *(v for o in state.optimizers for e in o.state.values() for v in e.values()),
     ):
         digest.update(tensor.detach().numpy().tobytes())
@@ -490,6 +490,8 @@ def bad_numbers(n: int, rng: random.Random, place: Path) -> Tally:
         tally.check("applied=False" in bad, f"{kind}: {bad}")
         text = (config.folder / "log.txt").read_text()
         tally.check("the step was skipped (sequences" in text, f"{kind}: not said")
-        tally.check(metrics.read(config.folder)[-1]["step"] == 80, f"{kind}: the run did not end")
+        tally.check(
+            metrics.read_metrics(config.folder)[-1]["step"] == 80, f"{kind}: the run did not end"
+        )
         tally.runs += 1
     return tally

@@ -25,15 +25,17 @@ from anew import GPT, GPTConfig, plan
 from anew.bench import timing as bench
 from anew.distributed import fsdp as sharded
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
-from anew.distributed.world import World, identity_of, whole
+from anew.distributed.preflight import gpu_identity
+from anew.distributed.world import World, full_tensor
 from anew.inference.decoders import Graphed, Packed, pack
 from anew.inference.generate import _prefill
 from anew.model.attention import attend
-from anew.training.train_state import State
-from anew.training.trainer import train, train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
+from anew.training.trainer import train
 from anew.utils import device as runtime
 from anew.utils.gpus import GPUS
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 from tests.faults.common import losses, tiny
 from tests.support import ROOT
 from tests.support.ranks import free_port
@@ -69,7 +71,7 @@ def gradients(model: GPT, compiled: bool = False) -> tuple[float, torch.Tensor]:
 def test_loss_and_gradients_are_those_of_fp64(
     compiled: bool, dtype: torch.dtype, off: float, attention: Any
 ) -> None:
-    """The whole model, its loss kernel and each attention kernel, forward and backward, against the same model in fp64."""
+    """The full_tensor model, its loss kernel and each attention kernel, forward and backward, against the same model in fp64."""
     exact_loss, exact = gradients(GPT(SMALL, torch.float64, seed=1).double().to(DEVICE))
     config = dataclasses.replace(SMALL, attention=attention)
     loss, found = gradients(GPT(config, dtype, seed=1).to(DEVICE), compiled)
@@ -117,7 +119,7 @@ def test_the_attention_kernel_is_the_one_that_was_asked_for(
     "precision", ["fp32", pytest.param("tf32", marks=only_cuda), "bf16", "fp16"]
 )
 def test_a_run_learns_in_every_precision(precision: str, tmp_path: Path) -> None:
-    """The loss falls by a third in sixty steps of a whole run, with loss scaling in fp16."""
+    """The loss falls by a third in sixty steps of a full_tensor run, with loss scaling in fp16."""
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision, steps=60)
     result = train(config)
     assert result.train_loss < 0.7 * train_losses(config.folder)[0]
@@ -134,8 +136,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> No
         "steps": 20,
         "optimizer": optimizer,
     }
-    whole, parts = tiny(tmp_path / "whole", **settings), tiny(tmp_path / "parts", **settings)
-    train(whole)
+    full_tensor, parts = tiny(tmp_path / "whole", **settings), tiny(tmp_path / "parts", **settings)
+    train(full_tensor)
 
     def stop(row: Any) -> None:
         if row["step"] == 12:
@@ -144,7 +146,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         train(parts, stop)
     train(parts)
-    assert losses(parts.folder) == losses(whole.folder)
+    assert losses(parts.folder) == losses(full_tensor.folder)
 
 
 @only_cuda
@@ -154,9 +156,9 @@ def test_a_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> Non
     config = tiny(
         tmp_path / "run", device=DEVICE, precision="bf16", batch_tokens=1024, optimizer=optimizer
     )
-    state = State(config, runtime.start(config.run), "")
-    batch = bench.text_batch(config, state.rt.device)
-    stop = Stop()
+    state = TrainState(config, runtime.start(config.run), "")
+    batch = bench.text_batch(config, state.runtime.device)
+    stop = StopFlag()
     for _ in range(2):
         train_step(state.model, state, batch, 1.0, stop)
     torch.cuda.set_sync_debug_mode("warn")
@@ -283,19 +285,21 @@ def test_a_rank_that_is_asked_to_stop_before_its_first_micro_batch_ends_the_step
 ) -> None:
     """The real step, for a world that it takes for two ranks: the gradient norm must be where the loss is, and no scale is missing."""
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision)
-    state = State(config, runtime.start(config.run), "", World(0, 2))
-    before = [p.detach().clone() for p in state.params]
-    stop = Stop()
+    state = TrainState(config, runtime.start(config.run), "", World(0, 2))
+    before = [p.detach().clone() for p in state.parameters]
+    stop = StopFlag()
     stop.set()
-    outcome = train_step(state.model, state, bench.text_batch(config, state.rt.device), 1.0, stop)
+    outcome = train_step(
+        state.model, state, bench.text_batch(config, state.runtime.device), 1.0, stop
+    )
     assert outcome.stop
     assert not outcome.applied
-    assert all(torch.equal(p, q) for p, q in zip(state.params, before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(state.parameters, before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fsdp_on_one_rank_is_the_same_model(dtype: torch.dtype, group: World) -> None:
-    """FSDP's hooks, casts and accumulation on this device; the whole model that evaluation uses is exact."""
+    """FSDP's hooks, casts and accumulation on this device; the full_tensor model that evaluation uses is exact."""
     ids = ids_for(2, 64)
     plain = GPT(SMALL, dtype, seed=2).to(DEVICE)
     expected = plain_gradients(plain, ids)
@@ -306,7 +310,7 @@ def test_fsdp_on_one_rank_is_the_same_model(dtype: torch.dtype, group: World) ->
         (model(ids, ids.roll(-1, 1)) / 2).backward()
     for p, gradient in zip(model.parameters(), expected, strict=True):
         assert p.grad is not None
-        found = whole(p.grad)
+        found = full_tensor(p.grad)
         assert ((found - gradient).norm() / gradient.norm()).item() < (
             0.05 if dtype == torch.bfloat16 else 1e-4
         )
@@ -318,7 +322,7 @@ def test_fsdp_on_one_rank_is_the_same_model(dtype: torch.dtype, group: World) ->
 @only_cuda
 def test_each_gpu_has_an_identity() -> None:
     """By which ranks on one GPU are refused, whatever their machines are called."""
-    identities = [identity_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    identities = [gpu_identity(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     assert len(set(identities)) == len(identities)
     assert all(len(identity) > 8 for identity in identities)
 

@@ -31,7 +31,7 @@ def test_shakespeare_learns_real_text(tmp_path: Path) -> None:
     )
     assert result.val_loss is not None
     assert result.val_loss < 2.5  # bytes by their frequency alone: 3.31
-    rows = metrics.read(tmp_path / "run")
+    rows = metrics.read_metrics(tmp_path / "run")
     assert {
         "step",
         "tokens",

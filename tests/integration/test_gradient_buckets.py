@@ -12,7 +12,7 @@ import torch
 from anew import GPT, GPTConfig
 from anew.checkpoint import folder as checkpoint
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
-from anew.distributed.world import joined
+from anew.distributed.rendezvous import joined
 from anew.errors import Preempted
 from anew.evaluate.tasks.table import TASKS
 from anew.evaluate.tasks.task import Remote
@@ -115,18 +115,24 @@ def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[b
     seen: list[tuple[bool, str]] = []
 
     def stopped(
-        loss_of: Any, state: Any, micro_batches: Any, rate: float, stop: Any, *rest: Any
+        loss_of: Any,
+        state: Any,
+        micro_batches: Any,
+        rate: float,
+        stop: Any,
+        *rest: Any,
+        **more: Any,
     ) -> Any:
         if state.step == step and state.world.rank == 1:
             stop.set()
-        return train_step(loss_of, state, micro_batches, rate, stop, *rest)
+        return train_step(loss_of, state, micro_batches, rate, stop, *rest, **more)
 
     def watched(state: Any) -> Any:
         if state.step == step:
             seen.append(
                 (
-                    all(p.grad is not None for p in state.params),
-                    str(gradient_of(state.params[0]).device),
+                    all(p.grad is not None for p in state.parameters),
+                    str(gradient_of(state.parameters[0]).device),
                 )
             )
         return clip_gradients(state)
@@ -155,10 +161,10 @@ def stopped_at(config: Any, step: int) -> str:
     module = importlib.import_module("anew.training.trainer")
     train_step = module.train_step
 
-    def watched(loss_of: Any, state: Any, *rest: Any) -> Any:
+    def watched(loss_of: Any, state: Any, *rest: Any, **more: Any) -> Any:
         if state.step == step and state.world.rank == 0:
             signal_this_process(signal.SIGTERM)
-        return train_step(loss_of, state, *rest)
+        return train_step(loss_of, state, *rest, **more)
 
     module.train_step = watched
     try:
@@ -198,7 +204,7 @@ def test_a_stop_in_the_very_first_step_of_a_process_is_a_stop(tmp_path: Path) ->
     config = tiny(tmp_path / "run", steps=6, precision="fp16")
     assert ok(run_ranks(2, stopped_at, config, 0)) == ["preempted"] * 2
     assert ok(run_ranks(2, stopped_at, config, -1)) == ["complete"] * 2
-    assert metrics.read(config.folder)[-1]["step"] == 6
+    assert metrics.read_metrics(config.folder)[-1]["step"] == 6
 
 
 def test_compiled_blocks_with_overlap_resume_bit_for_bit_on_three_ranks(tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ def test_sagemaker_with_its_own_launcher_and_a_spot_interruption(
     assert not {"optimizer.safetensors", "manifest.json"} & {
         p.name for p in (base / "model").iterdir()
     }
-    assert len(metrics.read(base / "output" / "data")) == len(metrics.read(whole.folder))
+    assert len(metrics.read_metrics(base / "output" / "data")) == len(
+        metrics.read_metrics(whole.folder)
+    )
     assert not (base / "output" / "failure").exists()
     with tarfile.open(
         fileobj=io.BytesIO(aws.objects["/mine/anew/shakespeare/source.tar.gz"])

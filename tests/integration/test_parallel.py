@@ -27,9 +27,9 @@ def trained(config: Config) -> dict[str, Any]:
     original, ids = module.train_step, hashlib.sha256()
     rows: list[list[list[int]]] = []
 
-    def watched(loss_of: Any, state: Any, micro_batches: Any, *rest: Any) -> Any:
+    def watched(loss_of: Any, state: Any, micro_batches: Any, *rest: Any, **more: Any) -> Any:
         rows.append([row for inputs, _ in micro_batches for row in inputs.tolist()])
-        outcome = original(loss_of, state, micro_batches, *rest)
+        outcome = original(loss_of, state, micro_batches, *rest, **more)
         ids.update(repr(outcome).encode())
         return outcome
 
@@ -67,7 +67,9 @@ def test_any_number_of_ranks_is_the_same_run(
     )
     for step in range(config.run.steps):
         assert [row for f in found for row in f["rows"][step]] == single["rows"][step]
-    for a, b in zip(metrics.read(config.folder), metrics.read(shared.folder), strict=True):
+    for a, b in zip(
+        metrics.read_metrics(config.folder), metrics.read_metrics(shared.folder), strict=True
+    ):
         for key in ("train/loss", "train/grad_norm", "val/loss"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=1e-6)
@@ -108,7 +110,9 @@ def test_muon_gives_the_same_run_on_any_number_of_ranks(
         parts, i = (first, step) if step < 6 else (second, step - 6)
         assert [row for part in parts for row in part["rows"][i]] == single["rows"][step]
     assert len({part["outcomes"] for part in second}) == 1
-    for a, b in zip(metrics.read(config.folder), metrics.read(shared.folder), strict=True):
+    for a, b in zip(
+        metrics.read_metrics(config.folder), metrics.read_metrics(shared.folder), strict=True
+    ):
         for key in ("tokens", "train/loss", "train/grad_norm", "val/loss"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=1e-6), (a["step"], key)
@@ -139,8 +143,8 @@ def test_world_size_and_kind_may_change_at_every_resume(
             rows[first + i] = [row for part in parts for row in part["rows"][i]]
     for step in range(40):
         assert rows[step] == single["rows"][step]
-    whole = metrics.read(config.folder)
-    for row in metrics.read(changing.folder)[:40]:
+    whole = metrics.read_metrics(config.folder)
+    for row in metrics.read_metrics(changing.folder)[:40]:
         [same] = [w for w in whole if w["step"] == row["step"]]
         assert row["train/loss"] == pytest.approx(same["train/loss"], rel=1e-6)
 
@@ -157,10 +161,10 @@ def trained_until(config: Config, step: int) -> dict[str, Any]:
     rows: list[list[list[int]]] = []
     first: list[int] = []
 
-    def watched(loss_of: Any, state: Any, micro_batches: Any, *rest: Any) -> Any:
+    def watched(loss_of: Any, state: Any, micro_batches: Any, *rest: Any, **more: Any) -> Any:
         if state.step == step and state.world.rank == state.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one rank knows, and all stop at the same step
-        outcome = original(loss_of, state, micro_batches, *rest)
+        outcome = original(loss_of, state, micro_batches, *rest, **more)
         if not outcome.stop:
             first.append(state.step)
             rows.append([row for inputs, _ in micro_batches for row in inputs.tolist()])

@@ -47,7 +47,7 @@ def test_stored_run_resumes_to_the_losses_of_the_version_that_began_it(
     finally:
         torch.set_num_threads(threads)
     assert result.step == 24
-    losses = [row["train/loss"] for row in metrics.read(stored / name)]
+    losses = [row["train/loss"] for row in metrics.read_metrics(stored / name)]
     assert losses[12:] == pytest.approx(expected["losses"][12:], rel=1e-4)
     assert result.val_loss == pytest.approx(expected["val_loss"], rel=1e-4)
     if processor() == EXPECTED["processor"]:

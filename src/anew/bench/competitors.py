@@ -33,10 +33,10 @@ from anew.inference.generate import generate
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.setup import training_loss
-from anew.training.train_state import State
-from anew.training.trainer import train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
 from anew.utils import device as runtime
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 SHARD_TOKENS = 100_000_000
@@ -51,7 +51,7 @@ def our_step(config: Any, device: str) -> Step:
     """The product's own runtime, model and train_step."""
     config = config.override(device=device)
     rt = runtime.start(config.run)
-    state, stop = State(config, rt, ""), Stop()
+    state, stop = TrainState(config, rt, ""), StopFlag()
     loss_of = training_loss(state)
     batch = bench.text_batch(config, rt.device)
     return lambda: train_step(loss_of, state, batch, 1.0, stop)

@@ -23,9 +23,9 @@ from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.training import run_log as metrics
-from anew.training.setup import settle
+from anew.training.setup import resolve_config
 from anew.training.trainer import train
-from anew.utils.signals import Stop, listening, signal_this_process
+from anew.utils.signals import StopFlag, signal_this_process, stop_on_signals
 
 DIVERGED = "diverged.txt"  # in the folder of a run that was given up
 
@@ -54,8 +54,8 @@ def ended(trial: Trial, out: Path) -> Ended | None:
     folder = out / trial.name
     if not (folder / "config.json").is_file():
         return None
-    config = settle(trial.config.override(out=str(folder)))
-    rows = metrics.read(folder) if (folder / "metrics.jsonl").is_file() else []
+    config = resolve_config(trial.config.override(out=str(folder)))
+    rows = metrics.read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
     speeds = [row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row]
     if (folder / DIVERGED).is_file():
         return Ended(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
@@ -78,7 +78,7 @@ def ended(trial: Trial, out: Path) -> Ended | None:
 
 
 def run_all(
-    trials: Sequence[Trial], out: Path, stop: Stop, done: Callable[[Trial, Ended], None]
+    trials: Sequence[Trial], out: Path, stop: StopFlag, done: Callable[[Trial, Ended], None]
 ) -> dict[str, Ended]:
     """Every trial's end; `done` is told of each as it is known, those of earlier calls too. Preempted if `stop` is set before the last."""
     from filelock import FileLock, Timeout
@@ -106,7 +106,7 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
+def _run(trial: Trial, out: Path, stop: StopFlag) -> Ended:
     """The end of one trial, which is run if it is not complete."""
     folder = out / trial.name
     if (found := ended(trial, out)) is not None:
@@ -127,9 +127,9 @@ def _run(trial: Trial, out: Path, stop: Stop) -> Ended:
 
 
 @contextlib.contextmanager
-def limited(minutes: float) -> Iterator[Stop]:
+def limited(minutes: float) -> Iterator[StopFlag]:
     """Set by the signals that ask a process to stop, one of which it sends itself when the time is over (0: never)."""
-    with listening() as stop:
+    with stop_on_signals() as stop:
         left = threading.Event()
 
         def end() -> None:

@@ -23,7 +23,7 @@ from anew.bench.sweep import Ended, Trial, run_all
 from anew.config.recipes import FAST
 from anew.config.schema import Config
 from anew.errors import Preempted
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 
 SHARES = (
     0.25,
@@ -212,7 +212,7 @@ class Plan:
                 )
 
     def run(
-        self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]
+        self, out: Path, stop: StopFlag, loss_of: LossOf, say: Callable[[str], None]
     ) -> tuple[dict[str, dict[str, Any]], list[Arm]]:
         """Everything that is not done yet: the best settings of each tuned arm, and every arm at its horizons."""
         done = 0

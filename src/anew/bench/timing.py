@@ -27,10 +27,10 @@ from anew.model.gpt import flops_per_token
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.setup import training_loss
-from anew.training.train_state import State
-from anew.training.trainer import train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
 from anew.utils import device as runtime
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
     if matmul:
         torch.set_float32_matmul_precision(matmul)
     runtime.reset_peak_memory(rt.device)
-    state, stop = State(config, rt, ""), Stop()
+    state, stop = TrainState(config, rt, ""), StopFlag()
     loss_of = training_loss(state)
     batch = text_batch(config, rt.device)
     times, losses = [], []

@@ -16,7 +16,7 @@ import tyro
 from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data.dataset import open_data
-from anew.distributed import world as parallel
+from anew.distributed import rendezvous as parallel
 from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate import runner

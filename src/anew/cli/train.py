@@ -16,8 +16,8 @@ from anew.config.recipes import RECIPES
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.report import html as page
-from anew.training.run_log import Row, describe
-from anew.training.trainer import Result, train
+from anew.training.run_log import Row, describe_run
+from anew.training.trainer import TrainResult, train
 
 OWN = [
     flag("resume", str, "", "go on with this run folder (the recipe is then not needed)"),
@@ -58,7 +58,7 @@ def run_train(argv: list[str]) -> None:
     for line in said:
         logger.info(line)
     if arguments.dry_run:
-        for line in describe(config.check(), int(os.environ.get("WORLD_SIZE", "1"))):
+        for line in describe_run(config.check(), int(os.environ.get("WORLD_SIZE", "1"))):
             print(line)
         return
     with _progress(config.run.steps) as shown:
@@ -90,7 +90,7 @@ def run_train(argv: list[str]) -> None:
         print(json.dumps({**dataclasses.asdict(result), "folder": str(result.folder), **extra}))
 
 
-def _report(config: Config, result: Result) -> None:
+def _report(config: Config, result: TrainResult) -> None:
     """The end of a run, in words."""
     print(
         f"\n{config.recipe}: {result.step:,} steps, {result.tokens:,} tokens in {result.seconds:.1f} s of training"

@@ -1,4 +1,4 @@
-"""Sums gradients over all ranks in one bucket for each block, while the backward pass still runs.
+"""Sums gradients over all ranks in one bucket per block, while the backward pass still runs.
 
     buckets = GradientBuckets(gradient_groups(model), world)
     buckets.start_step()                   # every p.grad is now a zeroed view of its bucket
@@ -9,8 +9,8 @@
     buckets.all_reduce()                   # starts what has not started, and waits
 
 The backward pass computes the gradients of the last block first, so the exchange of a block runs
-while the blocks before it are still being computed. The embeddings are ready last; their bucket
-(31% of the bytes of 124M, 5% of 1558M) is the part that nothing can hide.
+while the blocks before it are still being computed. The embeddings are ready last; the exchange of
+their bucket (31% of the bytes of 124M, 5% of 1558M) cannot be overlapped with computation.
 
 `torch.nn.parallel.DistributedDataParallel` overlaps as well, but it lays its buckets out again
 after the first step of a process. From three ranks on, a resumed run would then add in another
@@ -18,7 +18,7 @@ order than the run that it continues. Here the buckets and the order in which th
 from the model alone: bucket k starts only after bucket k - 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from anew.model.gpt import GPT
 
 
 def gradient_groups(model: GPT) -> list[list[nn.Parameter]]:
-    """Parameters by bucket, in the order in which a backward pass completes their gradients."""
+    """Return the parameters by bucket, in the order in which a backward pass completes them."""
     groups = [list(block.parameters()) for block in reversed(list(model.transformer.h))]
     in_blocks = {parameter for group in groups for parameter in group}
     groups.append([parameter for parameter in model.parameters() if parameter not in in_blocks])
@@ -44,12 +44,15 @@ class GradientBuckets:
         self.world = world
         self.flat: list[Tensor] = []
         self.views: list[list[Tensor]] = []
-        self.missing: list[int] = []  # gradients that each bucket still waits for
-        self.works: list[Any] = []  # all-reduces that have started, in the order of the buckets
-        self.is_armed = False
+        self.missing: list[int] = []  # the number of gradients that each bucket still waits for
+        self.started: list[
+            Any
+        ] = []  # the all-reduces that have started, in the order of the buckets
+        self.may_start = False
         for index, group in enumerate(self.groups):
+            hook = self._hook_of_bucket(index)
             for parameter in group:
-                parameter.register_post_accumulate_grad_hook(self._hook_of(index))
+                parameter.register_post_accumulate_grad_hook(hook)
 
     def start_step(self) -> None:
         """Make every gradient a zeroed view of its bucket.
@@ -63,43 +66,51 @@ class GradientBuckets:
         for group, views in zip(self.groups, self.views, strict=True):
             for parameter, view in zip(group, views, strict=True):
                 parameter.grad = view
-        self.works = []
-        self.is_armed = False
+        self.started = []
+        self.may_start = False
 
     def start_when_ready(self) -> None:
         """Let the next backward pass, the last of this step, start the buckets that it completes."""
         self.missing = [len(group) for group in self.groups]
-        self.is_armed = True
+        self.may_start = True
 
     def all_reduce(self) -> None:
         """Replace every gradient by its mean over the ranks. Raises LostRank if a rank is gone."""
-        self.is_armed = False
+        self.may_start = False
         with naming_lost_ranks(self.world.rank):
-            while len(self.works) < len(self.groups):
+            while len(self.started) < len(self.groups):
                 self._start_next()
-            for work in self.works:
+            for work in self.started:
                 work.wait()
         torch._foreach_div_(self.flat, self.world.size)
-        self.works = []
+        self.started = []
 
     def _allocate(self) -> None:
         for group in self.groups:
             sizes = [parameter.numel() for parameter in group]
             flat = torch.zeros(sum(sizes), dtype=torch.float32, device=group[0].device)
-            parts = zip(group, flat.split(sizes), strict=True)
             self.flat.append(flat)
-            self.views.append([part.view_as(parameter) for parameter, part in parts])
+            parts = flat.split(sizes)
+            views = [part.view_as(p) for p, part in zip(group, parts, strict=True)]
+            self.views.append(views)
 
-    def _hook_of(self, index: int) -> Any:
+    def _hook_of_bucket(self, index: int) -> Callable[[Tensor], None]:
+        """Return the function that autograd calls when a gradient of this bucket is complete."""
+
         def hook(_: Tensor) -> None:
-            if not self.is_armed:
+            if not self.may_start:
                 return
             self.missing[index] -= 1
             with naming_lost_ranks(self.world.rank):
-                while len(self.works) < len(self.groups) and self.missing[len(self.works)] == 0:
+                while self._next_is_complete():
                     self._start_next()
 
         return hook
 
+    def _next_is_complete(self) -> bool:
+        index = len(self.started)
+        return index < len(self.groups) and self.missing[index] == 0
+
     def _start_next(self) -> None:
-        self.works.append(distributed.all_reduce(self.flat[len(self.works)], async_op=True))
+        bucket = self.flat[len(self.started)]
+        self.started.append(distributed.all_reduce(bucket, async_op=True))

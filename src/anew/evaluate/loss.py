@@ -9,8 +9,8 @@ import torch
 from anew.data.dataloader import evaluation_windows
 from anew.data.shards import Shard
 from anew.distributed.world import ALONE, World
+from anew.errors import Preempted
 from anew.model.gpt import GPT
-from anew.utils.signals import Interrupted
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def mean_loss(
                 mine[i] = loss.item() * scored, scored
     shares = world.gather((mine, stop is not None and stop.is_set()))
     if any(stopped for _, stopped in shares):
-        raise Interrupted
+        raise Preempted("the evaluation was stopped")
     everywhere = {i: part for share, _ in shares for i, part in share.items()}
     total = sum(everywhere[i][0] for i in range(len(everywhere)))
     return total / sum(scored for _, scored in everywhere.values())

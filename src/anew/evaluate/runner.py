@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from anew.distributed.world import ALONE, World
+from anew.errors import Preempted
 from anew.evaluate.scorer import score
 from anew.evaluate.tasks.task import Example, Result, Task
 from anew.model.gpt import GPT
 from anew.utils.device import pick_compile
 from anew.utils.files import json_lines
-from anew.utils.signals import Interrupted
 
 RESULTS_VERSION = (
     1  # to be raised with every change of what the scorer or a task makes of an example
@@ -82,7 +82,7 @@ def run(
     everywhere: dict[int, list[Result]] = {}
     shares = world.gather((done, scored, stop is not None and stop.is_set()))
     if any(stopped for _, _, stopped in shares):
-        raise Interrupted
+        raise Preempted("the evaluation was stopped")
     for part, _, _ in shares:
         everywhere |= part
     results = [result for i in range(len(chunks)) for result in everywhere[i]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anew.distributed.world import ALONE, World, cut_like, whole
+from anew.distributed.world import ALONE, World, full_tensor, shard_like
 
 NEWTON_SCHULZ = (
     3.4445,
@@ -78,10 +78,10 @@ class Muon(Optimizer):
     def _orthogonal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """The updates of matrices of one shape, at a rate of 1. Those that are cut over ranks are put together, and cut again."""
         stacked = torch.stack(
-            [part for matrix in matrices for part in _square_parts(whole(matrix))]
+            [part for matrix in matrices for part in _square_parts(full_tensor(matrix))]
         )
         is_wide = stacked.size(1) <= stacked.size(2)
-        done = self.world.divide(
+        done = self.world.divide_rows(
             stacked if is_wide else stacked.mT,
             lambda share: orthogonalise(share, dtype=self.dtype),
             self.dtype,
@@ -89,7 +89,7 @@ class Muon(Optimizer):
         done = done.to(torch.float32, copy=True).mul_(0.2 * math.sqrt(max(stacked.shape[1:])))
         parts = (done if is_wide else done.mT).split(len(stacked) // len(matrices))
         return [
-            cut_like(matrix, torch.cat(tuple(own), dim=1))
+            shard_like(matrix, torch.cat(tuple(own), dim=1))
             for matrix, own in zip(matrices, parts, strict=True)
         ]
 

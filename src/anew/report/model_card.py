@@ -52,7 +52,7 @@ def _training(run: Path, step: int) -> list[str]:
         + (f", Muon's {config.optim.muon_lr:g}" if config.optim.optimizer == "muon" else ""),
         "seed": config.run.seed,
     }
-    rows = [row for row in metrics.read(run) if row["step"] <= step]
+    rows = [row for row in metrics.read_metrics(run) if row["step"] <= step]
     validated = [row for row in rows if "val/loss" in row]
     if validated:
         last = validated[-1]

@@ -1,12 +1,12 @@
-"""Checkpoints beside training: the state is copied, and a thread writes, flushes, verifies and prunes while training goes on.
+"""Writes checkpoints in a thread while training continues.
 
-    saver.save(state)           # returns once the copy is taken; what is written is this step, whatever training does meanwhile
-    saver.wait()                # the last save is on the disk, or its error is raised here
+    checkpoints.save(state)     # returns when the state is copied; a thread writes the copy
+    checkpoints.wait()          # returns when the checkpoint is on the disk, or raises its error
 
-One save at a time: the next waits for the one before. Only rank 0 writes; copying is everybody's where weights are sharded.
+A second save waits for the one before. Only rank 0 writes; every rank must call `save`, because
+sharded weights are gathered.
 """
 
-import logging
 import threading
 import time
 from pathlib import Path
@@ -15,61 +15,66 @@ from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.run_log import RunState
-from anew.training.train_state import Snapshot, State
-
-log = logging.getLogger("anew")
+from anew.training.train_state import Snapshot, TrainState
 
 
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of one run."""
 
     def __init__(
-        self, run: Path, config: Config, tokenizer: Tokenizer, run_state: RunState, saved_step: int
+        self,
+        run: Path,
+        config: Config,
+        tokenizer: Tokenizer,
+        run_state: RunState,
+        resumed_step: int,
     ) -> None:
-        """`saved_step`: the step of the checkpoint that the run was taken up from, else -1."""
-        self.run, self.config, self.tokenizer, self.run_state = run, config, tokenizer, run_state
-        self.saved_step = self.taken_step = saved_step
-        self.taken_at = time.monotonic()
+        """`resumed_step` is the step of the checkpoint that the run was resumed from; 0 if there is none."""
+        self.run = run
+        self.config = config
+        self.tokenizer = tokenizer
+        self.run_state = run_state
+        self.last_step = resumed_step  # of the newest checkpoint that was begun
+        self.last_time = time.monotonic()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
     def is_due(self) -> bool:
-        """Is the newest checkpoint older than `save_minutes`?"""
+        """Return whether the newest checkpoint is older than `save_minutes`."""
         minutes = self.config.run.save_minutes
-        return minutes > 0 and time.monotonic() - self.taken_at > 60 * minutes
+        return minutes > 0 and time.monotonic() - self.last_time > 60 * minutes
 
-    def save(self, state: State) -> None:
-        """Begin to write the checkpoint of this step, unless there is one, or nothing was done yet."""
-        if state.step in (0, self.taken_step):
+    def save(self, state: TrainState) -> None:
+        """Begin to write the checkpoint of this step, unless it exists or no step was taken yet."""
+        if state.step in (0, self.last_step):
             return
         self.wait()
         snapshot = state.snapshot()
-        self.taken_step, self.taken_at = state.step, time.monotonic()
-        if snapshot is None:  # another rank writes
-            self.saved_step = state.step
-            return
-        self.thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
-        self.thread.start()
+        self.last_step = state.step
+        self.last_time = time.monotonic()
+        if snapshot is not None:
+            self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+            self.thread.start()
 
-    def finish(self) -> None:
-        """Until no save is under way, whatever became of it."""
+    def join(self) -> None:
+        """Wait until no checkpoint is being written, without raising its error."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def wait(self) -> None:
-        """Until the save that is under way is on the disk; raises what went wrong with it."""
-        self.finish()
+        """Wait until no checkpoint is being written, and raise the error of the last one."""
+        self.join()
         if self.error is not None:
-            error, self.error = self.error, None
+            error = self.error
+            self.error = None
             raise error
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
             with checkpoint.writing(self.run, snapshot.step) as folder:
                 snapshot.write(folder, self.config, self.tokenizer)
-            self.saved_step = snapshot.step
             self.run_state.update(saved_step=snapshot.step, step=snapshot.step)
             checkpoint.prune(self.run, self.config.run.keep, self.config.run.keep_every)
-        except BaseException as error:  # noqa: BLE001 (the training thread raises it)
+        except BaseException as error:  # noqa: BLE001 (`wait` raises it in the training thread)
             self.error = error

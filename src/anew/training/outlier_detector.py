@@ -1,41 +1,45 @@
-"""Loss and gradient norm as they usually are, so that a step far outside is known before it changes a weight.
+"""Detects steps whose loss or gradient norm is far above the usual, before they change a weight.
 
-    limits = spikes.limits(z=6.0)         # the step is not applied if its loss or norm is above; infinite for the first 50 steps
-    spikes.add(loss, norm)                # of a step that was applied
+    max_loss, max_norm = detector.limits(z=6.0)
+    detector.add(loss, grad_norm)               # of a step that was applied
 
-The running mean and variance forget with a half-life of 35 steps. They go into the checkpoint, so a resumed run judges alike.
+The mean and the variance are exponential moving averages with a half-life of 35 steps. They are part
+of a checkpoint, so a resumed run makes the same decisions.
 """
 
 import math
 from dataclasses import dataclass, field
 
-KEEP, WARM_STEPS = 0.98, 50
-LEAST_SHARE = 0.02  # of the mean: a very even run must not take its own noise for a spike
+DECAY = 0.98
+WARM_UP_STEPS = 50  # there are no limits before this many steps
+# A standard deviation counts as at least this share of the mean, so that in a very even run ordinary
+# noise is not taken for an outlier.
+LEAST_DEVIATION = 0.02
 
 
 @dataclass
-class Spikes:
-    """What was usual lately: [loss, gradient norm]."""
+class OutlierDetector:
+    """Moving statistics of [loss, gradient norm]. The field names are those of trainer.json."""
 
     steps: int = 0
     mean: list[float] = field(default_factory=lambda: [0.0, 0.0])
     variance: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def limits(self, z: float) -> tuple[float, float]:
-        """The largest loss and the largest norm that are not spikes."""
-        if self.steps < WARM_STEPS:
+        """Return the largest loss and the largest norm within `z` standard deviations of the mean."""
+        if self.steps < WARM_UP_STEPS:
             return math.inf, math.inf
-        loss, norm = (
-            m + z * max(math.sqrt(v), LEAST_SHARE * m)
-            for m, v in zip(self.mean, self.variance, strict=True)
-        )
-        return loss, norm
+        limits = []
+        for mean, variance in zip(self.mean, self.variance, strict=True):
+            deviation = max(math.sqrt(variance), LEAST_DEVIATION * mean)
+            limits.append(mean + z * deviation)
+        return limits[0], limits[1]
 
-    def add(self, loss: float, norm: float) -> None:
-        """Take one applied step into account."""
+    def add(self, loss: float, grad_norm: float) -> None:
+        """Update the statistics with one applied step."""
         self.steps += 1
-        keep = min(KEEP, 1 - 1 / self.steps)  # a plain mean until there are enough
-        for i, value in enumerate((loss, norm)):
-            away = value - self.mean[i]
-            self.mean[i] += (1 - keep) * away
-            self.variance[i] = keep * (self.variance[i] + (1 - keep) * away * away)
+        decay = min(DECAY, 1 - 1 / self.steps)  # a plain mean until there are enough steps
+        for i, value in enumerate((loss, grad_norm)):
+            difference = value - self.mean[i]
+            self.mean[i] += (1 - decay) * difference
+            self.variance[i] = decay * (self.variance[i] + (1 - decay) * difference * difference)

@@ -1,6 +1,10 @@
-"""Where a step's time goes: a trace of a few steps, for ui.perfetto.dev or chrome://tracing, and quiet while steps are taken.
+"""Records where the time of a step goes, and keeps Python's garbage collector out of the steps.
 
-with profiled(run / "trace.json", steps=3) as step_done: ...
+    with profiled(run / "trace.json", steps=3) as step_done:
+        ...
+        step_done()
+
+The trace opens in ui.perfetto.dev and in chrome://tracing.
 """
 
 import contextlib
@@ -15,68 +19,80 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 log = logging.getLogger("anew")
 
-WARM_UP = 2  # steps: the first compiles, the second makes the optimizer's state
-GARBAGE_EVERY = 50  # steps
+WARM_UP_STEPS = 2  # the first step compiles, and the second creates the optimizer's state
+LISTED_OPERATIONS = 8
+COLLECT_EVERY = 50  # steps
+FULL_COLLECTION_EVERY = 20 * COLLECT_EVERY
 
 
 @contextlib.contextmanager
 def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Record `steps` steps, after two, into `path`. What it yields is called behind each step."""
-    if not steps:
+    """Record `steps` steps into `path`, from the third one on. The yielded function follows each step."""
+    if steps == 0:
         yield lambda: None
         return
     written = False
 
     def write(recorded: Any) -> None:
         nonlocal written
-        taken = recorded.step_num - WARM_UP
-        if not taken:  # the run ended just here
+        taken = recorded.step_num - WARM_UP_STEPS
+        if taken == 0:  # the run ended before a step was recorded
             return
         written = True
         recorded.export_chrome_trace(str(path))
-        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        log.info(f"profile of {taken} steps in {path}; what took longest:")
-        for event in sorted(recorded.key_averages(), key=lambda e: -_self_time(e, key))[:8]:
-            log.info(
-                f"  {_self_time(event, key) / taken / 1e3:>9,.1f} ms a step  {event.count / taken:>6,.0f} times  {event.key[:60]}"
-            )
+        log.info(f"profile of {taken} steps in {path}; the operations that took longest:")
+        log_longest_operations(recorded, taken)
 
-    activities = [
-        ProfilerActivity.CPU,
-        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
-    ]
-    with profile(
-        activities=activities,
-        schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
-        on_trace_ready=write,
-    ) as p:
-        yield p.step
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    phases = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=steps, repeat=1)
+    with profile(activities=activities, schedule=phases, on_trace_ready=write) as profiler:
+        yield profiler.step
     if not written:
-        log.warning(f"no profile was written: the run ended before step {WARM_UP + steps}")
+        log.warning(f"no profile was written: the run ended before step {WARM_UP_STEPS + steps}")
 
 
-def _self_time(event: Any, key: str) -> float:
-    """Microseconds in this operation itself; torch has renamed CUDA's to a device's."""
-    found: float = getattr(event, key.replace("cuda", "device"), 0.0) or getattr(event, key, 0.0)
-    return found
+def log_longest_operations(recorded: Any, steps: int) -> None:
+    """Log the operations that took most time by themselves."""
+    events = sorted(recorded.key_averages(), key=self_time, reverse=True)
+    for event in events[:LISTED_OPERATIONS]:
+        milliseconds = self_time(event) / steps / 1e3
+        calls = event.count / steps
+        log.info(f"  {milliseconds:>9,.1f} ms a step  {calls:>6,.0f} times  {event.key[:60]}")
+
+
+def self_time(event: Any) -> float:
+    """Return the microseconds of an operation without those that it calls, on the GPU if there is one."""
+    if not torch.cuda.is_available():
+        return float(event.self_cpu_time_total)
+    # PyTorch has renamed the attribute.
+    for name in ("self_device_time_total", "self_cuda_time_total"):
+        value = float(getattr(event, name, 0.0))
+        if value:
+            return value
+    return 0.0
 
 
 @contextlib.contextmanager
-def quiet_garbage() -> Iterator[Callable[[int], None]]:
-    """Python's collector of cycles stays off; what it yields is called with each step and collects at the same ones on every rank.
+def garbage_collected_at_fixed_steps() -> Iterator[Callable[[int], None]]:
+    """Switch automatic garbage collection off; the yielded function collects at fixed steps.
 
-    By itself it starts when enough objects are there, at another moment on each rank, and all wait for the one that is collecting.
+    Automatic collection begins when enough objects exist, which happens at different moments on the
+    ranks, and all of them wait for the rank that is collecting.
     """
 
     def collect(step: int) -> None:
-        if step % GARBAGE_EVERY == 0:
-            gc.collect(2 if step % (20 * GARBAGE_EVERY) == 0 else 1)
+        if step % COLLECT_EVERY != 0:
+            return
+        is_full = step % FULL_COLLECTION_EVERY == 0
+        gc.collect(2 if is_full else 1)
 
-    on = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield collect
     finally:
-        if on:
+        if was_enabled:
             gc.enable()

@@ -1,7 +1,12 @@
-"""What a run writes down: metrics.jsonl, samples.jsonl, run_state.json, log.txt, TensorBoard.
+"""Writes what happens in a run: metrics.jsonl, samples.jsonl, log.txt, run_state.json and TensorBoard.
 
-metrics.jsonl is the one source; each line is an object that always has `step`, `tokens` and `seconds` (of training, compile included,
-validation and saving excluded). A resumed run appends, so readers keep the last row of a step (`read`).
+    with RunLog(run, config, step=0) as run_log:
+        run_log.step(step_row(...), applied=True, sequences="sequences 0 to 15")
+    rows = read_metrics(run)
+
+metrics.jsonl has one JSON object a line. Each has `step`, `tokens` and `seconds` (of training, without
+validation and saving). A resumed run appends to the file, so a step can occur twice; readers keep the
+value that was written last.
 """
 
 import contextlib
@@ -14,96 +19,103 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from io import TextIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from anew.config.schema import Config
-from anew.errors import Diverged, Preempted
+from anew.errors import Diverged, Preempted, UserError
 from anew.model.gpt import count_parameters, flops_per_token
 from anew.utils.files import json_lines, read_json, write_json
 
 log = logging.getLogger("anew")
+
 Row = dict[str, Any]
+RUN_STATE_FORMAT = 1  # of run_state.json
 
 
-def read(run: Path) -> list[Row]:
-    """The rows of a run's metrics.jsonl in order of steps; what a step wrote last counts, key by key. Half a line is skipped."""
+def read_metrics(run: Path) -> list[Row]:
+    """Return the rows of RUN/metrics.jsonl by step. Of several values of a key, the last one counts."""
     rows: dict[int, Row] = {}
     for row in json_lines(run / "metrics.jsonl"):
         rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
 
-def last_loss(run: Path) -> float:
-    """The newest training loss that a run has written down; NaN if there is none."""
+def last_train_loss(run: Path) -> float:
+    """Return the training loss of the last step that a run has recorded; NaN if there is none."""
     if not (run / "metrics.jsonl").is_file():
         return math.nan
-    return next(
-        (
-            float(row["train/loss"])
-            for row in reversed(read(run))
-            if row.get("train/loss") is not None
-        ),
-        math.nan,
-    )
+    losses = [row["train/loss"] for row in read_metrics(run) if row.get("train/loss") is not None]
+    return float(losses[-1]) if losses else math.nan
 
 
-FORMAT = 1  # of run_state.json
+def read_run_state(run: Path) -> Row:
+    """Return the content of RUN/run_state.json; empty if the file is missing or damaged.
+
+    Raises UserError if a newer version of anew wrote it.
+    """
+    try:
+        content, _ = read_json(run / "run_state.json", RUN_STATE_FORMAT)
+    except UserError:
+        raise
+    except (OSError, ValueError):
+        return {}
+    return content
 
 
 class RunState:
-    """RUN/run_state.json: how a run stands, for whoever watches it; replaced as a whole, by the training and the saving thread."""
+    """RUN/run_state.json: the status of a run, for other programs. Two threads replace it."""
 
     def __init__(self, run: Path, writes: bool) -> None:
-        self.path, self.writes, self.lock = run / "run_state.json", writes, threading.Lock()
-        self.facts: Row = {}
-        with contextlib.suppress(OSError, ValueError):
-            self.facts, _ = read_json(self.path, FORMAT)
-        kept = {name: self.facts[name] for name in ("micro_batch_found",) if name in self.facts}
-        self.facts = {
-            "starts": int(self.facts.get("starts", 0)) + 1,
-            "saved_step": self.facts.get("saved_step", 0),
-            **kept,
+        self.path = run / "run_state.json"
+        self.writes = writes
+        self.lock = threading.Lock()
+        earlier = read_run_state(run) if writes else {}
+        self.content: Row = {
+            "starts": int(earlier.get("starts", 0)) + 1,
+            "saved_step": earlier.get("saved_step", 0),
         }
+        if "micro_batch_found" in earlier:
+            self.content["micro_batch_found"] = earlier["micro_batch_found"]
 
-    def update(self, **facts: Any) -> None:
-        """Replace some of the facts."""
+    def update(self, **values: Any) -> None:
+        """Replace some of the values."""
         if not self.writes:
             return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with self.lock:
-            self.facts |= {
-                **facts,
-                "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            }
-            write_json(self.path, self.facts, FORMAT)
+            self.content |= {**values, "updated": now}
+            write_json(self.path, self.content, RUN_STATE_FORMAT, durable=False)
 
 
-class Recorder:
-    """The open files of one run, which one rank `writes`."""
+class RunLog:
+    """The open log files of one run. Only the rank that `writes` has files; the others count steps."""
 
     def __init__(self, run: Path, config: Config, step: int, writes: bool = True) -> None:
-        self.run, self.config, self.writes, self.first_step = run, config, writes, step
-        self.last_val: float | None = None
-        self.last_train = math.nan
-        self.bad_in_a_row = 0
-        self.board: Any = None
+        self.run = run
+        self.config = config
+        self.writes = writes
+        self.first_step = step
+        self.last_val_loss: float | None = None
+        self.last_train_loss = math.nan
+        self.skipped_in_a_row = 0
+        self.tensorboard: Any = None
         self.run_state = RunState(run, writes)
 
     def __enter__(self) -> Self:
         if not self.writes:
             return self
         self.run.mkdir(parents=True, exist_ok=True)
-        self.metrics = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
-        self.samples = (self.run / "samples.jsonl").open("a", encoding="utf-8")
-        _end_line(self.run / "metrics.jsonl", self.metrics)
-        _end_line(self.run / "samples.jsonl", self.samples)
+        self.metrics = open_for_append(self.run / "metrics.jsonl")
+        self.samples = open_for_append(self.run / "samples.jsonl")
         self.handler = logging.FileHandler(self.run / "log.txt", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self.handler)
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
-        self.board = _tensorboard(self.run / "tensorboard", self.first_step)
+        self.tensorboard = open_tensorboard(self.run / "tensorboard", self.first_step)
         self.run_state.update(
             status="running",
             step=self.first_step,
@@ -121,184 +133,222 @@ class Recorder:
     ) -> None:
         if not self.writes:
             return
-        if kind is None and self.board is not None and self.last_val is not None:
-            groups = (self.config.model, self.config.data, self.config.optim, self.config.run)
-            settings = {
-                name: value for group in groups for name, value in dataclasses.asdict(group).items()
-            }
-            self.board.add_hparams(settings, {"final/val_loss": self.last_val}, run_name=".")
-        if isinstance(error, Preempted):
-            log.info(str(error))
-        elif error is not None and not isinstance(error, KeyboardInterrupt):
-            log.error(f"stopped: {error}")
-        status = (
-            "complete"
-            if error is None
-            else "preempted"
-            if isinstance(error, Preempted)
-            else "failed"
-        )
-        with contextlib.suppress(OSError):  # a full disk is what the error may be about
-            self.run_state.update(
-                status=status, **({"error": str(error)} if status == "failed" else {})
-            )
+        if error is None:
+            self._write_hyperparameters()
+        self._record_end(error)
         log.removeHandler(self.handler)
         self.handler.close()
-        for file in (self.metrics, self.samples, self.board):
-            if file is not None:
-                try:
-                    file.close()
-                except OSError:  # on a full disk the last line cannot be written either
-                    if error is None:
-                        raise
+        for file in (self.metrics, self.samples, self.tensorboard):
+            if file is None:
+                continue
+            try:
+                file.close()
+            except OSError:  # on a full disk the last line cannot be written
+                if error is None:
+                    raise
+
+    def _record_end(self, error: BaseException | None) -> None:
+        """Write how the run ended to the log and to run_state.json."""
+        if error is None:
+            end: Row = {"status": "complete"}
+        elif isinstance(error, Preempted):
+            log.info(str(error))
+            end = {"status": "preempted"}
+        else:
+            if not isinstance(error, KeyboardInterrupt):
+                log.error(f"stopped: {error}")
+            end = {"status": "failed", "error": str(error)}
+        with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            self.run_state.update(**end)
+
+    def _write_hyperparameters(self) -> None:
+        """Write all settings and the last validation loss to TensorBoard."""
+        if self.tensorboard is None or self.last_val_loss is None:
+            return
+        settings: Row = {}
+        for group in ("model", "data", "optim", "run"):
+            settings |= dataclasses.asdict(getattr(self.config, group))
+        figures = {"final/val_loss": self.last_val_loss}
+        self.tensorboard.add_hparams(settings, figures, run_name=".")
 
     @property
-    def last_loss(self) -> float:
-        """The newest training loss that the run has written down; NaN if there is none."""
-        return last_loss(self.run) if self.writes else self.last_train
+    def final_train_loss(self) -> float:
+        """The last recorded training loss; NaN if there is none."""
+        return last_train_loss(self.run) if self.writes else self.last_train_loss
 
     def row(self, row: Row) -> None:
-        """Append one row; numbers go to TensorBoard too."""
-        self.last_val, self.last_train = (
-            row.get("val/loss", self.last_val),
-            row.get("train/loss", self.last_train),
-        )
+        """Append one row to metrics.jsonl, and its numbers to TensorBoard."""
+        self.last_val_loss = row.get("val/loss", self.last_val_loss)
+        self.last_train_loss = row.get("train/loss", self.last_train_loss)
         if not self.writes:
             return
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        self.metrics.write(json.dumps(finite) + "\n")  # JSON has no NaN
-        self.metrics.flush()
-        if self.board is not None:
-            for key, value in row.items():
-                if "/" in key and isinstance(value, (int, float)):
-                    self.board.add_scalar(key, value, row["step"])
+        write_line(self.metrics, {key: finite_or_none(value) for key, value in row.items()})
+        if self.tensorboard is None:
+            return
+        for key, value in row.items():
+            if "/" in key and isinstance(value, (int, float)):
+                self.tensorboard.add_scalar(key, value, row["step"])
 
     def step(self, row: Row, applied: bool, sequences: str) -> None:
-        """Append the row of a training step, say it now and then, and stop a run whose steps cannot be applied any more."""
+        """Append the row of a training step. `sequences` says what the step read, for the log.
+
+        Raises Diverged after too many steps in a row that were not applied.
+        """
         self.row(row)
-        step, loss, norm, r = (
-            row["step"],
-            row["train/loss"],
-            row["train/grad_norm"],
-            self.config.run,
-        )
-        self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
-        if not applied:
-            what = "a spike" if math.isfinite(loss + norm) else "not finite"
-            log.warning(
-                f"step {step:,}: loss {loss:.4g}, gradient norm {norm:.4g} is {what}; the step was skipped ({sequences})"
-            )
-        if step % r.log_every == 0 or step in (1, r.steps):
-            log.info(line_of(row, r.steps))
+        config = self.config.run
+        step = row["step"]
+        if applied:
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+            log.warning(skipped_step_message(row, sequences))
+        if step % config.log_every == 0 or step in (1, config.steps):
+            log.info(console_line(row, config.steps))
             self.run_state.update(step=step)
-        if self.bad_in_a_row >= r.bad_steps:
+        if self.skipped_in_a_row >= config.bad_steps:
             raise Diverged(
-                f"{self.bad_in_a_row} steps in a row were not finite or spikes; the last good checkpoint is in {self.config.folder}. "
-                "Lower the learning rate or look at the data."
+                f"{self.skipped_in_a_row} steps in a row were not finite or spikes; the last good "
+                f"checkpoint is in {self.config.folder}. Lower the learning rate or look at the data."
             )
 
     def evaluation(self, row: Row) -> None:
-        """Append an evaluation, to the metrics and among the samples, which it dates."""
+        """Append the figures of an evaluation to metrics.jsonl and, beside the samples, to samples.jsonl."""
         self.row(row)
         if self.writes:
-            self.samples.write(json.dumps(row) + "\n")
-            self.samples.flush()
+            write_line(self.samples, row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Append one sample text."""
-        self.samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
-        self.samples.flush()
+        write_line(self.samples, {"step": step, "prompt": prompt, "text": text})
         log.info(f"sample at step {step:,}: {prompt}{text}")
-        if self.board is not None:
-            self.board.add_text("sample", f"{prompt}{text}", step)
+        if self.tensorboard is not None:
+            self.tensorboard.add_text("sample", f"{prompt}{text}", step)
+
+
+def open_for_append(path: Path) -> Any:
+    """Open a file of lines for appending, and end a half line that a killed process may have left."""
+    file = path.open("a", encoding="utf-8")
+    last_byte = path.read_bytes()[-1:]
+    if last_byte not in (b"", b"\n"):
+        file.write("\n")
+    return file
+
+
+def write_line(file: TextIOBase, row: Row) -> None:
+    """Append one JSON object and flush it."""
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return None for NaN and infinity, which JSON does not have, and any other value unchanged."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def open_tensorboard(folder: Path, step: int) -> Any:
+    """Return a SummaryWriter that replaces what follows `step`; None if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info("TensorBoard is not installed, so it gets no files; metrics.jsonl has everything")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def step_row(
     clock: Row,
     loss: float,
-    norm: float,
-    lr: float,
+    grad_norm: float,
+    learning_rate: float,
     seconds: float,
-    tokens: int,
     config: Config,
-    peak: float,
+    peak_flops: float,
 ) -> Row:
-    """The row of one step over `tokens` that took `seconds`; `peak` is what all ranks could do, in floating-point operations a second."""
-    per_second = tokens / seconds
-    flops = per_second * flops_per_token(config.model, config.data.seq_len)
+    """Return the row of one step that took `seconds`; `peak_flops` is the sum over all ranks."""
+    tokens_per_second = config.batch_sequences * config.data.seq_len / seconds
+    flops = tokens_per_second * flops_per_token(config.model, config.data.seq_len)
     return {
         **clock,
         "train/loss": loss,
-        "train/lr": lr,
-        "train/grad_norm": norm,
+        "train/lr": learning_rate,
+        "train/grad_norm": grad_norm,
         "speed/ms_per_step": 1e3 * seconds,
-        "speed/tokens_per_second": per_second,
+        "speed/tokens_per_second": tokens_per_second,
         "speed/tflops": flops / 1e12,
-        "speed/mfu": flops / peak,
+        "speed/mfu": flops / peak_flops,
     }
 
 
-def describe(config: Config, ranks: int) -> Iterator[str]:
-    """What is about to happen, in lines."""
-    m, o, r, T = config.model, config.optim, config.run, config.data.seq_len
-    micro, accumulation = config.micro_batches(ranks)
-    padded = m.padded_vocab_size
-    twos = (padded & -padded).bit_length() - 1
-    yield f"model: vocabulary {m.vocab_size:,} padded to {padded:,} = {padded >> twos} x 2^{twos}, context {m.n_positions:,}"
-    yield f"       {m.n_layer} layers, width {m.n_embd:,}, {m.n_head} heads of {m.head_dim}, feed-forward {4 * m.n_embd:,}"
-    yield f"       {count_parameters(m):,} parameters"
-    yield f"batch: {ranks} rank{'s' * (ranks > 1)} x {micro} sequences x {T:,} tokens x {accumulation} accumulated"
-    yield f"       = {r.batch_tokens:,} tokens a step"
-    total, warm_up = (
-        _count(steps * config.batch_sequences * T) for steps in (r.steps, o.warmup_steps)
+def skipped_step_message(row: Row, sequences: str) -> str:
+    """Return the warning about a step that was not applied."""
+    loss = row["train/loss"]
+    norm = row["train/grad_norm"]
+    problem = "a spike" if math.isfinite(loss + norm) else "not finite"
+    return (
+        f"step {row['step']:,}: loss {loss:.4g}, gradient norm {norm:.4g} is {problem}; "
+        f"the step was skipped ({sequences})"
     )
-    yield f"steps: {r.steps:,} = {total} tokens, of which {o.warmup_steps:,} = {warm_up} warm up"
+
+
+def console_line(row: Row, steps: int) -> str:
+    """Return a row of metrics as one line of at most 80 columns."""
+    return (
+        f"{row['step']:>6,}/{steps:,} loss {row['train/loss']:.4f} lr {row['train/lr']:.1e} "
+        f"norm {row['train/grad_norm']:.2f} {row['speed/ms_per_step']:,.0f}ms "
+        f"{row['speed/tokens_per_second']:,.0f}tok/s {row['speed/tflops']:.3g}TF/s "
+        f"MFU {100 * row['speed/mfu']:.0f}%"
+    )
+
+
+def describe_run(config: Config, ranks: int) -> Iterator[str]:
+    """Yield lines that describe the model and the batch of a run before it starts."""
+    model = config.model
+    seq_len = config.data.seq_len
+    micro_batch, accumulation = config.micro_batches(ranks)
+    padded = model.padded_vocab_size
+    exponent = (padded & -padded).bit_length() - 1  # the largest power of two that divides it
+    yield (
+        f"model: vocabulary {model.vocab_size:,} padded to {padded:,} = "
+        f"{padded >> exponent} x 2^{exponent}, context {model.n_positions:,}"
+    )
+    yield (
+        f"       {model.n_layer} layers, width {model.n_embd:,}, {model.n_head} heads of "
+        f"{model.head_dim}, feed-forward {4 * model.n_embd:,}"
+    )
+    yield f"       {count_parameters(model):,} parameters"
+    yield (
+        f"batch: {ranks} rank{'s' * (ranks > 1)} x {micro_batch} sequences x {seq_len:,} tokens "
+        f"x {accumulation} accumulated"
+    )
+    yield f"       = {config.run.batch_tokens:,} tokens a step"
+    total = short_count(config.total_tokens)
+    warm_up_steps = config.optim.warmup_steps
+    warm_up = short_count(warm_up_steps * config.batch_sequences * seq_len)
+    yield (
+        f"steps: {config.run.steps:,} = {total} tokens, of which {warm_up_steps:,} = {warm_up} warm up"
+    )
 
 
 def describe_data(
     config: Config, train_tokens: int, val_tokens: int, epoch_sequences: int, dropped: int
 ) -> Iterator[str]:
-    """What is read, in lines. `dropped`: targets an epoch at the ends of shards, which fill no sequence."""
+    """Yield lines that describe the data of a run.
+
+    `dropped` is the number of tokens at the ends of shards that fill no sequence.
+    """
     epochs = config.run.steps * config.batch_sequences / epoch_sequences
     yield f"data:  {config.data.data} as {config.data.tokenizer}"
     yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
-    cut = ", each cut elsewhere" if config.data.recut and epochs > 1 else ""
-    yield f"       {epoch_sequences:,} sequences an epoch, {epochs:.2f} epochs in all{cut}"
+    shifted = ", each with other windows" if config.data.recut and epochs > 1 else ""
+    yield f"       {epoch_sequences:,} sequences an epoch, {epochs:.2f} epochs in all{shifted}"
     yield f"       {dropped:,} tokens at the ends of shards are left out of the first epoch"
 
 
-def _count(n: int) -> str:
+def short_count(number: int) -> str:
+    """Return a count with three digits and a unit, such as 10.5M."""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return str(n)
-
-
-def line_of(row: Row, steps: int) -> str:
-    """A row as one line of at most 80 columns."""
-    r = row
-    return (
-        f"{r['step']:>6,}/{steps:,} loss {r['train/loss']:.4f} lr {r['train/lr']:.1e} norm {r['train/grad_norm']:.2f} "
-        f"{r['speed/ms_per_step']:,.0f}ms {r['speed/tokens_per_second']:,.0f}tok/s {r['speed/tflops']:.3g}TF/s "
-        f"MFU {100 * r['speed/mfu']:.0f}%"
-    )
-
-
-def _end_line(path: Path, file: Any) -> None:
-    """A killed writer may have left half a line; what follows must start on its own."""
-    content = path.read_bytes()[-1:]
-    if content not in (b"", b"\n"):
-        file.write("\n")
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A SummaryWriter, or None with a line that says so: TensorBoard is a convenience, never a reason not to train."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.info("TensorBoard is not installed, so none is written; metrics.jsonl has everything")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)

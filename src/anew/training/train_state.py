@@ -1,11 +1,15 @@
-"""What changes from step to step in a run: weights, optimizers, counters. Exactly what a checkpoint holds, and nothing else.
+"""What changes from step to step: weights, optimizer state and counters. A checkpoint holds exactly this.
 
-A step folder is a Hugging Face model folder and two files more: optimizer.safetensors ("exp_avg.transformer.wte.weight": state by
-parameter name, whole tensors, whatever the device, the grouping or the number of ranks) and trainer.json.
+A checkpoint folder is a Hugging Face model folder with two more files:
+
+- optimizer.safetensors has the optimizer state by parameter name, such as
+  "exp_avg.transformer.wte.weight". Tensors are whole, whatever the device, the parameter groups or
+  the number of ranks.
+- trainer.json has the counters, the loss scale and the statistics of the outlier detector.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,209 +18,243 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from anew.checkpoint import folder as checkpoint
-from anew.checkpoint import huggingface as weights
+from anew.checkpoint import huggingface
 from anew.config.schema import Config
-from anew.distributed import fsdp as sharded
+from anew.distributed import fsdp
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
-from anew.distributed.world import ALONE, World, whole
+from anew.distributed.world import ALONE, World, full_tensor
 from anew.errors import UserError
 from anew.model.gpt import GPT
 from anew.optim import build as optim
 from anew.tokenizer.bpe import Tokenizer
-from anew.training.outlier_detector import Spikes
+from anew.training.outlier_detector import OutlierDetector
 from anew.utils.device import Runtime
 from anew.utils.files import read_json, write_json
 
-FORMAT = 2  # of trainer.json; format 1 also listed sequences that were passed over
+FORMAT = 2  # of trainer.json; format 1 also listed sequences that a rollback had excluded
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state at one moment, copied to this machine's memory: what a checkpoint is written from."""
+    """A copy of the state in host memory, from which a checkpoint is written."""
 
     step: int
-    tensors: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     trainer: dict[str, Any]
 
     def write(self, folder: Path, config: Config, tokenizer: Tokenizer) -> None:
-        """Fill the folder of a checkpoint."""
-        weights.write_model(folder, self.tensors, config.model, tokenizer)
-        weights.write_tensors(folder / "optimizer.safetensors", self.moments)
+        """Write the files of a checkpoint into `folder`."""
+        huggingface.write_model(folder, self.weights, config.model, tokenizer)
+        huggingface.write_tensors(folder / "optimizer.safetensors", self.optimizer)
         write_json(folder / "trainer.json", self.trainer, FORMAT)
 
 
 @dataclass
-class State:
-    """What changes from step to step. All ranks have the same."""
+class TrainState:
+    """The state of a run. It is the same on all ranks, except that sharded weights are distributed."""
 
     config: Config
-    rt: Runtime
+    runtime: Runtime
     data_revision: str
     world: World = ALONE
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    spikes: Spikes = field(default_factory=Spikes)
+    outliers: OutlierDetector = field(default_factory=OutlierDetector)
 
     def __post_init__(self) -> None:
-        self.model = GPT(self.config.model, self.rt.dtype, self.config.run.seed).to(self.rt.device)
+        device = self.runtime.device
+        self.model = GPT(self.config.model, self.runtime.dtype, self.config.run.seed).to(device)
         self.is_sharded = self.config.run.parallel == "fsdp" and self.world.size > 1
         if self.is_sharded:
-            sharded.shard(self.model, self.rt.dtype)
-        self.loaded: dict[str, Tensor] = {}  # what was read and not yet put in place
+            fsdp.shard(self.model, self.runtime.dtype)
         self.optimizers = optim.build(self.model, self.config.optim, self.world)
-        self.scaler = torch.amp.GradScaler(self.rt.device.type, enabled=self.rt.precision == "fp16")
+        uses_loss_scale = self.runtime.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=uses_loss_scale)
         self.buckets: GradientBuckets | None = None
         if self.world.size > 1 and not self.is_sharded:
             self.buckets = GradientBuckets(gradient_groups(self.model), self.world)
 
     @property
-    def params(self) -> list[torch.nn.Parameter]:
-        """Every parameter, in one order."""
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter, in the order of the model."""
         return list(self.model.parameters())
 
-    def prepare_backward(self, is_last: bool, may_be_interrupted: bool) -> None:
-        """Arrange what the next backward pass exchanges with other ranks: nothing, unless it is the last of the step.
-
-        A pass that a signal may interrupt starts no exchange, so that all ranks start the same ones.
-        """
+    def prepare_backward(self, is_last: bool) -> None:
+        """Let the next backward pass exchange gradients only if it is the last one of the step."""
         if self.is_sharded:
-            sharded.reduce_gradients(self.model, is_last)
-        elif self.buckets is not None and is_last and not may_be_interrupted:
+            fsdp.reduce_gradients(self.model, is_last)
+        elif self.buckets is not None and is_last:
             self.buckets.start_when_ready()
 
     def clock(self) -> dict[str, float]:
-        """What every row of metrics.jsonl starts with."""
+        """Return the fields that every row of metrics.jsonl begins with."""
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 4)}
 
     def advance(self, seconds: float) -> None:
-        """Count one step done."""
-        tokens = self.config.batch_sequences * self.config.data.seq_len
-        self.step, self.tokens, self.seconds = (
-            self.step + 1,
-            self.tokens + tokens,
-            self.seconds + seconds,
-        )
+        """Count one step, which took `seconds`."""
+        self.step += 1
+        self.tokens += self.config.batch_sequences * self.config.data.seq_len
+        self.seconds += seconds
 
-    def begin(self, run: Path) -> list[str]:
-        """Read the newest good checkpoint of `run`, or --init, or nothing; lines that say which. On rank 0, then `share`."""
-        said = [f"removed the leftover of a killed save: {name}" for name in checkpoint.clean(run)]
+    # Loading
+
+    def load(self, run: Path) -> list[str]:
+        """Load the newest valid checkpoint of `run`, or the weights of --init, or nothing.
+
+        Only rank 0 reads files; the other ranks receive the state from it, so every rank must call
+        this. Returns lines for the log that say what was loaded.
+        """
+        tensors: dict[str, Tensor] = {}
+        messages: list[str] = []
+        if self.world.rank == 0:
+            removed = checkpoint.clean(run)
+            messages += [f"removed an incomplete checkpoint: {name}" for name in removed]
+        tensors, found = self.world.run_on_all_ranks(lambda: self._read(run))
+        self._receive(tensors)
+        return messages + found
+
+    def _read(self, run: Path) -> tuple[dict[str, Tensor], list[str]]:
+        """Read what `load` shall load; return its tensors by name, and lines for the log."""
+        if self.world.rank != 0:
+            return {}, []
         folder, skipped = checkpoint.newest(run)
         if folder is not None:
-            self.restore(folder)
-            return [*said, *(f"skipped: {line}" for line in skipped), f"resumed from {folder.name}"]
+            messages = [f"skipped: {line}" for line in skipped]
+            return self._read_checkpoint(folder), [*messages, f"resumed from {folder.name}"]
         if skipped:
             raise UserError(
-                f"run {run} has no checkpoint that is whole: {skipped[0]} Delete the run folder to start anew."
+                f"run {run} has no valid checkpoint: {skipped[0]} "
+                "Delete the run folder to train from the beginning."
             )
         if self.config.run.init:
-            folder = weights.find(self.config.run.init)
-            self.loaded = self._weights(folder)
-            said.append(f"weights from {folder}")
-        return said
+            folder = huggingface.find(self.config.run.init)
+            return self._read_weights(folder), [f"weights from {folder}"]
+        return {}, []
 
-    def restore(self, folder: Path) -> None:
-        """Read weights, optimizer and counters of a verified checkpoint folder; `share` puts them in place."""
-        self.loaded = self._weights(folder)
+    def _read_checkpoint(self, folder: Path) -> dict[str, Tensor]:
+        """Read a verified checkpoint: take its counters, return weights and optimizer state by name."""
+        tensors = self._read_weights(folder)
         try:
-            stored = load_file(folder / "optimizer.safetensors")
+            optimizer = load_file(folder / "optimizer.safetensors")
             trainer, _ = read_json(folder / "trainer.json", FORMAT)
-            if trainer.get("excluded"):
-                raise UserError(
-                    f"{folder} belongs to a run that went back after a spike (spikes=rollback, removed); continue it with anew 0.1."
-                )
+            self._set_trainer(trainer)
             revision = trainer["data_revision"]
-            self._take(trainer)
         except UserError:
             raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder} is a model, but no checkpoint that training can resume from ({error})."
+                f"{folder} is a model, but not a checkpoint that training can resume from ({error})."
             ) from error
+        if trainer.get("excluded"):
+            raise UserError(
+                f"{folder} belongs to a run with spikes=rollback, which no longer exists; "
+                "continue it with anew 0.1."
+            )
         if revision != self.data_revision:
             raise UserError(
-                f"the text in {self.config.data.data} is no longer the one that {folder.parent.parent} was trained on; use another --out."
+                f"the text in {self.config.data.data} is not the one that {folder.parent.parent} "
+                "was trained on; use another --out."
             )
-        for name, tensor in stored.items():
-            missing = (
-                self.config.model.padded_vocab_size - tensor.size(0)
-                if tensor.ndim and name.endswith(weights.WTE)
-                else 0
-            )
-            self.loaded[name] = (
-                nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
-            )  # padding rows have no state: zeros
+        for name, tensor in optimizer.items():
+            tensors[name] = self._with_padding(name, tensor)
+        return tensors
 
-    def _weights(self, folder: Path) -> dict[str, Tensor]:
-        """Every weight at `folder`, checked, with padding rows."""
+    def _read_weights(self, folder: Path) -> dict[str, Tensor]:
+        """Read and check every weight at `folder`; padding rows are added."""
         model = GPT(self.config.model, seed=None)
-        weights.load_into(model, weights.read_tensors(folder), folder)
-        return {name: p.detach() for name, p in model.named_parameters()}
+        huggingface.load_into(model, huggingface.read_tensors(folder), folder)
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
-    def share(self) -> None:
-        """Put what rank 0 has read in place on every rank: only its machine needs the run folder."""
-        kinds = [(name, value.dtype, value.ndim) for name, value in self.loaded.items()]
-        trainer, kinds = self.world.gather((self._trainer(), kinds))[0]
-        self._take(trainer)
-        for name, dtype, ndim in kinds:
-            sharded.fill(self._slot(name, dtype, ndim), self.loaded.get(name), self.world)
-        self.loaded = {}
+    def _with_padding(self, name: str, tensor: Tensor) -> Tensor:
+        """Add the padding rows of `wte` to a tensor of its optimizer state; their state is zero."""
+        if tensor.ndim == 0 or not name.endswith(huggingface.WTE):
+            return tensor
+        missing_rows = self.config.model.padded_vocab_size - tensor.size(0)
+        return nn.functional.pad(tensor, (0, 0, 0, missing_rows))
 
-    def snapshot(self) -> Snapshot | None:
-        """A copy of all that a checkpoint holds, on rank 0; None on the others, which take part where weights are sharded."""
-        tensors: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        for kind, named in ((tensors, self.model.named_parameters()), (moments, self._moments())):
-            for name, value in named:
-                full = whole(value)
-                if self.world.rank == 0:
-                    kind[name] = weights.unpadded(name, full, self.config.model, copy=True)
-        return (
-            Snapshot(self.step, tensors, moments, self._trainer()) if self.world.rank == 0 else None
-        )
-
-    def _moments(self) -> list[tuple[str, Tensor]]:
-        """The optimizers' state by its name in a checkpoint."""
-        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        return [
-            (f"{key}.{names[p]}", value) for o in self.optimizers for p, entries in o.state.items() for key, value in entries.items()
-        ]  # fmt: skip
+    def _receive(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the counters and the `tensors` that rank 0 has read to every rank."""
+        entries = [(name, value.dtype, value.ndim) for name, value in tensors.items()]
+        trainer, entries = self.world.gather((self._trainer(), entries))[0]
+        self._set_trainer(trainer)
+        for name, dtype, ndim in entries:
+            fsdp.fill(self._slot(name, dtype, ndim), tensors.get(name), self.world)
 
     def _slot(self, name: str, dtype: torch.dtype, ndim: int) -> Tensor:
-        """The tensor that holds this weight or piece of an optimizer's state, made if it is not there yet."""
+        """Return the tensor that holds a weight or a piece of optimizer state, created if needed."""
         parameters = dict(self.model.named_parameters())
         if name in parameters:
             return parameters[name].detach()
-        key, parameter = name.split(".", 1)
-        p = parameters[parameter]
-        [owner] = [
-            o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"])
-        ]
-        if key not in owner.state[p]:
-            owner.state[p][key] = (
-                torch.zeros_like(p) if ndim else torch.zeros((), dtype=dtype, device=p.device)
-            )
-        return owner.state[p][key]
+        key, parameter_name = name.split(".", 1)
+        parameter = parameters[parameter_name]
+        state = self._optimizer_of(parameter).state[parameter]
+        if key not in state:
+            if ndim == 0:
+                state[key] = torch.zeros((), dtype=dtype, device=parameter.device)
+            else:
+                state[key] = torch.zeros_like(parameter)
+        return state[key]
+
+    def _optimizer_of(self, parameter: nn.Parameter) -> Optimizer:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(other is parameter for other in group["params"]):
+                    return optimizer
+        raise AssertionError("every parameter belongs to an optimizer")
+
+    # Saving
+
+    def snapshot(self) -> Snapshot | None:
+        """Copy everything that a checkpoint holds to rank 0; None on the other ranks.
+
+        Every rank must call this, because sharded tensors are gathered.
+        """
+        weights = self._copies(self.model.named_parameters())
+        optimizer = self._copies(self._optimizer_state())
+        if self.world.rank != 0:
+            return None
+        return Snapshot(self.step, weights, optimizer, self._trainer())
+
+    def _copies(self, named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copy whole tensors without padding rows to the host; nothing on ranks other than 0."""
+        copies = {}
+        for name, value in named:
+            whole = full_tensor(value)
+            if self.world.rank == 0:
+                copies[name] = huggingface.unpadded(name, whole, self.config.model, copy=True)
+        return copies
+
+    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the optimizers' tensors with their names in a checkpoint."""
+        names: dict[Tensor, str] = {
+            parameter: name for name, parameter in self.model.named_parameters()
+        }
+        for optimizer in self.optimizers:
+            for parameter, entries in optimizer.state.items():
+                for key, value in entries.items():
+                    yield f"{key}.{names[parameter]}", value
 
     def _trainer(self) -> dict[str, Any]:
+        """Return the content of trainer.json."""
         return {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data_revision": self.data_revision,
             "scaler": self.scaler.state_dict(),
-            "spikes": dataclasses.asdict(self.spikes),
+            "spikes": dataclasses.asdict(self.outliers),
         }
 
-    def _take(self, trainer: dict[str, Any]) -> None:
-        self.step, self.tokens, self.seconds = (
-            trainer["step"],
-            trainer["tokens"],
-            trainer["seconds"],
-        )
-        self.spikes = Spikes(**trainer.get("spikes", {}))
+    def _set_trainer(self, trainer: dict[str, Any]) -> None:
+        """Take the counters of a trainer.json."""
+        self.step = trainer["step"]
+        self.tokens = trainer["tokens"]
+        self.seconds = trainer["seconds"]
+        self.outliers = OutlierDetector(**trainer.get("spikes", {}))
         if trainer["scaler"]:
             self.scaler.load_state_dict(trainer["scaler"])

@@ -1,52 +1,44 @@
-"""Training: one step function above one loop.
+"""Training: the loop around `step.train_step`.
 
-    anew train shakespeare --out runs/bard         # start, or go on where runs/bard stopped
+    anew train shakespeare --out runs/bard         # begin a run, or resume it
     anew.train(anew.recipe("shakespeare"))         # the same from Python
     torchrun --standalone --nproc-per-node 8 -m anew train gpt2-124m
 
-Out comes the run folder: config.json, metrics.jsonl, samples.jsonl, log.txt, tensorboard/ and checkpoints/step-N, each of which is a
-Hugging Face folder. The step is the only clock: tokens, learning rate and random numbers are functions of (seed, step), so a run that
-was stopped anywhere goes on bit for bit as if it had not been.
+A run writes a folder with config.json, metrics.jsonl, samples.jsonl, log.txt, tensorboard/ and
+checkpoints/step-N, each of which is a Hugging Face folder. Tokens, learning rate and random numbers
+are functions of (seed, step) alone, so a run that was stopped at any moment continues bit for bit as
+if it had not been stopped.
 """
 
 import contextlib
 import errno
-import hashlib
-import logging
-import math
-import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.config.values import bytes_of
 from anew.data.dataloader import prefetch
 from anew.data.dataset import Stopped, remove_used
-from anew.distributed.world import whole
 from anew.errors import Preempted, UserError
-from anew.optim import build as optim
-from anew.training import run_log as metrics
+from anew.optim.build import rate as learning_rate_share
 from anew.training.micro_batch import is_out_of_memory
-from anew.training.profiler import profiled, quiet_garbage
-from anew.training.setup import Begun, begin
-from anew.training.train_state import State
-from anew.utils.signals import NOTHING_YET, Interrupted, Stop, listening
+from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
+from anew.training.run_log import Row, step_row
+from anew.training.setup import Run, start_run
+from anew.training.step import NO_LIMITS, MicroBatch, StepResult, train_step
+from anew.utils.signals import StopFlag
 
-log = logging.getLogger("anew")
-
-MicroBatch = tuple[Tensor, Tensor]
-NO_LIMITS = (math.inf, math.inf)
+ProgressCallback = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
-class Result:
-    """Where a run ended. Losses in nats a token, scored in fp32; None where there was nothing to score."""
+class TrainResult:
+    """Where a run ended. Losses are in nats per token; None where there was no text to score."""
 
     folder: Path
     step: int
@@ -57,346 +49,261 @@ class Result:
     train_text_loss: float | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one step, the same on every rank: mean loss, gradient norm before clipping, and whether it was applied."""
+def train(config: Config, progress: ProgressCallback | None = None) -> TrainResult:
+    """Train to the last step of `config`, from where its run folder stopped.
 
-    loss: float
-    norm: float
-    applied: bool
-    stop: bool = False  # a rank was asked to stop: weights and optimizer state are unchanged
-    save: bool = False
-
-
-def train_step(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    state: State,
-    micro_batches: Sequence[MicroBatch],
-    rate: float,
-    stop: Stop,
-    save: bool = False,
-    limits: tuple[float, float] = NO_LIMITS,
-    compiling: bool = False,
-    while_device_works: Callable[[], None] | None = None,
-) -> Outcome:
-    """One optimizer step over this rank's `micro_batches` of (ids, targets), at `rate` of the peak learning rate.
-
-    Weights, optimizer and loss scale stay as they are if the loss or the gradient is not finite or above its limit on any rank, or
-    if any rank was asked to stop. `save` is this rank's request for a checkpoint, which all ranks learn of. While `compiling`, which
-    may take a minute, a signal interrupts the passes. `while_device_works` is called once the first micro-batch is under way.
-    """
-    loss = accumulate_gradients(loss_of, state, micro_batches, stop, compiling, while_device_works)
-    stop_here = stop.is_set()
-    loss, stop_requests, save_requests = all_reduce_gradients(state, loss, stop_here, save)
-    if must_leave_early(state, stop_here, stop_requests):
-        drop_gradients(state)
-        return Outcome(math.nan, math.nan, applied=False, stop=True)
-    norm = clip_gradients(state)
-    skip = ~(norm + loss).isfinite() | (loss > limits[0]) | (norm > limits[1]) | (stop_requests > 0)
-    apply_update(state, skip, rate)
-    drop_gradients(state)
-    results = torch.stack([loss, norm, skip.float(), stop_requests, save_requests])
-    loss_, norm_, skipped, stop_, save_ = (
-        results.tolist()
-    )  # the one point where the host always waits for the device
-    return Outcome(loss_, norm_, applied=not skipped, stop=stop_ > 0, save=save_ > 0)
-
-
-def accumulate_gradients(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    state: State,
-    micro_batches: Sequence[MicroBatch],
-    stop: Stop,
-    compiling: bool,
-    while_device_works: Callable[[], None] | None,
-) -> Tensor:
-    """Forward and backward over this rank's micro-batches; returns their mean loss, on the device."""
-    config, scaler = state.config, state.scaler
-    loss_sum = torch.zeros((), device=state.rt.device)
-    if state.buckets is not None:
-        state.buckets.start_step()
-    with (
-        contextlib.suppress(Interrupted),
-        stop.breakable() if compiling else contextlib.nullcontext(),
-    ):
-        for index, (ids, targets) in enumerate(micro_batches):
-            if (
-                stop.is_set() and not state.is_sharded
-            ):  # sharded weights need every rank to the end of the step
-                break
-            if config.model.dropout > 0:
-                torch.manual_seed(_seed(config.run.seed, state.step, index, state.world.rank))
-            state.prepare_backward(
-                is_last=index == len(micro_batches) - 1, may_be_interrupted=compiling
-            )
-            loss = loss_of(ids, targets) / len(micro_batches)
-            scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-            if index == 0 and while_device_works is not None:
-                while_device_works()
-    return loss_sum
-
-
-def all_reduce_gradients(
-    state: State, loss: Tensor, stop: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Average the gradients over all ranks; returns the mean loss and the numbers of ranks that want to stop and to save."""
-    shared = torch.zeros(3, device=loss.device)
-    shared[0], shared[1], shared[2] = loss, float(stop), float(save)
-    if state.buckets is not None:  # sharded gradients were summed by the backward pass
-        state.buckets.all_reduce()
-    state.world.all_reduce(shared)
-    return shared[0] / state.world.size, shared[1], shared[2]
-
-
-def must_leave_early(state: State, stop_here: bool, stop_requests: Tensor) -> bool:
-    """Must the step end before the optimizer, because a rank was asked to stop?
-
-    A single process knows without asking its device. Of several, only those with a GradScaler ask: unscaling needs a scale, which a
-    rank without a micro-batch does not have, and the scaler's update would change the scale after a step that was broken off. All
-    others go on, with `skip` set.
-    """
-    if state.world.size == 1:
-        return stop_here
-    return state.scaler.is_enabled() and stop_requests.item() > 0
-
-
-def clip_gradients(state: State) -> Tensor:
-    """Scale the gradients down to the largest allowed global norm; returns the norm before that, on the device."""
-    for optimizer in state.optimizers:
-        state.scaler.unscale_(optimizer)
-    return whole(nn.utils.clip_grad_norm_(state.params, state.config.optim.clip))
-
-
-def apply_update(state: State, skip: Tensor, rate: float) -> None:
-    """Update the weights at `rate` of the peak learning rate, or leave weights and optimizer state as they are if `skip` is true."""
-    scaler, config = state.scaler, state.config.optim
-    optim.set_rate(state.optimizers, rate, optim.momentum(state.step, config))
-    # Fused AdamW and Muon read `found_inf` on the device. The optimizers on MPS, of sharded parameters, and the unfused do not.
-    host_must_look = (
-        scaler.is_enabled() or state.is_sharded or skip.device.type == "mps" or not config.fused
-    )
-    if not (host_must_look and skip.item()):
-        for optimizer in state.optimizers:
-            if not host_must_look:
-                optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-            scaler.step(optimizer)
-    scaler.update()
-
-
-def drop_gradients(state: State) -> None:
-    """Release the gradients of a step that is over. Buckets keep their memory for the next step."""
-    for optimizer in state.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-
-
-def train(config: Config, progress: Callable[[metrics.Row], None] | None = None) -> Result:
-    """Run `config` to its last step, from where its run folder stopped. `progress` is called with each step's row.
-
-    Raises UserError for what the user can put right, Preempted after SIGTERM, SIGUSR1 or Ctrl-C and a save.
+    `progress` is called with the row of each step. Raises UserError for problems that the user can
+    correct, and Preempted after SIGTERM, SIGUSR1 or Ctrl-C, when the last complete step is saved.
     """
     try:
         with contextlib.ExitStack() as stack:
-            return _train(config, progress, stack)
+            return run_training(config, progress, stack)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        micro_batch = config.run.micro_batch
-        what = (
-            "the micro-batch that was found"
-            if micro_batch == "auto"
-            else f"a micro-batch of {micro_batch}"
-        )
-        raise UserError(
-            f"there is not enough memory for {what}; use a smaller --micro-batch or --recompute. The tokens a step stay the same."
-        ) from error
+        raise UserError(out_of_memory_message(config)) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise UserError(
-            f"the disk of {config.folder} is full; the checkpoints that are there are whole: free some and run the same command again."
+            f"the disk of {config.folder} is full; the checkpoints in it are complete. "
+            "Free some space and run the same command again."
         ) from error
 
 
-def _train(
-    config: Config, progress: Callable[[metrics.Row], None] | None, stack: contextlib.ExitStack
-) -> Result:
-    stop = stack.enter_context(listening())
-    try:
-        with stop.breakable(patience=5.0):
-            run = begin(config, stop, stack)
-    except Interrupted:
-        raise Preempted(NOTHING_YET) from None
-    state, saver = run.state, run.saver
-    step_done = stack.enter_context(
-        profiled(config.folder / "trace.json", config.run.profile if state.world.rank == 0 else 0)
-    )
-    collect = stack.enter_context(quiet_garbage())
+def run_training(
+    config: Config, progress: ProgressCallback | None, stack: contextlib.ExitStack
+) -> TrainResult:
+    """Start the run, train it to the end, validate it and wait for the last checkpoint."""
+    # Signals keep their default behaviour until the first step is done: nothing can be lost before.
+    stop = StopFlag()
+    stack.callback(stop.restore)
+    run = start_run(config, stop, stack)
+    profiled_steps = config.run.profile if run.state.world.rank == 0 else 0
+    step_profiled = stack.enter_context(profiled(config.folder / "trace.json", profiled_steps))
+    collect_garbage = stack.enter_context(garbage_collected_at_fixed_steps())
 
     def after_step() -> None:
-        step_done()
-        collect(state.step)
+        step_profiled()
+        collect_garbage(run.state.step)
 
     try:
-        _loop(run, stop, after_step, progress)
-        val_loss, text_loss = run.evaluator.finish()
-        saver.wait()
-    except Interrupted:
-        saver.save(state)
-        saver.wait()
-        steps = f"{state.step:,} of {run.config.run.steps:,}"
-        raise Preempted(f"stopped at step {steps}; the same command goes on from there.") from None
-    return Result(
-        run.config.folder,
-        state.step,
-        state.tokens,
-        state.seconds,
-        run.recorder.last_loss,
-        val_loss,
-        text_loss,
+        training_loop(run, stop, after_step, progress)
+        val_loss, train_text_loss = run.validation.run_at_end()
+        run.checkpoints.wait()
+    except Preempted:
+        run.checkpoints.save(run.state)
+        run.checkpoints.wait()
+        raise Preempted(
+            f"stopped at step {run.state.step:,} of {config.run.steps:,}; "
+            "the same command goes on from there."
+        ) from None
+    return TrainResult(
+        folder=run.config.folder,
+        step=run.state.step,
+        tokens=run.state.tokens,
+        seconds=run.state.seconds,
+        train_loss=run.log.final_train_loss,
+        val_loss=val_loss,
+        train_text_loss=train_text_loss,
     )
 
 
-def _loop(
-    run: Begun,
-    stop: Stop,
+def training_loop(
+    run: Run,
+    stop: StopFlag,
     after_step: Callable[[], None],
-    progress: Callable[[metrics.Row], None] | None,
+    progress: ProgressCallback | None,
 ) -> None:
-    """Steps until the last. Interrupted on every rank at the same step, if one of them was asked to stop."""
-    rows = LateRows(run, progress)
-    try:
-        _steps(run, stop, after_step, rows)
-    finally:
-        rows.write()
+    """Take the remaining steps. Raises Preempted, on every rank at the same step, if one was asked to stop."""
+    config = run.config
+    state = run.state
+    rows = DelayedRows(run, progress)
+    stack = contextlib.ExitStack()
+    stack.callback(rows.write)
+    with stack:
+        stopwatch = Stopwatch()
+        for micro_batches in batches_of_steps(run, range(state.step, config.run.steps)):
+            with stopwatch.paused():
+                run.validation.run_if_due(state.step)
+            rate = learning_rate_share(state.step, config.run.steps, config.optim)
+            result = train_step(
+                run.loss_of,
+                state,
+                micro_batches,
+                rate,
+                stop,
+                save=run.checkpoints.is_due(),
+                limits=outlier_limits(run),
+                while_device_works=rows.write,
+            )
+            stop.listen()
+            if result.stop:
+                raise Preempted
+            seconds = stopwatch.seconds()
+            state.advance(seconds)
+            if result.applied:
+                state.outliers.add(result.loss, result.grad_norm)
+            save = result.save or saves_at(run, state.step)
+            row = row_of_step(run, result, rate, seconds)
+            # The rows of a validation and the files of a checkpoint follow the row of their step.
+            is_urgent = save or run.validation.is_due(state.step) or not result.applied
+            rows.add(row, result.applied, is_urgent)
+            after_step()
+            if save:
+                run.checkpoints.save(state)
+                remove_used_shards(run)
+            stopwatch.restart()
 
 
-class LateRows:
-    """Writes the row of a step while the device computes the next step. Writing (JSON and TensorBoard) takes the host 2 to 4 ms."""
+def batches_of_steps(run: Run, steps: range) -> Iterator[list[MicroBatch]]:
+    """Yield this rank's micro-batches of each step, read ahead and moved to the device by a thread.
 
-    def __init__(self, run: Begun, progress: Callable[[metrics.Row], None] | None) -> None:
-        self.run, self.progress = run, progress
-        self.is_late = run.state.rt.device.type != "cpu"  # a CPU has nothing to do meanwhile
-        self.waiting: list[tuple[metrics.Row, bool, str]] = []
+    A rank that is asked to stop while it waits for data gets blank micro-batches. It must take part
+    in the step, where the other ranks learn of the request; the step is not applied.
+    """
 
-    def add(self, row: metrics.Row, applied: bool, sequences: str, now: bool) -> None:
-        """Write a row `now`, or when `write` is called. The row of a step that was not applied may end the run, so it never waits."""
-        self.waiting.append((row, applied, sequences))
-        if now or not applied or not self.is_late:
+    def load(step: int) -> list[MicroBatch]:
+        try:
+            return micro_batches_of(run, step)
+        except Stopped:
+            return blank_micro_batches(run)
+
+    return prefetch(load, steps)
+
+
+def micro_batches_of(run: Run, step: int) -> list[MicroBatch]:
+    """Read this rank's micro-batches of `step`: consecutive sequences of the batch."""
+    config = run.config
+    world = run.state.world
+    device = run.state.runtime.device
+    share = config.batch_sequences // world.size
+    first = 0 if config.data.one_batch else step * config.batch_sequences
+    rows = torch.from_numpy(run.batches.rows(first + world.rank * share, share))
+    # A copy to MPS that is not waited for may read memory that was freed meanwhile.
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=is_cuda)  # (share, T + 1)
+    return [split_targets(part) for part in rows.split(micro_batch_size(run))]
+
+
+def split_targets(rows: torch.Tensor) -> MicroBatch:
+    """Split rows (B, T + 1) into token ids and, one position later, targets, each (B, T)."""
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def blank_micro_batches(run: Run) -> list[MicroBatch]:
+    """Return as many micro-batches as a step has, of token 0."""
+    micro_batch = micro_batch_size(run)
+    share = run.config.batch_sequences // run.state.world.size
+    shape = (micro_batch, run.config.data.seq_len)
+    ids = torch.zeros(shape, dtype=torch.int64, device=run.state.runtime.device)
+    return [(ids, ids)] * (share // micro_batch)
+
+
+def micro_batch_size(run: Run) -> int:
+    """Return the number of sequences in a micro-batch of this rank."""
+    micro_batch, _ = run.config.micro_batches(run.state.world.size)
+    return micro_batch
+
+
+def outlier_limits(run: Run) -> tuple[float, float]:
+    """Return the largest loss and gradient norm with which a step is applied."""
+    if run.config.run.spikes == "keep":
+        return NO_LIMITS
+    return run.state.outliers.limits(run.config.run.spike_z)
+
+
+def saves_at(run: Run, step: int) -> bool:
+    """Return whether a checkpoint is saved after `step` steps, whatever the clock says."""
+    config = run.config.run
+    return step % config.save_every == 0 or step == config.steps
+
+
+def row_of_step(run: Run, result: StepResult, rate: float, seconds: float) -> Row:
+    """Return the row of metrics.jsonl for the step that was just counted."""
+    learning_rate = rate * run.config.optim.lr
+    return step_row(
+        run.state.clock(),
+        result.loss,
+        result.grad_norm,
+        learning_rate,
+        seconds,
+        run.config,
+        run.peak_flops,
+    )
+
+
+class DelayedRows:
+    """Writes the row of a step while the device computes the next one. Writing takes 2 to 4 ms."""
+
+    def __init__(self, run: Run, progress: ProgressCallback | None) -> None:
+        self.run = run
+        self.progress = progress
+        self.is_delayed = run.state.runtime.device.type != "cpu"  # a CPU would have to wait for it
+        self.waiting: list[tuple[Row, bool]] = []
+
+    def add(self, row: Row, applied: bool, is_urgent: bool) -> None:
+        """Write a row, now if it is urgent, otherwise when `write` is called."""
+        self.waiting.append((row, applied))
+        if is_urgent or not self.is_delayed:
             self.write()
 
     def write(self) -> None:
-        """Write what is waiting."""
+        """Write the rows that are waiting."""
         while self.waiting:
-            row, applied, sequences = self.waiting.pop(0)
-            self.run.recorder.step(row, applied, sequences)
-            if self.progress:
+            row, applied = self.waiting.pop(0)
+            first = (row["step"] - 1) * self.run.config.batch_sequences
+            last = first + self.run.config.batch_sequences - 1
+            self.run.log.step(row, applied, f"sequences {first:,} to {last:,}")
+            if self.progress is not None:
                 self.progress(row)
 
 
-def _steps(run: Begun, stop: Stop, after_step: Callable[[], None], rows: LateRows) -> None:
-    config, state, saver, r = run.config, run.state, run.saver, run.config.run
-    began = time.perf_counter()
-    compiled_for = 0  # sequences in a micro-batch
-    for step, micro_batches in _batches(run, range(state.step, r.steps)):
-        began += run.evaluator.due(step)
-        rate = optim.rate(step, r.steps, config.optim)
-        limits = state.spikes.limits(r.spike_z) if r.spikes != "keep" else NO_LIMITS
-        micro_batch = len(micro_batches[0][0]) if micro_batches else 0
-        compiling = run.compiled and not state.is_sharded and micro_batch not in (0, compiled_for)
-        outcome = train_step(
-            run.loss_of,
-            state,
-            micro_batches,
-            rate,
-            stop,
-            saver.is_due(),
-            limits,
-            compiling,
-            rows.write,
-        )
-        compiled_for = micro_batch
-        if outcome.stop:
-            raise Interrupted
-        seconds = time.perf_counter() - began
-        state.advance(seconds)
-        if outcome.applied:
-            state.spikes.add(outcome.loss, outcome.norm)
-        sequences = config.batch_sequences
-        lr, tokens = rate * config.optim.lr, sequences * config.data.seq_len
-        row = metrics.step_row(
-            state.clock(), outcome.loss, outcome.norm, lr, seconds, tokens, config, run.peak_flops
-        )
-        first = step * sequences
-        save = outcome.save or state.step % r.save_every == 0 or state.step == r.steps
-        now = save or run.evaluator.is_due(
-            state.step
-        )  # their rows and files come after this step's
-        rows.add(row, outcome.applied, f"sequences {first:,} to {first + sequences - 1:,}", now)
-        after_step()
-        if save:
-            saver.save(state)
-            _remove_used_shards(run)
+class Stopwatch:
+    """Measures the seconds since `restart`, without those inside `paused`."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to measure from zero."""
+        self.started = time.perf_counter()
+        self.paused_seconds = 0.0
+
+    def seconds(self) -> float:
+        """Return the measured time."""
+        return time.perf_counter() - self.started - self.paused_seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time inside the block."""
         began = time.perf_counter()
+        yield
+        self.paused_seconds += time.perf_counter() - began
 
 
-def _batches(run: Begun, steps: range) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """This rank's micro-batches of each step, read ahead and moved to the device by a thread; none if asked to stop meanwhile."""
-    config, state, batches = run.config, run.state, run.batches
-    device, world = state.rt.device, state.world
-    most, _ = config.micro_batches(world.size)
-
-    def load(step: int) -> tuple[int, list[MicroBatch]]:
-        share = config.batch_sequences // world.size
-        micro = _micro_batch_of(share, most)
-        first = 0 if config.data.one_batch else step * config.batch_sequences
-        rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
-        if device.type == "cuda":
-            rows = rows.pin_memory()
-        rows = rows.to(
-            device, non_blocking=device.type == "cuda"
-        )  # on MPS a copy from a temporary may read freed memory
-        return step, [
-            (part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(micro)
-        ]
-
-    try:
-        yield from prefetch(load, steps)
-    except Stopped:  # this rank was asked to stop while it waited for data; the other ranks learn of it with this step's loss
-        yield state.step, _blank_micro_batches(run) if state.is_sharded else []
+def remove_used_shards(run: Run) -> None:
+    """Within a disk budget, remove the shards that even the oldest checkpoint has been trained on."""
+    config = run.config
+    growth = run.data.growth
+    oldest = checkpoint.steps(config.folder)[:1]
+    has_budget = bytes_of(config.data.disk_budget) > 0
+    if growth is None or not growth.leads or not has_budget or not oldest:
+        return
+    oldest_step = int(oldest[0].name.removeprefix("step-"))
+    sequences = oldest_step * config.batch_sequences
+    remove_used(run.batches.shards, sequences, config.data.seq_len)
 
 
-def _blank_micro_batches(run: Begun) -> list[MicroBatch]:
-    """As many micro-batches as the other ranks compute in this step. Sharded weights need every rank; the step is not applied."""
-    share = run.config.batch_sequences // run.state.world.size
-    most, _ = run.config.micro_batches(run.state.world.size)
-    micro = _micro_batch_of(share, most)
-    blank = torch.zeros(
-        micro, run.config.data.seq_len, dtype=torch.int64, device=run.state.rt.device
+def out_of_memory_message(config: Config) -> str:
+    """Return the sentence for a step that does not fit into memory."""
+    micro_batch = config.run.micro_batch
+    what = "the micro-batch that was found"
+    if micro_batch != "auto":
+        what = f"a micro-batch of {micro_batch}"
+    return (
+        f"there is not enough memory for {what}; use a smaller --micro-batch or --recompute. "
+        "The tokens a step stay the same."
     )
-    return [(blank, blank)] * (share // micro)
-
-
-def _micro_batch_of(share: int, most: int) -> int:
-    """Sequences in a micro-batch: the largest divisor of a rank's share of the batch that is at most `most`."""
-    return max(n for n in range(1, most + 1) if share % n == 0)
-
-
-def _remove_used_shards(run: Begun) -> None:
-    """Within a disk budget: shards that even the oldest checkpoint is past are not needed again."""
-    config, folder = run.config, run.folder
-    saved = checkpoint.steps(config.folder)
-    if (
-        folder.growth is not None
-        and folder.growth.leads
-        and bytes_of(config.data.disk_budget)
-        and saved
-    ):
-        sequences = int(saved[0].name.removeprefix("step-")) * config.batch_sequences
-        remove_used(run.batches.shards, sequences, config.data.seq_len)
-
-
-def _seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """The global generator's seed for one forward pass: dropout is a function of these four numbers."""
-    key = struct.pack("<4q", seed, step, micro_batch, rank)
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -1,147 +1,185 @@
-"""Validation and samples while a model trains. Neither can change what is trained: raw module, evaluation mode, own random numbers."""
+"""Validation, evaluation tasks and samples during training. None of them affects training.
+
+The model is used in evaluation mode and without its compiled code, and samples have random numbers
+of their own, so a run that validates more often trains exactly the same weights.
+"""
 
 import logging
 import math
 import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from anew.config.schema import Config
 from anew.data.shards import Shard
 from anew.distributed.fsdp import whole_model
 from anew.errors import UserError
 from anew.evaluate.loss import computing_in, mean_loss
-from anew.evaluate.runner import run
+from anew.evaluate.runner import run as run_task
 from anew.evaluate.tasks.table import TASKS
 from anew.evaluate.tasks.task import Example, Task
 from anew.inference.generate import generate
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
-from anew.training.async_checkpoint import Saver
-from anew.training.run_log import Recorder
-from anew.training.train_state import State
+from anew.training.async_checkpoint import CheckpointWriter
+from anew.training.run_log import Row, RunLog
+from anew.training.train_state import TrainState
 from anew.utils.device import DTYPES, matmul_precision
 
 log = logging.getLogger("anew")
 
+SAMPLE_TEMPERATURE = 0.8
 
-@dataclass
-class Evaluator:
-    """Looks at the model without disturbing its training: raw module, evaluation mode, own random numbers."""
 
-    config: Config
-    state: State
-    recorder: Recorder
-    saver: Saver
-    splits: dict[str, list[Shard]]
-    tokenizer: Tokenizer
-    batch: int  # windows scored at a time
-    stop: threading.Event
+class Validation:
+    """The validations, evaluation tasks and samples of one run."""
 
-    def __post_init__(self) -> None:
-        """Open the tasks at once: a file that cannot be had is better known before training than after an hour of it."""
-        self.tasks: list[tuple[Task, list[Example]]] = []
-        r = self.config.run
-        for name in filter(None, r.evaluate_tasks.split(",")):
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        run_log: RunLog,
+        checkpoints: CheckpointWriter,
+        splits: dict[str, list[Shard]],
+        tokenizer: Tokenizer,
+        stop: threading.Event,
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.run_log = run_log
+        self.checkpoints = checkpoints
+        self.splits = splits
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.windows_per_batch, _ = config.micro_batches(state.world.size)
+        # Tasks are read before training, so that a file that cannot be downloaded is reported at once.
+        self.tasks = list(self._read_tasks())
+
+    def _read_tasks(self) -> Iterator[tuple[Task, list[Example]]]:
+        """Yield the tasks of --evaluate-tasks with their examples."""
+        names = [name for name in self.config.run.evaluate_tasks.split(",") if name]
+        for name in names:
             if name not in TASKS:
-                raise UserError(
-                    f"there is no task '{name}' to evaluate; choose among {', '.join(TASKS)}."
-                )
-            examples = TASKS[name].examples(
-                TASKS[name].fetch(), self.tokenizer, self.config.model.n_positions
-            )
-            self.tasks.append((TASKS[name], examples[: r.evaluate_limit or None]))
+                choices = ", ".join(TASKS)
+                raise UserError(f"there is no task '{name}' to evaluate; choose among {choices}.")
+            task = TASKS[name]
+            positions = self.config.model.n_positions
+            examples = task.examples(task.fetch(), self.tokenizer, positions)
+            limit = self.config.run.evaluate_limit or None
+            yield task, examples[:limit]
 
-    def due(self, step: int) -> float:
-        """Validate and sample if `step` asks for it; the checkpoint of the step is saved first. Returns the seconds it took."""
-        began = time.perf_counter()
-        r = self.config.run
-        validate, sample = (
-            _is_multiple(step, every) for every in (r.evaluate_every, r.sample_every)
-        )
-        if validate or sample:
-            self.saver.save(self.state)
-            with whole_model(self.state.model) as model:
-                if validate:
-                    self.validate(model, "val", self.state.rt.precision)
-                    self.score_tasks(model, self.state.rt.precision)
-                if sample:
-                    self.sample(model)
-        return time.perf_counter() - began
+    def validates_at(self, step: int) -> bool:
+        """Return whether `step` is validated."""
+        return is_multiple(step, self.config.run.evaluate_every)
+
+    def samples_at(self, step: int) -> bool:
+        """Return whether a text is sampled at `step`."""
+        return is_multiple(step, self.config.run.sample_every)
 
     def is_due(self, step: int) -> bool:
-        """Does `step` ask for a validation or a sample?"""
-        return _is_multiple(step, self.config.run.evaluate_every) or _is_multiple(
-            step, self.config.run.sample_every
-        )
+        """Return whether `step` is validated or a text is sampled there."""
+        return self.validates_at(step) or self.samples_at(step)
 
-    def validate(self, model: GPT, split: str, precision: str) -> float | None:
-        """Mean loss over the fixed windows of a split, written down as <split>/loss with the precision it was computed in."""
-        limit = min(self.config.data.val_tokens, sum(s.n_tokens for s in self.splits[split]))
-        if limit < 2:
-            return None
-        with matmul_precision(precision):
-            shards, seq_len, dtype = self.splits[split], self.config.data.seq_len, DTYPES[precision]
-            loss = mean_loss(
-                model, shards, seq_len, limit, dtype, self.batch, self.state.world, self.stop
-            )
-        name = "val" if split == "val" else "train_text"
-        self.recorder.evaluation(
-            {**self.state.clock(), f"{name}/loss": loss, f"{name}/precision": precision}
-        )
-        log.info(
-            f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} bits) "
-            f"a token, {limit - 1:,} tokens, {precision}"
-        )
-        return loss
-
-    def score_tasks(self, model: GPT, precision: str) -> None:
-        """Each task's figures, written down as eval/<task>/<figure>."""
-        for task, examples in self.tasks:
-            with matmul_precision(precision), computing_in(model, DTYPES[precision]):
-                report = run(model, task, examples, self.state.world, stop=self.stop)
-            figures = {
-                name: value for name, value in report.figures.items() if isinstance(value, float)
-            }
-            row = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
-            how = {
-                f"eval/{task.name}/examples": report.examples,
-                f"eval/{task.name}/precision": precision,
-            }
-            self.recorder.evaluation({**self.state.clock(), **row, **how})
-            said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            log.info(
-                f"step {self.state.step:,}: {task.name} {said}, {report.examples:,} examples, {precision}"
-            )
-
-    def sample(self, model: GPT) -> None:
-        """One sample text from the current weights."""
-        if self.state.world.rank != 0:
+    def run_if_due(self, step: int) -> None:
+        """Validate and sample if they are due at `step`. The checkpoint of the step is saved first."""
+        if not self.is_due(step):
             return
-        r = self.config.run
-        prompt = self.tokenizer.encode(r.sample_prompt) or [self.tokenizer.end_of_text]
-        rows = generate(
-            model,
-            [prompt],
-            r.sample_tokens,
-            self.tokenizer.end_of_text,
-            temperature=0.8,
-            seed=r.seed,
-        )
-        self.recorder.sample(self.state.step, r.sample_prompt, self.tokenizer.decode(rows[0]))
+        self.checkpoints.save(self.state)
+        precision = self.state.runtime.precision
+        with whole_model(self.state.model) as model:
+            if self.validates_at(step):
+                self.measure_loss(model, "val", precision)
+                self.score_tasks(model, precision)
+            if self.samples_at(step):
+                self.sample(model)
 
-    def finish(self) -> tuple[float | None, float | None]:
-        """The last word on a run: losses on held-out and (if asked for) on training text, in true fp32, and a sample if wanted."""
+    def run_at_end(self) -> tuple[float | None, float | None]:
+        """Validate the final weights in fp32; return the losses on held-out and on training text.
+
+        The loss on training text is measured with --evaluate-train only; it is None otherwise.
+        """
         with whole_model(self.state.model) as model:
             if self.config.run.sample_every:
                 self.sample(model)
             self.score_tasks(model, "fp32")
-            held_out = None if self.config.data.one_batch else self.validate(model, "val", "fp32")
-            return held_out, self.validate(
-                model, "train", "fp32"
-            ) if self.config.run.evaluate_train else None
+            val_loss = None
+            train_text_loss = None
+            if not self.config.data.one_batch:
+                val_loss = self.measure_loss(model, "val", "fp32")
+            if self.config.run.evaluate_train:
+                train_text_loss = self.measure_loss(model, "train", "fp32")
+        return val_loss, train_text_loss
+
+    def measure_loss(self, model: GPT, split: str, precision: str) -> float | None:
+        """Record the mean loss over the fixed windows of a split; None if the split has no text."""
+        shards = self.splits[split]
+        available = sum(shard.n_tokens for shard in shards)
+        tokens = min(self.config.data.val_tokens, available)
+        if tokens < 2:
+            return None
+        with matmul_precision(precision):
+            loss = mean_loss(
+                model,
+                shards,
+                self.config.data.seq_len,
+                tokens,
+                DTYPES[precision],
+                self.windows_per_batch,
+                self.state.world,
+                self.stop,
+            )
+        name = "val" if split == "val" else "train_text"
+        figures = {f"{name}/loss": loss, f"{name}/precision": precision}
+        self.run_log.evaluation({**self.state.clock(), **figures})
+        log.info(
+            f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} bits) "
+            f"a token, {tokens - 1:,} tokens, {precision}"
+        )
+        return loss
+
+    def score_tasks(self, model: GPT, precision: str) -> None:
+        """Record the figures of every task as eval/<task>/<figure>."""
+        for task, examples in self.tasks:
+            with evaluating(model, precision):
+                report = run_task(model, task, examples, self.state.world, stop=self.stop)
+            figures = {
+                name: value for name, value in report.figures.items() if isinstance(value, float)
+            }
+            row: Row = {f"eval/{task.name}/{name}": value for name, value in figures.items()}
+            row[f"eval/{task.name}/examples"] = report.examples
+            row[f"eval/{task.name}/precision"] = precision
+            self.run_log.evaluation({**self.state.clock(), **row})
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log.info(
+                f"step {self.state.step:,}: {task.name} {listed}, "
+                f"{report.examples:,} examples, {precision}"
+            )
+
+    def sample(self, model: GPT) -> None:
+        """Record one text that the current weights write, on rank 0."""
+        if self.state.world.rank != 0:
+            return
+        config = self.config.run
+        end_of_text = self.tokenizer.end_of_text
+        prompt = self.tokenizer.encode(config.sample_prompt) or [end_of_text]
+        [ids] = generate(
+            model,
+            [prompt],
+            config.sample_tokens,
+            end_of_text,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=config.seed,
+        )
+        self.run_log.sample(self.state.step, config.sample_prompt, self.tokenizer.decode(ids))
 
 
-def _is_multiple(step: int, every: int) -> bool:
-    """Is `step` one of those that come `every` so many steps? The first step and 0 never are."""
+@contextmanager
+def evaluating(model: GPT, precision: str) -> Iterator[None]:
+    """Compute in evaluation mode and in `precision` inside the block."""
+    with matmul_precision(precision), computing_in(model, DTYPES[precision]):
+        yield
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Return whether `step` is one of every `every` steps; step 0 is not, and `every` 0 means never."""
     return every > 0 and step > 0 and step % every == 0

@@ -52,28 +52,41 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def temporary_name(path: Path, shared: bool = False) -> Path:
+    """Return the hidden name beside `path` under which it is written.
+
+    The name is fixed, so that the next write replaces what a killed process has left. If the path is
+    `shared`, which means that several processes may write it at once, it has the process's number.
+    """
+    suffix = f".{os.getpid()}.tmp" if shared else ".tmp"
+    return path.with_name(f".{path.name}{suffix}")
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by a file with this content, which is on the disk when the function returns."""
-    with atomic_file(path) as temporary:
+def write_atomic(
+    path: Path, content: str | bytes, shared: bool = False, durable: bool = True
+) -> None:
+    """Replace `path` by a file with this content; see `atomic_file`."""
+    with atomic_file(path, shared=shared, durable=durable) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; it replaces `path` when the block ends without an error."""
-    temporary = temporary_name(path)
+def atomic_file(path: Path, shared: bool = False, durable: bool = True) -> Iterator[Path]:
+    """Give a temporary path to write; it replaces `path` when the block ends without an error.
+
+    `shared` says that several processes may write `path` at once. If `durable`, the file survives a
+    loss of power after the block; otherwise it is not flushed to the disk, which is faster.
+    """
+    temporary = temporary_name(path, shared)
     try:
         yield temporary
-        flush_to_disk(temporary)
+        if durable:
+            flush_to_disk(temporary)
         rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    flush_to_disk(path.parent)
+    if durable:
+        flush_to_disk(path.parent)
 
 
 @contextlib.contextmanager
@@ -102,9 +115,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any], format: int) -> None:
+def write_json(path: Path, content: dict[str, Any], format: int, durable: bool = True) -> None:
     """Replace `path` by a JSON object that has `content` and the number of its format."""
-    write_atomic(path, json.dumps({"format": format, **content}, indent=2) + "\n")
+    text = json.dumps({"format": format, **content}, indent=2) + "\n"
+    write_atomic(path, text, durable=durable)
 
 
 def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:

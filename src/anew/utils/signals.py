@@ -1,112 +1,88 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 and Ctrl-C, at any moment of a run.
+"""Requests to stop: SIGTERM, SIGUSR1 and Ctrl-C set a flag, which the training loop reads.
 
-    with listening() as stop:
-        with stop.breakable():      # here the first signal raises Interrupted at once: nothing would be lost
-            compile_for_a_minute()
-        if stop.is_set(): ...       # elsewhere it is noted, and the loop looks
+    with stop_on_signals() as stop:
+        while not stop.is_set():
+            work()
 
-The first signal asks, a second Ctrl-C leaves at once (every save is atomic, so nothing saved is lost), a second SIGTERM changes nothing.
+The first signal sets the flag. A second Ctrl-C ends the process at once; nothing that was saved is
+lost, because saves are atomic. A second SIGTERM changes nothing.
 """
 
 import os
 import signal
-import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-NOTHING_YET = (
-    "stopped before its first step, so there was nothing to save; the same command starts again."
-)
 
-
-class Interrupted(BaseException):
-    """Raised by a signal inside `Stop.breakable`. No Exception, so that nothing on the way takes it for an error and goes on."""
-
-
-class Stop(threading.Event):
-    """Set once somebody wants the run to end."""
+class StopFlag(threading.Event):
+    """An event that signals set between `listen` and `restore`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.may_break = 0
-        self.patience: float | None = None
+        self._previous: dict[int, Any] = {}  # signal number: the handler before `listen`
 
-    @contextmanager
-    def breakable(self, patience: float | None = None) -> Iterator[None]:
-        """Inside, the first signal raises Interrupted: for long work that leaves nothing half done.
+    def listen(self) -> None:
+        """Let signals set this flag. Python delivers signals to the main thread only; elsewhere this does nothing.
 
-        Python acts on a signal once C++ returns to it, which may wait for other machines. A process that is still inside `patience`
-        seconds after a signal is ended.
+        If signals set another flag until now, which is the case when one run starts another, and that
+        flag is set already, this flag is set too.
         """
-        self.may_break += 1
-        self.patience = patience
-        try:
-            if self.is_set():
-                raise Interrupted
-            yield
-        finally:
-            self.may_break -= 1
-            self.patience = None
-
-    def handle(self, number: int, _: Any) -> None:
-        """The signal handler."""
-        if self.is_set():
-            if number == signal.SIGINT:
-                os._exit(130)
+        if self._previous or threading.current_thread() is not threading.main_thread():
             return
-        self.set()
-        if self.may_break:
-            raise Interrupted
+        for number in stop_signals():
+            self._previous[number] = signal.signal(number, self._handle)
+        outer = self._outer_flag()
+        if outer is not None and outer.is_set():
+            self.set()
 
-    def watch(self, arrived: socket.socket) -> None:
-        """Read the signals' numbers as they come, until the other end is closed; for a thread, which C++ does not hold up."""
-        while arrived.recv(1):
-            if self.patience is not None:
-                time.sleep(self.patience)
-                if self.patience is not None:
-                    sys.stderr.write(f"anew: {NOTHING_YET}\n")
-                    sys.stderr.flush()
-                    os._exit(75)
+    def restore(self) -> None:
+        """Give the signals their previous handlers, and pass a request to stop on to an outer flag."""
+        outer = self._outer_flag()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+        if outer is not None and self.is_set():
+            outer.set()
+
+    def _outer_flag(self) -> "StopFlag | None":
+        handler = self._previous.get(signal.SIGTERM)
+        owner = getattr(handler, "__self__", None)
+        return owner if isinstance(owner, StopFlag) else None
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.is_set() and number == signal.SIGINT:
+            os._exit(130)
+        self.set()
+
+
+def stop_signals() -> list[int]:
+    """Return the signals that ask a run to stop; Windows has no SIGUSR1."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGUSR1"):
+        numbers.append(signal.SIGUSR1)
+    return [int(number) for number in numbers]
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Give a flag that signals set while the block runs."""
+    stop = StopFlag()
+    stop.listen()
+    try:
+        yield stop
+    finally:
+        stop.restore()
 
 
 def signal_this_process(number: int) -> None:
-    """Send this process a signal that its handler sees, from any thread. On Windows, os.kill would end the process at once."""
+    """Send this process a signal that its handler receives, from any thread.
+
+    On Windows, os.kill would end the process at once.
+    """
     if sys.platform == "win32":
         signal.raise_signal(number)
     else:
         os.kill(os.getpid(), number)
-
-
-@contextmanager
-def listening() -> Iterator[Stop]:
-    """A Stop that signals set, as long as the block runs. Only the main thread can listen."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = [
-        signal.SIGINT,
-        signal.SIGTERM,
-        *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []),
-    ]
-    before = {number: signal.signal(number, stop.handle) for number in numbers}
-    here, there = socket.socketpair()
-    there.setblocking(False)
-    woken = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=stop.watch, args=(here,), daemon=True, name="signals").start()
-    try:
-        yield stop
-    finally:
-        signal.set_wakeup_fd(woken)
-        there.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        outer = getattr(before[signal.SIGTERM], "__self__", None)
-        if stop.is_set() and isinstance(
-            outer, Stop
-        ):  # what came too late for the inner is for the outer
-            outer.set()

@@ -23,7 +23,7 @@ from anew.config.schema import Config
 from anew.errors import Preempted, UserError
 from anew.optim import build as optim
 from anew.training.trainer import train
-from anew.utils.signals import listening
+from anew.utils.signals import stop_on_signals
 from tests.unit.training.test_trainer import StopAt
 
 
@@ -129,7 +129,7 @@ def test_a_trial_whose_checkpoint_was_lost_is_run_again(small: Config, tmp_path:
 
 def test_a_signal_that_comes_while_a_trial_ends_is_for_the_experiment() -> None:
     with limited(0) as stop:
-        with listening() as inner:
+        with stop_on_signals() as inner:
             os.kill(os.getpid(), signal.SIGTERM)
         assert inner.is_set()
         assert stop.is_set()

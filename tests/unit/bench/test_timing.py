@@ -12,10 +12,10 @@ from anew.bench import competitors as rivals
 from anew.bench import timing as bench
 from anew.cli.main import main
 from anew.errors import UserError
-from anew.training.train_state import State
-from anew.training.trainer import train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
 from anew.utils import device as runtime
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 from tests.faults.common import tiny
 
 SMALL = [
@@ -97,13 +97,15 @@ def test_bottom_and_top_are_the_same_computation_in_fp32(tmp_path: Path) -> None
 
 def test_an_unfused_optimizer_keeps_weights_at_a_bad_step_too(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", fused=False)
-    state = State(config, runtime.start(config.run), "")
-    before = [p.detach().clone() for p in state.params]
+    state = TrainState(config, runtime.start(config.run), "")
+    before = [p.detach().clone() for p in state.parameters]
     batch = bench.text_batch(config, torch.device("cpu"))
-    outcome = train_step(lambda x, y: state.model(x, y) * float("nan"), state, batch, 1.0, Stop())
+    outcome = train_step(
+        lambda x, y: state.model(x, y) * float("nan"), state, batch, 1.0, StopFlag()
+    )
     assert not outcome.applied
-    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
-    assert train_step(state.model, state, batch, 1.0, Stop()).applied
+    assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+    assert train_step(state.model, state, batch, 1.0, StopFlag()).applied
 
 
 def test_attention_and_what_a_rung_cannot_do(

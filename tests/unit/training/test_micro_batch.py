@@ -12,7 +12,7 @@ from anew import Config
 from anew.data.dataset import open_data
 from anew.tokenizer.bpe import Tokenizer
 from anew.training import micro_batch as probe
-from anew.training.train_state import State
+from anew.training.train_state import TrainState
 from anew.training.trainer import train
 from anew.utils import device as runtime
 from tests.faults.common import losses, tiny
@@ -28,12 +28,12 @@ def config(tmp_path: Path) -> Config:
     return tiny(tmp_path / "run", steps=3, warmup_steps=1, batch_tokens=512, micro_batch="auto")
 
 
-def state_of(config: Config) -> State:
+def state_of(config: Config) -> TrainState:
     with open_data(config.data.data, Tokenizer.named("bytes")) as folder:
-        return State(config, runtime.start(config.run), folder.identity)
+        return TrainState(config, runtime.start(config.run), folder.identity)
 
 
-def peak_of_100_and_10_megabytes(_: State, sequences: int) -> int:
+def peak_of_100_and_10_megabytes(_: TrainState, sequences: int) -> int:
     return 100 * MEGABYTE + 10 * MEGABYTE * sequences
 
 
@@ -76,12 +76,12 @@ def test_passes_of_a_trial_leave_weights_and_optimizer_unchanged(
 ) -> None:
     """The measured passes themselves, with the GPU's counters replaced."""
     state = state_of(config)
-    before = [p.detach().clone() for p in state.params]
+    before = [p.detach().clone() for p in state.parameters]
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 123)
     assert probe.measured_peak(state, 2) == 123
-    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
-    assert all(p.grad is None for p in state.params)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+    assert all(p.grad is None for p in state.parameters)
     assert not state.optimizers[0].state
 
 

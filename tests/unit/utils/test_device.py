@@ -15,14 +15,15 @@ from anew.bench import competitors as rivals
 from anew.config.schema import RunConfig
 from anew.data import prepare, sources
 from anew.data.shards import DataFolder, consume
-from anew.distributed.world import World, refuse_shared_gpus
+from anew.distributed.preflight import refuse_shared_gpus
+from anew.distributed.world import World
 from anew.model.attention import kernels_for
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.trainer import train
 from anew.utils import compiler as toolchain
 from anew.utils import device as runtime
 from anew.utils.files import rename
-from anew.utils.signals import listening, signal_this_process
+from anew.utils.signals import signal_this_process, stop_on_signals
 from tests.faults.common import tiny
 from tests.support.ranks import run_ranks
 
@@ -175,7 +176,7 @@ def test_a_signal_to_this_process_reaches_its_handler_on_windows_too(
     """There, os.kill ends the process without a word."""
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("os.kill ends a Windows process"))
-    with listening() as stop:
+    with stop_on_signals() as stop:
         signal_this_process(signal.SIGTERM)
         assert stop.is_set()
 
@@ -241,7 +242,7 @@ def test_two_ranks_on_one_gpu_are_refused_and_hosts_of_one_name_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Containers often share a host name; a GPU's UUID is its own."""
-    monkeypatch.setattr("anew.distributed.world.identity_of", lambda _: "GPU-1")
+    monkeypatch.setattr("anew.distributed.preflight.gpu_identity", lambda _: "GPU-1")
     device = torch.device("cuda", 0)
     refuse_shared_gpus(World(0, 2, lambda mine: [mine, "GPU-2"]), device)
     with pytest.raises(UserError, match="ranks 0 and 2 have the same GPU"):
@@ -259,10 +260,10 @@ def test_ranks_wait_patiently_only_where_another_prepares_something_for_them() -
         return [value]
 
     world = World(0, 2, impatient, 0, patient)
-    assert world.everywhere(lambda: 7, first=lambda w: w.rank == 0) == 7
+    assert world.run_on_all_ranks(lambda: 7, first=lambda w: w.rank == 0) == 7
     assert seen == ["", ""]
     with pytest.raises(AssertionError):
-        world.everywhere(lambda: 7)
+        world.run_on_all_ranks(lambda: 7)
 
 
 def test_a_used_shard_is_not_mapped_when_it_is_removed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from anew import UserError
 from anew.checkpoint import folder as checkpoint
-from anew.training.outlier_detector import WARM_STEPS, Spikes
+from anew.training.outlier_detector import WARM_STEPS, OutlierDetector
 from anew.training.train_state import Snapshot
 from anew.training.trainer import train
 from tests.faults.common import flags, tiny
@@ -42,8 +42,8 @@ def test_a_save_is_of_its_step_while_training_goes_on(
     went_on = threading.Event()
     saving = 0
 
-    def step(loss_of: Any, state: Any, *rest: Any) -> Any:
-        outcome = original_step(loss_of, state, *rest)
+    def step(loss_of: Any, state: Any, *rest: Any, **more: Any) -> Any:
+        outcome = original_step(loss_of, state, *rest, **more)
         expected[state.step + 1] = digest(dict(state.model.named_parameters()))
         if state.step + 1 >= saving + 3:
             went_on.set()
@@ -150,7 +150,7 @@ def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
 
 
 def test_what_a_spike_is() -> None:
-    usual = Spikes()
+    usual = OutlierDetector()
     for i in range(WARM_STEPS):
         assert usual.limits(6.0) == (float("inf"), float("inf"))
         usual.add(2.0 + 0.1 * (-1) ** i, 1.0)

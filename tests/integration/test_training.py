@@ -19,10 +19,11 @@ from anew import Config, UserError
 from anew.checkpoint import folder as checkpoint
 from anew.errors import Preempted
 from anew.training import run_log as metrics
-from anew.training.train_state import State
-from anew.training.trainer import _seed, train, train_step
+from anew.training.step import dropout_seed, train_step
+from anew.training.train_state import TrainState
+from anew.training.trainer import train
 from anew.utils import device as runtime
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 from tests.faults.common import tiny
 from tests.support import shared
 
@@ -42,7 +43,7 @@ GOLDEN = [
 
 def rows_of(config: Config) -> list[metrics.Row]:
     keys = ("step", "tokens", "train/loss", "train/lr", "train/grad_norm")
-    return [{k: r[k] for k in keys} for r in metrics.read(config.folder)]
+    return [{k: r[k] for k in keys} for r in metrics.read_metrics(config.folder)]
 
 
 def weights_hash(config: Config) -> str:
@@ -172,7 +173,7 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     batches = Batches(open_data(tiny.data.data, "bytes").splits["train"], 16, tiny.run.seed)
-    for step, row in enumerate(metrics.read(tiny.folder)[:10]):
+    for step, row in enumerate(metrics.read_metrics(tiny.folder)[:10]):
         ids = torch.from_numpy(batches.rows(step * 8, 8))
         logits = model(ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -199,9 +200,9 @@ def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> N
 
 
 def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
-    from anew.training.setup import begin
-    from anew.training.trainer import _batches
-    from anew.utils.signals import Stop
+    from anew.training.setup import start_run
+    from anew.training.trainer import batches_of_steps
+    from anew.utils.signals import StopFlag
 
     seen = []
     for micro in range(1, 9):
@@ -210,20 +211,19 @@ def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
                 tiny.override(micro_batch=micro).micro_batches(1)
             continue
         with contextlib.ExitStack() as stack:
-            run = begin(tiny.override(micro_batch=micro), Stop(), stack)
-            steps = list(_batches(run, range(3, 6)))
+            run = start_run(tiny.override(micro_batch=micro), StopFlag(), stack)
+            steps = list(batches_of_steps(run, range(3, 6)))
         seen.append(
             [
                 (
-                    step,
-                    torch.cat([ids for ids, _ in m]).tolist(),
-                    torch.cat([t for _, t in m]).tolist(),
+                    torch.cat([ids for ids, _ in micro_batches]).tolist(),
+                    torch.cat([targets for _, targets in micro_batches]).tolist(),
                 )
-                for step, m in steps
+                for micro_batches in steps
             ]
         )
     assert all(s == seen[0] for s in seen)
-    assert seen[0][0][1] == [row[:-1] for row in run.batches.rows(24, 8).tolist()]
+    assert seen[0][0][0] == [row[:-1] for row in run.batches.rows(24, 8).tolist()]
 
 
 def test_evaluating_and_sampling_more_often_changes_nothing(tiny: Config) -> None:
@@ -239,7 +239,7 @@ def test_evaluating_and_sampling_more_often_changes_nothing(tiny: Config) -> Non
     assert [line["step"] for line in lines if "text" in line] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if "val/loss" in line] == [2, 4, 6, 8, 10, 12]
     assert "sample at step 3" in (busy.folder / "log.txt").read_text()
-    assert len([r for r in metrics.read(busy.folder) if "val/loss" in r]) == 6
+    assert len([r for r in metrics.read_metrics(busy.folder) if "val/loss" in r]) == 6
 
 
 def test_validation_loss_is_that_of_a_plain_loop(tiny: Config) -> None:
@@ -270,14 +270,14 @@ def test_a_non_finite_step_is_skipped_and_said(
     module = sys.modules["anew.training.trainer"]  # `anew.train` is the function
     original, calls = module.train_step, []
 
-    def poisoned(loss_of, *rest):
+    def poisoned(loss_of, *rest, **more):
         calls.append(len(calls))
         bad = len(calls) == 4
-        return original((lambda i, t: loss_of(i, t) * math.nan) if bad else loss_of, *rest)
+        return original((lambda i, t: loss_of(i, t) * math.nan) if bad else loss_of, *rest, **more)
 
     monkeypatch.setattr(module, "train_step", poisoned)
     result = train(tiny)
-    rows = metrics.read(tiny.folder)
+    rows = metrics.read_metrics(tiny.folder)
     assert rows[3]["train/loss"] is None
     assert all(math.isfinite(r["train/loss"]) for i, r in enumerate(rows) if i != 3)
     assert "the step was skipped" in caplog.text
@@ -290,21 +290,21 @@ def test_rows_that_are_written_late_are_all_written_in_order(
 ) -> None:
     """On a GPU a row is written while the next step is computed: before anything that is saved, evaluated or ends the run."""
     module = sys.modules["anew.training.trainer"]
-    made = module.LateRows.__init__
+    made = module.DelayedRows.__init__
 
     def late(self, *arguments):
         made(self, *arguments)
-        self.is_late = True
+        self.is_delayed = True
 
     settings = {"save_every": 4, "evaluate_every": 3, "keep": 0}
     usual = tiny.override(**settings, out=tiny.run.out + "-usual")
     train(usual)
-    monkeypatch.setattr(module.LateRows, "__init__", late)
+    monkeypatch.setattr(module.DelayedRows, "__init__", late)
     delayed = tiny.override(**settings)
     behind = []
-    write = module.LateRows.write
+    write = module.DelayedRows.write
     monkeypatch.setattr(
-        module.LateRows, "write", lambda self: (behind.append(len(self.waiting)), write(self))[1]
+        module.DelayedRows, "write", lambda self: (behind.append(len(self.waiting)), write(self))[1]
     )
     for stop in (2, 7):
         with pytest.raises(Preempted):
@@ -322,15 +322,15 @@ def test_rows_that_are_written_late_are_all_written_in_order(
 
     step = module.train_step
 
-    def failing(loss_of, state, *rest):
+    def failing(loss_of, state, *rest, **more):
         if state.step == 5:
             raise RuntimeError("the device is gone")
-        return step(loss_of, state, *rest)
+        return step(loss_of, state, *rest, **more)
 
     monkeypatch.setattr(module, "train_step", failing)
     with pytest.raises(RuntimeError, match="the device is gone"):
         train(tiny.override(out=tiny.run.out + "-failed"))
-    assert metrics.read(tiny.override(out=tiny.run.out + "-failed").folder)[-1]["step"] == 5
+    assert metrics.read_metrics(tiny.override(out=tiny.run.out + "-failed").folder)[-1]["step"] == 5
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,24 +339,26 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.M
     monkeypatch.setattr(
         module,
         "train_step",
-        lambda loss_of, *rest: original(lambda i, t: loss_of(i, t) * math.inf, *rest),
+        lambda loss_of, *rest, **more: original(
+            lambda i, t: loss_of(i, t) * math.inf, *rest, **more
+        ),
     )
     with pytest.raises(RuntimeError, match="10 steps in a row"):
         train(tiny)
 
 
 def test_interrupted_accumulation_leaves_no_trace(tiny: Config) -> None:
-    state = State(tiny, runtime.start(tiny.run), "")
-    stop, ids = Stop(), torch.arange(8)[None]
-    before = [p.clone() for p in state.params]
+    state = TrainState(tiny, runtime.start(tiny.run), "")
+    stop, ids = StopFlag(), torch.arange(8)[None]
+    before = [p.clone() for p in state.parameters]
 
     def loss_of(i: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         stop.set()  # arrives while the first of two micro-batches is computed
         return state.model(i, t)
 
     assert train_step(loss_of, state, [(ids, ids)] * 2, 1.0, stop).stop
-    assert all(torch.equal(a, b) for a, b in zip(before, state.params, strict=True))
-    assert all(p.grad is None for p in state.params)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+    assert all(p.grad is None for p in state.parameters)
 
 
 def test_another_run_in_the_folder_is_refused_by_name(tiny: Config) -> None:
@@ -375,7 +377,7 @@ def test_other_text_under_the_same_name_is_refused(tiny: Config, tmp_path: Path)
     with pytest.raises(Preempted):
         train(config, StopAt(4))
     text.write_text("another text, " * 300)
-    with pytest.raises(UserError, match="is no longer the one"):
+    with pytest.raises(UserError, match="is not the one that"):
         train(config)
 
 
@@ -396,7 +398,7 @@ def test_falls_back_past_a_damaged_checkpoint_and_replays_the_same(tiny: Config)
     assert weights_hash(config) == final
     for folder in checkpoint.steps(config.folder):
         (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint that is whole"):
+    with pytest.raises(UserError, match="no valid checkpoint"):
         train(config)
 
 
@@ -435,7 +437,7 @@ def test_padding_rows_stay_out_of_the_folder_and_zero_after_training(tiny: Confi
 
 def test_seeds_of_forward_passes_differ() -> None:
     seeds = {
-        _seed(seed, step, micro, rank)
+        dropout_seed(seed, step, micro, rank)
         for seed in (0, 1, 2**62)
         for step in range(30)
         for micro in range(6)
@@ -453,7 +455,7 @@ def test_tensorboard_has_scalars_settings_and_texts(tiny: Config) -> None:
     events.Reload()
     assert len(events.Scalars("train/loss")) == 12
     assert events.Scalars("train/loss")[-1].value == pytest.approx(
-        metrics.last_loss(tiny.folder), rel=1e-6
+        metrics.last_train_loss(tiny.folder), rel=1e-6
     )
     tags = events.Tags()["tensors"]
     assert any("sample" in tag for tag in tags)

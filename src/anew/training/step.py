@@ -1,0 +1,183 @@
+"""One optimizer step: forward and backward passes, sums over the ranks, clipping and the update.
+
+    result = train_step(loss_of, state, micro_batches, rate=0.5, stop=stop)
+
+`train_step` is used by training, by the benchmarks and by the tests; there is no second step function.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anew.distributed.world import full_tensor
+from anew.optim.build import momentum as muon_momentum
+from anew.optim.build import set_rate as set_learning_rates
+from anew.training.train_state import TrainState
+from anew.utils.signals import StopFlag
+
+MicroBatch = tuple[Tensor, Tensor]  # token ids and targets, each (sequences, T) of int64
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (ids, targets) -> mean loss
+NO_LIMITS = (math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The result of one step, the same on every rank."""
+
+    loss: float  # mean over all tokens of the step, in nats
+    grad_norm: float  # global norm before clipping
+    applied: bool  # False if weights and optimizer state were left unchanged
+    stop: bool = False  # a rank was asked to stop, so the step was not applied
+    save: bool = False  # a rank asks for a checkpoint
+
+
+@dataclass(frozen=True)
+class RankSums:
+    """Values on the device that are the same on every rank after the exchange."""
+
+    loss: Tensor  # mean over the ranks
+    stop_requests: Tensor  # number of ranks that were asked to stop
+    save_requests: Tensor  # number of ranks that ask for a checkpoint
+
+
+def train_step(
+    loss_of: LossFunction,
+    state: TrainState,
+    micro_batches: Sequence[MicroBatch],
+    rate: float,
+    stop: StopFlag,
+    save: bool = False,
+    limits: tuple[float, float] = NO_LIMITS,
+    while_device_works: Callable[[], None] | None = None,
+) -> StepResult:
+    """Take one optimizer step over this rank's `micro_batches`, at `rate` times the peak learning rate.
+
+    Weights, optimizer state and loss scale stay unchanged if, on any rank, the loss or the gradient
+    norm is not finite or above `limits` (loss, norm), or if any rank was asked to stop. `save` is this
+    rank's request for a checkpoint. `while_device_works` is called once, after the first micro-batch
+    has been submitted to the device.
+    """
+    local_loss = accumulate_gradients(loss_of, state, micro_batches, stop, while_device_works)
+    stop_here = stop.is_set()
+    sums = all_reduce_gradients(state, local_loss, stop_here, save)
+    if must_end_before_update(state, stop_here, sums.stop_requests):
+        release_gradients(state)
+        return StepResult(math.nan, math.nan, applied=False, stop=True)
+    grad_norm = clip_gradients(state)
+    is_finite = (grad_norm + sums.loss).isfinite()
+    max_loss, max_norm = limits
+    is_outlier = (sums.loss > max_loss) | (grad_norm > max_norm)
+    skip = ~is_finite | is_outlier | (sums.stop_requests > 0)
+    apply_update(state, skip, rate)
+    release_gradients(state)
+    return read_result(sums, grad_norm, skip)
+
+
+def accumulate_gradients(
+    loss_of: LossFunction,
+    state: TrainState,
+    micro_batches: Sequence[MicroBatch],
+    stop: StopFlag,
+    while_device_works: Callable[[], None] | None,
+) -> Tensor:
+    """Run forward and backward passes over this rank's micro-batches; return their mean loss."""
+    loss_sum = torch.zeros((), device=state.runtime.device)
+    if state.buckets is not None:
+        state.buckets.start_step()
+    for index, (ids, targets) in enumerate(micro_batches):
+        # FSDP exchanges data in every pass, so no rank of a sharded model may leave the loop early.
+        if stop.is_set() and not state.is_sharded:
+            break
+        if state.config.model.dropout > 0:
+            seed = dropout_seed(state.config.run.seed, state.step, index, state.world.rank)
+            torch.manual_seed(seed)
+        state.prepare_backward(is_last=index == len(micro_batches) - 1)
+        loss = loss_of(ids, targets) / len(micro_batches)
+        state.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+        if index == 0 and while_device_works is not None:
+            while_device_works()
+    return loss_sum
+
+
+def all_reduce_gradients(state: TrainState, loss: Tensor, stop: bool, save: bool) -> RankSums:
+    """Average the gradients and the loss over all ranks, and count the requests to stop and to save."""
+    if state.buckets is not None:  # FSDP has reduced sharded gradients in the backward pass
+        state.buckets.all_reduce()
+    shared = torch.zeros(3, device=loss.device)
+    shared[0] = loss
+    shared[1] = float(stop)
+    shared[2] = float(save)
+    state.world.all_reduce(shared)
+    return RankSums(shared[0] / state.world.size, stop_requests=shared[1], save_requests=shared[2])
+
+
+def must_end_before_update(state: TrainState, stop_here: bool, stop_requests: Tensor) -> bool:
+    """Return whether the step must end before the optimizer runs, because a rank was asked to stop.
+
+    A single process knows this without waiting for its device. Of several ranks, only those with a
+    GradScaler wait: unscaling needs a loss scale, which a rank without a micro-batch does not have,
+    and `scaler.update` would change the scale after a step that was not completed. All other ranks
+    continue with `skip` set.
+    """
+    if state.world.size == 1:
+        return stop_here
+    return state.scaler.is_enabled() and stop_requests.item() > 0
+
+
+def clip_gradients(state: TrainState) -> Tensor:
+    """Scale the gradients down to the largest allowed global norm; return the norm before that."""
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state.parameters, state.config.optim.clip)
+    return full_tensor(norm)
+
+
+def apply_update(state: TrainState, skip: Tensor, rate: float) -> None:
+    """Update the weights at `rate` times the peak learning rate; leave them unchanged if `skip` is true."""
+    config = state.config.optim
+    set_learning_rates(state.optimizers, rate, muon_momentum(state.step, config))
+    # Fused AdamW and Muon read `found_inf` on the device, so the host need not wait for `skip`.
+    # The optimizers on MPS, of sharded parameters, and the unfused ones do not read it.
+    host_must_decide = (
+        state.scaler.is_enabled()
+        or state.is_sharded
+        or skip.device.type == "mps"
+        or not config.fused
+    )
+    if not (host_must_decide and skip.item()):
+        for optimizer in state.optimizers:
+            if not host_must_decide:
+                optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+            state.scaler.step(optimizer)
+    state.scaler.update()
+
+
+def release_gradients(state: TrainState) -> None:
+    """Drop the gradients of a finished step. Gradient buckets keep their memory for the next step."""
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def read_result(sums: RankSums, grad_norm: Tensor, skip: Tensor) -> StepResult:
+    """Copy the values of a step to the host. Only here does the host always wait for the device."""
+    values = [sums.loss, grad_norm, skip.float(), sums.stop_requests, sums.save_requests]
+    loss, norm, skipped, stop_requests, save_requests = torch.stack(values).tolist()
+    return StepResult(
+        loss,
+        norm,
+        applied=not skipped,
+        stop=stop_requests > 0,
+        save=save_requests > 0,
+    )
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """Return the seed of one forward pass, so that dropout is a function of these four numbers."""
+    key = struct.pack("<4q", seed, step, micro_batch, rank)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
