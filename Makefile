@@ -10,7 +10,7 @@ BIN := .venv/bin
 endif
 READY := .venv/.ready
 
-.PHONY: setup demo test faults lint types check docs notebooks clean
+.PHONY: setup demo quick test faults lint types check docs notebooks clean
 
 setup: $(READY)
 
@@ -40,11 +40,16 @@ lint: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tools/guarantees.py --check
 
 types: setup
 	$(BIN)/python -m mypy
 
 check: lint types test
+
+# While you work: linters and the unit tests.
+quick: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/unit
 
 # The lessons, run again and shipped with their outputs.
 notebooks: setup

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from anew import UserError
 from anew.checkpoint import folder as checkpoint
-from anew.training.outlier_detector import WARM_STEPS, OutlierDetector
+from anew.training.outlier_detector import WARM_UP_STEPS, OutlierDetector
 from anew.training.train_state import Snapshot
 from anew.training.trainer import train
 from tests.faults.common import flags, tiny
@@ -86,10 +86,10 @@ def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     now = 0.0
     original = module.train_step
 
-    def step(*arguments: Any) -> Any:
+    def step(*arguments: Any, **named: Any) -> Any:
         nonlocal now
         now += 180
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(module, "train_step", step)
     monkeypatch.setattr(saver.time, "monotonic", lambda: now)
@@ -151,7 +151,7 @@ def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
 
 def test_what_a_spike_is() -> None:
     usual = OutlierDetector()
-    for i in range(WARM_STEPS):
+    for i in range(WARM_UP_STEPS):
         assert usual.limits(6.0) == (float("inf"), float("inf"))
         usual.add(2.0 + 0.1 * (-1) ** i, 1.0)
     loss, norm = usual.limits(6.0)
