@@ -361,6 +361,36 @@ def test_interrupted_accumulation_leaves_no_trace(tiny: Config) -> None:
     assert all(p.grad is None for p in state.parameters)
 
 
+SIGNAL_IN_THE_FIRST_STEP = """
+import os, signal, sys
+from pathlib import Path
+
+from anew.config.schema import Config
+from anew.training import trainer
+
+def signalled(*arguments, **named):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(*arguments, **named)
+
+original = trainer.train_step
+trainer.train_step = signalled
+trainer.train(Config.read(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM of Windows cannot be sent to oneself")
+def test_signal_before_the_first_step_ends_the_process_as_usual(
+    tiny: Config, tmp_path: Path
+) -> None:
+    """Nothing can be lost then; the same command begins again."""
+    config = tmp_path / "config.json"
+    config.write_text(tiny.to_json())
+    command = [sys.executable, "-c", SIGNAL_IN_THE_FIRST_STEP, str(config)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGTERM
+    assert checkpoint.steps(tiny.folder) == []
+    assert train(tiny).step == 12
+
+
 def test_another_run_in_the_folder_is_refused_by_name(tiny: Config) -> None:
     train(tiny)
     with pytest.raises(UserError, match="seed: 1337 -> 5"):
