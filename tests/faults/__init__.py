@@ -1,5 +1,5 @@
-"""The fault-injection programme: what a run survives, counted.
+"""The fault-injection programme: inject faults into runs and count what they survive.
 
-make faults                                  # the full programme and its table, written to docs/reliability.md
-pytest tests/faults                          # the same at a size for CI
+make faults                                  # the full programme; writes docs/reliability.md
+pytest tests/faults                          # a short programme for continuous integration
 """

@@ -1,85 +1,127 @@
-"""What the faults share: a tiny run on real processes, and a count of what held."""
+"""Helpers of the fault programme: a tiny run, what to compare of two runs, and a result."""
 
 import dataclasses
 import random
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anew import Config
-from anew.checkpoint import folder as checkpoint
-from anew.training import run_log as metrics
+from anew.checkpoint.folder import newest
+from anew.training import run_log
+from anew.training.trainer import train
 
 
 @dataclass
-class Tally:
-    """How often a fault was injected, and what did not hold."""
+class FaultResult:
+    """How often a fault was injected, and which requirements were not met."""
 
-    runs: int = 0
+    injections: int = 0
     failures: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    skipped: str = ""
+    measurements: dict[str, str] = field(default_factory=dict)
+    skip_reason: str = ""
 
-    def check(self, held: bool, otherwise: str) -> None:
-        if not held:
-            self.failures.append(otherwise)
+    def check(self, is_met: bool, failure: str) -> None:
+        """Record `failure` unless the requirement is met."""
+        if not is_met:
+            self.failures.append(failure)
 
 
-Fault = Callable[[int, random.Random, Path], Tally]
+# A fault is a function of the number of injections, a random generator and an empty folder.
+Fault = Callable[[int, random.Random, Path], FaultResult]
 
 
 def tiny(out: Path, **settings: Any) -> Config:
-    """A run of a second: 2 layers of 32, windows of 16 bytes, fp32, eager."""
+    """Return the config of a run of one second, and write its text beside the run folder.
+
+    The model has 2 layers of width 32 and windows of 16 bytes, in fp32 and without compilation.
+    """
     text = out.parent / "story.txt"
     text.parent.mkdir(parents=True, exist_ok=True)
     if not text.exists():
-        nouns, verbs = (
-            ["cat", "dog", "king", "queen", "ship", "tower", "river"],
-            ["sees", "finds", "builds", "crosses", "leaves"],
-        )
-        text.write_text(
-            "".join(
-                f"The {nouns[i % 7]} {verbs[i * i % 5]} the {nouns[i * 3 % 7]} on day {i}.\n"
-                for i in range(550)
-            )
-        )
+        text.write_text(story())
     base = dataclasses.replace(Config(), recipe="tiny").override(
-        n_layer=2, n_head=2, n_embd=32, n_positions=16, seq_len=16, vocab_size=257, tokenizer="bytes", data=str(text),
-        steps=40, warmup_steps=2, batch_tokens=256, micro_batch=4, lr=3e-3, min_lr=3e-4, precision="fp32", device="cpu", compile="off",
-        evaluate_every=0, save_every=5, timeout_seconds=30.0, out=str(out),
-    )  # fmt: skip
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        n_positions=16,
+        seq_len=16,
+        vocab_size=257,
+        tokenizer="bytes",
+        data=str(text),
+        steps=40,
+        warmup_steps=2,
+        batch_tokens=256,
+        micro_batch=4,
+        lr=3e-3,
+        min_lr=3e-4,
+        precision="fp32",
+        device="cpu",
+        compile="off",
+        evaluate_every=0,
+        save_every=5,
+        timeout_seconds=30.0,
+        out=str(out),
+    )
     return base.override(**settings).check()
 
 
+def story() -> str:
+    """Return about 20 kB of English with some structure."""
+    nouns = ["cat", "dog", "king", "queen", "ship", "tower", "river"]
+    verbs = ["sees", "finds", "builds", "crosses", "leaves"]
+    lines = []
+    for day in range(550):
+        subject = nouns[day % 7]
+        verb = verbs[day * day % 5]
+        lines.append(f"The {subject} {verb} the {nouns[day * 3 % 7]} on day {day}.\n")
+    return "".join(lines)
+
+
+def train_run(config: Config) -> str:
+    """Start or continue a run, and train it to its end. Return "done"."""
+    train(config)
+    return "done"
+
+
 def flags(config: Config) -> list[str]:
-    """The settings of `tiny` as flags of the command line."""
-    found = []
+    """Return the settings of a config made by `tiny` as flags of the command line."""
+    words = []
     for group in (config.model, config.data, config.optim, config.run):
-        for f in dataclasses.fields(group):
-            value = getattr(group, f.name)
-            if f.metadata.get("flag", True) and not isinstance(value, bool) and value != "":
-                found += [f"--{f.name.replace('_', '-')}", str(value)]
-    return found
+        for setting in dataclasses.fields(group):
+            value = getattr(group, setting.name)
+            is_flag = setting.metadata.get("flag", True)
+            if is_flag and not isinstance(value, bool) and value != "":
+                words += [f"--{setting.name.replace('_', '-')}", str(value)]
+    return words
 
 
 def losses(run: Path) -> list[tuple[int, float, float, float]]:
-    """What must be the same bit for bit: step, loss, norm and rate of every step."""
+    """Return step, loss, gradient norm and learning rate of every step, for exact comparison."""
     return [
-        (r["step"], r["train/loss"], r["train/grad_norm"], r["train/lr"])
-        for r in metrics.read_metrics(run)
-        if "train/loss" in r
+        (row["step"], row["train/loss"], row["train/grad_norm"], row["train/lr"])
+        for row in run_log.read(run)
+        if "train/loss" in row
     ]
 
 
 def final(run: Path) -> bytes:
-    """The newest checkpoint's weights and moments."""
-    newest, _ = checkpoint.newest(run)
-    assert newest is not None, f"{run} has no checkpoint"
-    return (newest / "model.safetensors").read_bytes() + (
-        newest / "optimizer.safetensors"
-    ).read_bytes()
+    """Return the weights and the optimizer state of the newest checkpoint."""
+    checkpoint, _ = newest(run)
+    assert checkpoint is not None, f"{run} has no checkpoint"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    return weights + (checkpoint / "optimizer.safetensors").read_bytes()
 
 
-SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "INT": signal.SIGINT}
+def saved_step(checkpoint: Path | None) -> int:
+    """Return the step in a checkpoint folder's name, or 0 for None."""
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def check_same_run(result: FaultResult, config: Config, reference: Config, what: str) -> None:
+    """Check that two runs have the same losses and the same final checkpoint, in every bit."""
+    has_same_losses = losses(config.folder) == losses(reference.folder)
+    result.check(has_same_losses, f"{what}: the losses differ")
+    has_same_state = final(config.folder) == final(reference.folder)
+    result.check(has_same_state, f"{what}: the final weights or optimizer states differ")

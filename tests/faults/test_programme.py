@@ -1,19 +1,19 @@
-"""The fault-injection programme at CI's size."""
+"""The short fault-injection programme, as tests."""
 
 import os
 
 import pytest
 
 if os.name == "nt":
-    pytest.skip("POSIX signals", allow_module_level=True)
+    pytest.skip("the programme needs POSIX signals", allow_module_level=True)
 
-from tests.faults.programme import PROGRAMME, run_one
+from tests.faults.programme import PROGRAMME, run_fault
 
 
 @pytest.mark.parametrize("name", PROGRAMME)
 def test_fault(name: str) -> None:
-    tally = run_one(name, full=False)
-    if tally.skipped:
-        pytest.skip(tally.skipped)
-    assert not tally.failures, "\n".join(tally.failures[:20])
-    assert tally.runs > 0
+    result = run_fault(name, is_full=False)
+    if result.skip_reason:
+        pytest.skip(result.skip_reason)
+    assert not result.failures, "\n".join(result.failures[:20])
+    assert result.injections > 0

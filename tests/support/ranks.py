@@ -1,4 +1,7 @@
-"""Real ranks for tests: processes that meet over gloo. A server that has torch loaded forks them, which takes a tenth of a second."""
+"""Real ranks for tests: processes that communicate over gloo.
+
+They are forked from a server process that has loaded torch, so starting one takes 0.1 s.
+"""
 
 import multiprocessing
 import os
@@ -10,7 +13,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# A fork of a process that has initialised CUDA cannot use it, so nothing that is preloaded here may do so. Windows has no fork.
+# A fork of a process that has initialised CUDA cannot use it, so no module that is preloaded here
+# may initialise CUDA. Windows has no fork.
 CONTEXT: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
     CONTEXT.set_forkserver_preload(
@@ -19,28 +23,32 @@ if sys.platform != "win32":
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Return a TCP port that no process listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def start(
+def start_process(
     function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None
 ) -> tuple[BaseProcess, Connection]:
-    """`function(*arguments)` in a process of its own; what it returns or raises comes through the connection."""
-    here, there = CONTEXT.Pipe()
-    process = CONTEXT.Process(
-        target=_work, args=(function, arguments, there, {**os.environ, **(environment or {})})
-    )
+    """Call `function(*arguments)` in a new process.
+
+    The connection delivers one pair: "ok" and the returned value, or the name and the text of the
+    exception.
+    """
+    receiver, sender = CONTEXT.Pipe()
+    variables = {**os.environ, **(environment or {})}
+    process = CONTEXT.Process(target=_call, args=(function, arguments, sender, variables))
     process.start()
-    there.close()
-    return process, here
+    sender.close()
+    return process, receiver
 
 
-def _work(
+def _call(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
-    connection: Connection,
+    sender: Connection,
     environment: dict[str, str],
 ) -> None:
     import torch
@@ -48,31 +56,39 @@ def _work(
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        connection.send(("ok", function(*arguments)))
-    except BaseException as error:  # noqa: BLE001 (it is reported)
-        connection.send((type(error).__name__, f"{error}\n{traceback.format_exc()}"))
+        sender.send(("ok", function(*arguments)))
+    except BaseException as error:  # noqa: BLE001 (the parent process reports it)
+        sender.send((type(error).__name__, f"{error}\n{traceback.format_exc()}"))
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would set."""
+    """Return the environment variables that torchrun sets for a rank on one machine."""
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def run_ranks(
     size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60
 ) -> list[tuple[str, Any]]:
-    """`function(*arguments)` on `size` ranks: ("ok", what it returned) or (name of an exception, its text) of each, in rank order."""
+    """Call `function(*arguments)` on `size` ranks and return one pair for each, in rank order.
+
+    A pair is "ok" and the returned value, the name and the text of an exception, or "Timeout" and
+    "" for a rank that did not answer within `seconds`.
+    """
     port = free_port()
     started = [
-        start(function, *arguments, environment=rank_environment(rank, size, port))
+        start_process(function, *arguments, environment=rank_environment(rank, size, port))
         for rank in range(size)
     ]
-    found = []
-    for process, connection in started:
-        found.append(connection.recv() if connection.poll(seconds) else ("Timeout", ""))
+    results = []
+    for process, receiver in started:
+        results.append(receiver.recv() if receiver.poll(seconds) else ("Timeout", ""))
         process.join(5)
         if process.is_alive():
             process.kill()
-    return found
+    return results
