@@ -1,15 +1,19 @@
-"""Wait for a GPU machine on EC2 whose price is right, and train on it.
+"""Start a GPU machine on EC2 when its spot price is low enough, and train on it.
 
-    python launch/ec2.py gpt2-124m --bucket MINE --instance p4d.24xlarge --max-price 14 -- --steps 19073
+    python launch/ec2.py gpt2-124m --bucket MINE --max-price 14 -- --steps 19073
 
-asks every zone of the regions for its spot price, takes the cheapest below --max-price (dollars an hour for the whole machine),
-tries the next where there is no capacity, and tries again until there is. The machine (ec2_user_data.sh) trains, keeps the run
-folder in the bucket, saves when it is about to be taken away, and ends itself when the run is complete. A run that already has a
-machine gets no second one; with --keep the script stays and gets a new one whenever it was taken away. What stands behind `--` are
-settings of `anew train`.
+The script asks for the spot price in every zone of the regions and requests a machine in the
+cheapest zone whose price is at most --max-price (dollars an hour for the whole machine). If that
+zone has no capacity, it tries the next zone, and it repeats this until a machine starts. The
+machine runs ec2_user_data.sh: it trains, copies the run folder to the bucket, saves a checkpoint
+when EC2 announces an interruption, and shuts itself down when the run is complete. A run that
+already has a machine does not get a second one. With --keep the script waits until the run is
+complete and replaces a machine that EC2 took away. Arguments after `--` are settings of
+`anew train`. Needs boto3 and credentials.
 """
 
 import hashlib
+import json
 import shlex
 import sys
 import time
@@ -20,115 +24,135 @@ from typing import Any, NoReturn
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
-from source import archive
+from source import source_archive
 
-USER_DATA = Path(__file__).with_name("ec2_user_data.sh")
-# Ubuntu with NVIDIA's driver and PyTorch: docs.aws.amazon.com/dlami/latest/devguide/find-dlami-id.html
-IMAGE = "resolve:ssm:/aws/service/deeplearning/ami/x86_64/oss-nvidia-driver-gpu-pytorch-2.9-ubuntu-24.04/latest/ami-id"
-ELSEWHERE = {
+USER_DATA_SCRIPT = Path(__file__).with_name("ec2_user_data.sh")
+USER_DATA_LIMIT = 16_384  # bytes that EC2 accepts as user data
+# Ubuntu with NVIDIA's driver and PyTorch:
+# https://docs.aws.amazon.com/dlami/latest/devguide/find-dlami-id.html
+IMAGE = (
+    "resolve:ssm:/aws/service/deeplearning/ami/x86_64/"
+    "oss-nvidia-driver-gpu-pytorch-2.9-ubuntu-24.04/latest/ami-id"
+)
+# Error codes after which another zone may still have a machine.
+NOT_IN_THIS_ZONE = {
     "InsufficientInstanceCapacity",
     "SpotMaxPriceTooLow",
     "Unsupported",
     "InsufficientHostCapacity",
     "InsufficientFreeAddressesInSubnet",
 }
-LATER = {"RequestLimitExceeded", "InternalError", "Unavailable", "ServiceUnavailable"}
-QUOTA = {"MaxSpotInstanceCountExceeded", "VcpuLimitExceeded", "InstanceLimitExceeded"}
+# Error codes after which the same request may succeed later.
+TEMPORARY = {"RequestLimitExceeded", "InternalError", "Unavailable", "ServiceUnavailable"}
+# Error codes that waiting does not change.
+QUOTA_EXCEEDED = {"MaxSpotInstanceCountExceeded", "VcpuLimitExceeded", "InstanceLimitExceeded"}
 
 
 @dataclass
-class Machine:
-    """A machine and what it is to do."""
+class Options:
+    """The options of this script."""
 
     recipe: tyro.conf.Positional[str]
-    """what to train, e.g. gpt2-124m"""
+    """recipe to train, e.g. gpt2-124m"""
     bucket: str
-    """S3 bucket for source and run folder"""
+    """S3 bucket for the source and the run folder"""
     max_price: float
-    """most dollars an hour for the machine"""
+    """highest price in dollars an hour for the machine"""
     instance: str = "p4d.24xlarge"
-    """kind of machine"""
+    """instance type"""
     name: str = ""
     """name of the run; by default the recipe"""
     regions: list[str] = field(default_factory=lambda: ["us-east-1", "us-east-2", "us-west-2"])
-    """where to look"""
+    """AWS regions to search"""
     profile: str = "anew"
     """instance profile that may read and write the bucket"""
     hours: float = 48.0
-    """the machine ends itself after this long, whatever happens"""
+    """the machine shuts itself down after this time, even if the run is not complete"""
     disk_gb: int = 200
-    """its disk"""
+    """disk size in GB"""
     image: str = IMAGE
     """machine image"""
     key_name: str = ""
     """key pair for ssh"""
     every: float = 60.0
-    """seconds between two rounds of asking"""
+    """seconds between two rounds of requests"""
     keep: bool = False
-    """stay, and get a new machine when this one was taken away, until the run is complete"""
+    """wait until the run is complete, and replace a machine that EC2 took away"""
     dry_run: bool = False
-    """say the prices and end"""
+    """print the prices and exit"""
+
+    @property
+    def run(self) -> str:
+        """Return the name of the run."""
+        return self.name or self.recipe
 
 
-def main(machine: Machine, settings: list[str]) -> None:
-    """Get machines until one runs; with `keep` until the run is complete."""
+@dataclass(frozen=True, order=True)
+class Offer:
+    """The spot price of the instance type in one zone."""
+
+    price: float  # dollars an hour
+    zone: str
+    region: str
+
+
+def main(options: Options, settings: list[str]) -> None:
+    """Request machines until one starts or, with --keep, until the run is complete."""
     import boto3
 
-    run = machine.name or machine.recipe
-    clients = {region: boto3.client("ec2", region_name=region) for region in machine.regions}
-    s3 = boto3.client("s3", region_name=machine.regions[0])
-    if not machine.dry_run:
-        s3.put_object(Bucket=machine.bucket, Key=f"anew/{run}/source.tar.gz", Body=archive())
+    clients = {region: boto3.client("ec2", region_name=region) for region in options.regions}
+    s3 = boto3.client("s3", region_name=options.regions[0])
+    run = options.run
+    if not options.dry_run:
+        key = f"anew/{run}/source.tar.gz"
+        s3.put_object(Bucket=options.bucket, Key=key, Body=source_archive())
     attempt = 0
     while True:
-        if status(s3, machine.bucket, run) == "complete":
-            say(f"the run {run} is complete: s3://{machine.bucket}/anew/{run}/run")
+        if run_status(s3, options.bucket, run) == "complete":
+            log(f"the run {run} is complete: s3://{options.bucket}/anew/{run}/run")
             return
-        if found := running(clients, run):
-            say(f"{found} is running {run}")
-            if not machine.keep:
+        machine = running_machine(clients, run)
+        if machine:
+            log(f"{machine} is running {run}")
+            if not options.keep:
                 return
-            time.sleep(machine.every)
+            time.sleep(options.every)
             continue
-        offers = sorted(prices(clients, machine.instance))
-        for price, zone, _ in offers:
-            say(
-                f"{zone}: ${price:.2f} an hour"
-                + (f", above ${machine.max_price:.2f}" if price > machine.max_price else "")
-            )
-        if machine.dry_run:
+        offers = sorted(spot_offers(clients, options.instance))
+        for offer in offers:
+            is_too_expensive = offer.price > options.max_price
+            remark = f", above ${options.max_price:.2f}" if is_too_expensive else ""
+            log(f"{offer.zone}: ${offer.price:.2f} an hour{remark}")
+        if options.dry_run:
             return
         if not offers:
+            regions = ", ".join(options.regions)
             fail(
-                f"no zone of {', '.join(machine.regions)} has {machine.instance}; choose another --instance or --regions."
+                f"no zone of {regions} offers {options.instance}; "
+                "choose another --instance or other --regions."
             )
         attempt += 1
+        affordable = [offer for offer in offers if offer.price <= options.max_price]
         if not any(
-            take(clients[region], machine, settings, run, zone, attempt)
-            for price, zone, region in offers
-            if price <= machine.max_price
+            start_machine(clients[offer.region], options, settings, offer.zone, attempt)
+            for offer in affordable
         ):
-            time.sleep(machine.every)
+            time.sleep(options.every)
 
 
-def prices(clients: dict[str, Any], instance: str) -> list[tuple[float, str, str]]:
-    """(dollars an hour, zone, region) of every zone that has such machines to spare."""
-    found = []
-    for region, ec2 in clients.items():
-        latest: dict[str, tuple[Any, float]] = {}
-        pages = ec2.get_paginator("describe_spot_price_history").paginate(
-            InstanceTypes=[instance], ProductDescriptions=["Linux/UNIX"], StartTime=int(time.time())
-        )
-        for entry in (entry for page in pages for entry in page["SpotPriceHistory"]):
-            zone, at = entry["AvailabilityZone"], entry["Timestamp"]
-            if zone not in latest or at > latest[zone][0]:
-                latest[zone] = at, float(entry["SpotPrice"])
-        found += [(price, zone, region) for zone, (_, price) in latest.items()]
-    return found
+def run_status(s3: Any, bucket: str, run: str) -> str:
+    """Return the status in the run_state.json in the bucket, or "" if there is none."""
+    from botocore.exceptions import ClientError
+
+    try:
+        answer = s3.get_object(Bucket=bucket, Key=f"anew/{run}/run/run_state.json")
+        return str(json.loads(answer["Body"].read())["status"])
+    except (ClientError, ValueError, KeyError):
+        return ""
 
 
-def running(clients: dict[str, Any], run: str) -> str:
-    """The machine that has this run, if there is one: a run folder has one writer."""
+def running_machine(clients: dict[str, Any], run: str) -> str:
+    """Return the machine that works on this run, or "": only one may write to a run folder."""
     filters = [
         {"Name": "tag:anew-run", "Values": [run]},
         {"Name": "instance-state-name", "Values": ["pending", "running", "shutting-down"]},
@@ -141,108 +165,112 @@ def running(clients: dict[str, Any], run: str) -> str:
     return ""
 
 
-def take(
-    ec2: Any, machine: Machine, settings: list[str], run: str, zone: str, attempt: int
-) -> bool:
-    """Ask for one machine in `zone`; False where there is none now."""
+def spot_offers(clients: dict[str, Any], instance: str) -> list[Offer]:
+    """Return the latest spot price of every zone that offers this instance type."""
+    offers = []
+    for region, ec2 in clients.items():
+        latest: dict[str, dict[str, Any]] = {}
+        pages = ec2.get_paginator("describe_spot_price_history").paginate(
+            InstanceTypes=[instance], ProductDescriptions=["Linux/UNIX"], StartTime=int(time.time())
+        )
+        for page in pages:
+            for entry in page["SpotPriceHistory"]:
+                zone = entry["AvailabilityZone"]
+                if zone not in latest or entry["Timestamp"] > latest[zone]["Timestamp"]:
+                    latest[zone] = entry
+        for zone, entry in latest.items():
+            offers.append(Offer(float(entry["SpotPrice"]), zone, region))
+    return offers
+
+
+def start_machine(ec2: Any, options: Options, settings: list[str], zone: str, attempt: int) -> bool:
+    """Request one machine in `zone`. Return False if the zone has none at the moment."""
     from botocore.exceptions import ClientError
 
-    request: dict[str, Any] = {
-        # A request repeated because its answer was lost gets the machine that was started, not another.
-        "ClientToken": hashlib.sha256(
-            f"{run} {zone} {attempt} {time.time():.0f}".encode()
-        ).hexdigest()[:48],
-        "ImageId": machine.image,
-        "InstanceType": machine.instance,
-        "MinCount": 1,
-        "MaxCount": 1,
-        "Placement": {"AvailabilityZone": zone},
-        "InstanceMarketOptions": {
-            "MarketType": "spot",
-            "SpotOptions": {
-                "MaxPrice": f"{machine.max_price:.4f}",
-                "SpotInstanceType": "one-time",
-                "InstanceInterruptionBehavior": "terminate",
-            },
-        },
-        "InstanceInitiatedShutdownBehavior": "terminate",
-        "IamInstanceProfile": {"Name": machine.profile},
-        "MetadataOptions": {"HttpTokens": "required"},
-        "BlockDeviceMappings": [
-            {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": machine.disk_gb, "VolumeType": "gp3"}}
-        ],
-        "TagSpecifications": [
-            {
-                "ResourceType": "instance",
-                "Tags": [
-                    {"Key": "anew-run", "Value": run},
-                    {"Key": "Name", "Value": f"anew {run}"},
-                ],
-            }
-        ],
-        "UserData": user_data(machine, settings, run),
+    # The API client repeats a request whose answer is lost. With the token, EC2 then returns the
+    # machine that it has started already instead of starting a second one.
+    unique = f"{options.run} {zone} {attempt} {time.time():.0f}"
+    token = hashlib.sha256(unique.encode()).hexdigest()[:48]
+    request = spot_request(options, zone) | {
+        "ClientToken": token,
+        "UserData": user_data(options, settings),
     }
-    if machine.key_name:
-        request["KeyName"] = machine.key_name
     try:
         [instance] = ec2.run_instances(**request)["Instances"]
     except ClientError as error:
-        code, text = error.response["Error"]["Code"], error.response["Error"]["Message"]
-        if code in QUOTA:
+        code = error.response["Error"]["Code"]
+        message = error.response["Error"]["Message"]
+        if code in QUOTA_EXCEEDED:
             fail(
-                f"your account may not have {machine.instance} ({text}); ask AWS for a higher quota, or choose a smaller --instance."
+                f"the quota of your account does not allow {options.instance} ({message}); "
+                "ask AWS for a higher quota, or choose a smaller --instance."
             )
-        if code not in ELSEWHERE | LATER:
-            fail(f"EC2 refused the request: {text} ({code}).")
-        say(f"{zone}: {code}")
+        if code not in NOT_IN_THIS_ZONE | TEMPORARY:
+            fail(f"EC2 refused the request: {message} ({code}).")
+        log(f"{zone}: {code}")
         return False
-    say(
-        f"{zone}: {instance['InstanceId']} starts, at most ${machine.max_price:.2f} an hour for {machine.hours:g} h"
-    )
+    cost = f"at most ${options.max_price:.2f} an hour for {options.hours:g} h"
+    log(f"{zone}: {instance['InstanceId']} starts, {cost}")
     return True
 
 
-def user_data(machine: Machine, settings: list[str], run: str) -> str:
-    """What the machine runs when it starts: the script beside this file, with its settings in front."""
-    values = {
-        "ANEW_S3": f"s3://{machine.bucket}/anew/{run}",
-        "ANEW_MINUTES": str(round(machine.hours * 60)),
-        "ANEW_TRAIN": shlex.join([machine.recipe, *settings]),
+def spot_request(options: Options, zone: str) -> dict[str, Any]:
+    """Return the arguments of RunInstances for one spot machine that is tagged with the run."""
+    spot = {
+        "MaxPrice": f"{options.max_price:.4f}",
+        "SpotInstanceType": "one-time",
+        "InstanceInterruptionBehavior": "terminate",
     }
-    first, rest = USER_DATA.read_text(encoding="utf-8").split("\n", 1)
-    text = "\n".join(
-        [first, *(f"export {name}={shlex.quote(value)}" for name, value in values.items()), rest]
-    )
-    if len(text) > 16_384:
-        fail("the settings are too long for EC2; put them into a recipe.")
-    return text
+    disk = {"VolumeSize": options.disk_gb, "VolumeType": "gp3"}
+    tags = [
+        {"Key": "anew-run", "Value": options.run},
+        {"Key": "Name", "Value": f"anew {options.run}"},
+    ]
+    request = {
+        "ImageId": options.image,
+        "InstanceType": options.instance,
+        "MinCount": 1,
+        "MaxCount": 1,
+        "Placement": {"AvailabilityZone": zone},
+        "InstanceMarketOptions": {"MarketType": "spot", "SpotOptions": spot},
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "IamInstanceProfile": {"Name": options.profile},
+        "MetadataOptions": {"HttpTokens": "required"},
+        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
+        "TagSpecifications": [{"ResourceType": "instance", "Tags": tags}],
+    }
+    if options.key_name:
+        request["KeyName"] = options.key_name
+    return request
 
 
-def status(s3: Any, bucket: str, run: str) -> str:
-    """What the run's run_state.json in the bucket says."""
-    import json
-
-    from botocore.exceptions import ClientError
-
-    try:
-        return str(
-            json.loads(
-                s3.get_object(Bucket=bucket, Key=f"anew/{run}/run/run_state.json")["Body"].read()
-            )["status"]
-        )
-    except (ClientError, ValueError, KeyError):
-        return ""
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+def user_data(options: Options, settings: list[str]) -> str:
+    """Return ec2_user_data.sh with this run's settings exported after its first line."""
+    variables = {
+        "ANEW_S3": f"s3://{options.bucket}/anew/{options.run}",
+        "ANEW_MINUTES": str(round(options.hours * 60)),
+        "ANEW_TRAIN": shlex.join([options.recipe, *settings]),
+    }
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    shebang, rest = USER_DATA_SCRIPT.read_text(encoding="utf-8").split("\n", 1)
+    script = "\n".join([shebang, *exports, rest])
+    if len(script) > USER_DATA_LIMIT:
+        fail("the settings are longer than EC2 accepts; put them into a recipe.")
+    return script
 
 
-def fail(sentence: str) -> NoReturn:
-    print(f"ec2: {sentence}", file=sys.stderr)
+def log(message: str) -> None:
+    """Print a message with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error message and exit with code 2."""
+    print(f"ec2: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    main(tyro.cli(Machine, args=sys.argv[1:cut], description=__doc__), sys.argv[cut + 1 :])
+    separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = tyro.cli(Options, args=sys.argv[1:separator], description=__doc__)
+    main(options, sys.argv[separator + 1 :])

@@ -1,10 +1,11 @@
 """Start a SageMaker training job.
 
-    python launch/sagemaker_start.py gpt2-124m --role ARN --bucket MINE --image URI --instance ml.p4d.24xlarge --spot -- --save-minutes 5
+    python launch/sagemaker_start.py gpt2-124m --role ARN --bucket MINE --image URI -- --steps 19073
 
-What stands behind `--` are settings of `anew train`. The image is one of AWS's PyTorch training containers
-(https://docs.aws.amazon.com/deep-learning-containers/), or any with PyTorch and `sagemaker-training`. A job with the same --name goes
-on from the checkpoints in the bucket. Needs boto3 and credentials.
+Arguments after `--` are settings of `anew train`. The image is one of AWS's PyTorch training
+containers (https://docs.aws.amazon.com/deep-learning-containers/), or any image with PyTorch and
+`sagemaker-training`. A job with the --name of an earlier job continues from the checkpoints in the
+bucket. Needs boto3 and credentials.
 """
 
 import datetime
@@ -16,107 +17,116 @@ from typing import Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
-from source import archive
+from source import source_archive
 
 
 @dataclass
-class Job:
-    """A training job."""
+class Options:
+    """The options of this script."""
 
     recipe: tyro.conf.Positional[str]
-    """what to train, e.g. gpt2-124m"""
+    """recipe to train, e.g. gpt2-124m"""
     role: str
-    """ARN of the role that SageMaker takes on; it has to read and write the bucket"""
+    """ARN of the role that SageMaker assumes; it must be able to read and write the bucket"""
     bucket: str
-    """S3 bucket for source, checkpoints and model"""
+    """S3 bucket for the source, the checkpoints and the model"""
     image: str
     """training container"""
     instance: str = "ml.g5.12xlarge"
-    """kind of machine"""
+    """instance type"""
     count: int = 1
-    """how many machines"""
+    """number of machines"""
     hours: float = 24.0
-    """the job is stopped after this long; with --spot it may wait for machines as long again"""
+    """the job is stopped after this time; with --spot it may wait as long again for machines"""
     spot: bool = False
-    """take spare capacity, at about a third of the price; an interrupted job goes on by itself"""
+    """use spare capacity at about a third of the price; SageMaker restarts an interrupted job"""
     disk_gb: int = 200
-    """disk of each machine"""
+    """disk size of each machine in GB"""
     name: str = ""
     """name of the run; by default the recipe"""
     data: str = ""
-    """s3://... of a data folder; without it the recipe's source is downloaded"""
+    """s3://... of a data folder; without it the job downloads the recipe's source"""
     processes: int = 0
-    """how many a machine; 0: one a GPU"""
+    """processes on each machine; 0: one for each GPU"""
     region: str | None = None
     """AWS region; by default that of the credentials"""
 
 
-def start(job: Job, settings: list[str]) -> str:
-    """Upload this repository and start a training job with it; returns the job's name."""
+def start_job(options: Options, settings: list[str]) -> str:
+    """Upload this repository and start a training job with it. Return the job's name."""
     import boto3
 
-    run = job.name or job.recipe
-    unique = f"{run}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
-    s3, sagemaker = (
-        boto3.client(service, region_name=job.region) for service in ("s3", "sagemaker")
-    )
-    place = f"s3://{job.bucket}/anew/{run}"
-    s3.put_object(Bucket=job.bucket, Key=f"anew/{run}/source.tar.gz", Body=archive())
-    seconds = int(job.hours * 3600)
-    request: dict[str, Any] = {
-        "TrainingJobName": unique,
-        "RoleArn": job.role,
-        "AlgorithmSpecification": {"TrainingImage": job.image, "TrainingInputMode": "File"},
-        "HyperParameters": {
-            **({"processes": str(job.processes)} if job.processes else {}),
-            **hyperparameters(settings),
-            "recipe": job.recipe,
-            "sagemaker_program": "launch/sagemaker.py",
-            "sagemaker_submit_directory": f"{place}/source.tar.gz",
-            "sagemaker_region": s3.meta.region_name,
-        },
-        "ResourceConfig": {
-            "InstanceType": job.instance,
-            "InstanceCount": job.count,
-            "VolumeSizeInGB": job.disk_gb,
-        },
-        "CheckpointConfig": {"S3Uri": f"{place}/checkpoints"},
-        "OutputDataConfig": {"S3OutputPath": f"{place}/output"},
-        "StoppingCondition": {
-            "MaxRuntimeInSeconds": seconds,
-            **({"MaxWaitTimeInSeconds": 2 * seconds} if job.spot else {}),
-        },
-        "EnableManagedSpotTraining": job.spot,
+    run = options.name or options.recipe
+    s3 = boto3.client("s3", region_name=options.region)
+    key = f"anew/{run}/source.tar.gz"
+    s3.put_object(Bucket=options.bucket, Key=key, Body=source_archive())
+    hyperparameters = {
+        **as_hyperparameters(settings),
+        "recipe": options.recipe,
+        "sagemaker_program": "launch/sagemaker.py",
+        "sagemaker_submit_directory": f"s3://{options.bucket}/{key}",
+        "sagemaker_region": s3.meta.region_name,
     }
-    if job.data:
-        where = {
+    if options.processes:
+        hyperparameters.setdefault("processes", str(options.processes))
+    request = job_request(options, f"s3://{options.bucket}/anew/{run}")
+    request["HyperParameters"] = hyperparameters
+    request["TrainingJobName"] = f"{run}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
+    sagemaker = boto3.client("sagemaker", region_name=options.region)
+    sagemaker.create_training_job(**request)
+    return str(request["TrainingJobName"])
+
+
+def job_request(options: Options, run_url: str) -> dict[str, Any]:
+    """Return the arguments of CreateTrainingJob, except the job's name and hyperparameters."""
+    seconds = int(options.hours * 3600)
+    stopping_condition = {"MaxRuntimeInSeconds": seconds}
+    if options.spot:
+        stopping_condition["MaxWaitTimeInSeconds"] = 2 * seconds
+    request: dict[str, Any] = {
+        "RoleArn": options.role,
+        "AlgorithmSpecification": {"TrainingImage": options.image, "TrainingInputMode": "File"},
+        "ResourceConfig": {
+            "InstanceType": options.instance,
+            "InstanceCount": options.count,
+            "VolumeSizeInGB": options.disk_gb,
+        },
+        "CheckpointConfig": {"S3Uri": f"{run_url}/checkpoints"},
+        "OutputDataConfig": {"S3OutputPath": f"{run_url}/output"},
+        "StoppingCondition": stopping_condition,
+        "EnableManagedSpotTraining": options.spot,
+    }
+    if options.data:
+        source = {
             "S3DataType": "S3Prefix",
-            "S3Uri": job.data,
+            "S3Uri": options.data,
             "S3DataDistributionType": "FullyReplicated",
         }
-        request["InputDataConfig"] = [
-            {"ChannelName": "training", "DataSource": {"S3DataSource": where}}
-        ]
-    sagemaker.create_training_job(**request)
-    return unique
+        channel = {"ChannelName": "training", "DataSource": {"S3DataSource": source}}
+        request["InputDataConfig"] = [channel]
+    return request
 
 
-def hyperparameters(settings: list[str]) -> dict[str, str]:
-    """Flags of `anew train` as hyperparameters, which are text."""
-    found: dict[str, str] = {}
-    name = ""
+def as_hyperparameters(settings: list[str]) -> dict[str, str]:
+    """Convert flags of `anew train` to hyperparameters, whose values are strings."""
+    hyperparameters: dict[str, str] = {}
+    name = ""  # the flag that the next word is a value of
     for word in settings:
         if word.startswith("--"):
             flag, _, value = word[2:].partition("=")
             name = flag.replace("-", "_")
-            found[name] = value or "true"
+            hyperparameters[name] = value or "true"
         elif name:
-            found[name], name = word, ""
+            hyperparameters[name] = word
+            name = ""
         else:
-            sys.exit(f"sagemaker_start: '{word}' is no setting; write --NAME VALUE behind the --.")
-    return found
+            sys.exit(
+                f"sagemaker_start: '{word}' is not a setting; write --NAME VALUE after the `--`."
+            )
+    return hyperparameters
 
 
 if __name__ == "__main__":
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    print(start(tyro.cli(Job, args=sys.argv[1:cut], description=__doc__), sys.argv[cut + 1 :]))
+    separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = tyro.cli(Options, args=sys.argv[1:separator], description=__doc__)
+    print(start_job(options, sys.argv[separator + 1 :]))
