@@ -299,7 +299,7 @@ def test_ec2_stops_at_errors_that_waiting_does_not_change(aws: AWS) -> None:
     assert "Traceback" not in done.stderr
 
 
-# Imitated commands. `aws` copies from and to a folder; `shutdown` and `scontrol` record their calls.
+# Imitated commands. `aws` copies from and to a folder; `shutdown` and `scontrol` record calls.
 AWS_COMMAND = """#!/usr/bin/env python3
 import fnmatch, os, shutil, sys
 from pathlib import Path
