@@ -1,4 +1,8 @@
-"""Set-up of the documentation: pages in Markdown, notebooks as executed. `make docs` builds docs/_build, with warnings as errors."""
+"""Configuration of the documentation, whose pages are in Markdown.
+
+`make docs` writes it to docs/_build and treats warnings as errors. The notebooks are shown with the
+outputs that they are stored with.
+"""
 
 import shutil
 from pathlib import Path
@@ -11,7 +15,7 @@ for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
 project = "anew"
 copyright = "the authors of anew"
 extensions = ["myst_nb"]
-nb_execution_mode = "off"  # they are shipped executed, and the tests execute them
+nb_execution_mode = "off"  # the notebooks are stored with outputs, and tests execute them
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]

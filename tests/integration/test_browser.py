@@ -1,6 +1,6 @@
 """The pages in a real browser: what people see, touch and wait for. Skipped where Debian's chromium is not there.
 
-ANEW_PICTURES=DIR python -m pytest tests/integration/test_browser.py      # also writes what it saw; docs/screenshots.py makes the documentation's
+ANEW_PICTURES=DIR python -m pytest tests/integration/test_browser.py      # also writes what it saw; tools/screenshots.py makes the documentation's
 """
 
 import os
