@@ -1,8 +1,12 @@
-"""The files that hold tokens: a data folder of shards and its `index.json`. Reader and writer, side by side.
+"""The files that hold tokens: a data folder of shards and `index.json`, its reader and its writer.
 
-A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then the tokens as uint16: the
-format of llm.c, which its tools read as it is. Each document starts with end-of-text. `index.json` names the shards of each split with
-their sha256; it is written last, so a folder that has one is whole.
+    folder = DataFolder.open(Path("data/edu"))
+    folder.splits["train"][0].tokens            # (n_tokens,) uint16
+
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
+followed by the tokens as uint16. This is the format of llm.c, whose tools read these files. Each
+document starts with the end-of-text token. `index.json` lists the shards of each split with their
+SHA-256; it is written last, so a folder that has one is complete.
 """
 
 import contextlib
@@ -13,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 
@@ -21,15 +25,22 @@ from anew.config.values import TOKENIZERS
 from anew.errors import UserError
 from anew.utils.files import rename, sha256_of, write_atomic
 
-MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-INDEX_VERSION = 1
+if TYPE_CHECKING:
+    from anew.data.streaming import Growth
+
+MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 1024
+TOKEN_BYTES = 2
 SHARD_TOKENS = 100_000_000
+INDEX = "index.json"
+INDEX_VERSION = 1
 CONSUMED = "consumed.json"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens. It is checked when it is first read: a flipped bit is refused, never trained on."""
+    """One file of tokens."""
 
     path: Path
     n_tokens: int
@@ -37,14 +48,18 @@ class Shard:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """(n_tokens,) uint16, mapped from the file."""
+        """(n_tokens,) uint16, mapped from the file.
+
+        The first access verifies the file, and raises UserError if anything in it has changed.
+        """
         try:
             header = np.fromfile(self.path, dtype="<i4", count=3)
-            right_size = self.path.stat().st_size == HEADER_BYTES + 2 * self.n_tokens
+            size = self.path.stat().st_size
         except FileNotFoundError as error:
             raise UserError(
-                f"shard {self.path.name} was removed after it was trained on, to keep within the disk budget, and is needed again; remove "
-                f"{self.path.parent} and start again with a larger --disk-budget."
+                f"shard {self.path.name} was removed after it was trained on, to keep within the "
+                f"disk budget, and is needed again; remove {self.path.parent} and start again "
+                "with a larger --disk-budget."
             ) from error
         except OSError as error:
             raise UserError(
@@ -52,41 +67,52 @@ class Shard:
             ) from error
         if len(header) < 3 or header[0] != MAGIC:
             raise UserError(
-                f"{self.path} is not a shard: it does not start with {MAGIC}; prepare the data again."
+                f"{self.path} is not a shard: it does not start with {MAGIC}; "
+                "prepare the data again."
             )
         if header[1] != SHARD_VERSION:
             raise UserError(
-                f"shard {self.path} has version {header[1]}, and this anew reads version {SHARD_VERSION}; prepare the data again."
+                f"shard {self.path} has version {header[1]}, and this version of anew reads "
+                f"version {SHARD_VERSION}; prepare the data again."
             )
-        if header[2] != self.n_tokens or not right_size or sha256_of(self.path) != self.sha256:
+        has_size = header[2] == self.n_tokens and size == HEADER_BYTES + TOKEN_BYTES * self.n_tokens
+        if not has_size or sha256_of(self.path) != self.sha256:
             raise UserError(
-                f"shard {self.path} is damaged: its size or sha256 is not what index.json says; prepare the data again."
+                f"shard {self.path} is damaged: its size or sha256 is not what index.json says; "
+                "prepare the data again."
             )
-        return np.memmap(
-            self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.n_tokens,)
-        )
+        return map_tokens(self.path, HEADER_BYTES, self.n_tokens)
+
+    def n_windows(self, seq_len: int) -> int:
+        """Return the number of windows of `seq_len` inputs, whose targets are one token further."""
+        return max(0, (self.n_tokens - 1) // seq_len)
+
+
+def map_tokens(path: Path, offset: int, n_tokens: int) -> np.ndarray:
+    """Return the uint16 tokens after the first `offset` bytes of a file, mapped into memory."""
+    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(n_tokens,))
 
 
 @dataclass(frozen=True)
 class DataFolder:
-    """An opened data folder."""
+    """An opened data folder. As a context manager it ends the preparation that fills it, if any."""
 
     path: Path
     tokenizer: str
     source: str
     revision: str
     splits: dict[str, list[Shard]] = field(default_factory=dict)
-    growth: Any = None  # open.Growth, while the folder is still being prepared
+    growth: "Growth | None" = None  # while the folder is still being prepared
 
     @property
     def identity(self) -> str:
-        """What the tokens are: the revision of the text, and the vocabulary where it is not a built-in one."""
-        return (
-            self.revision if self.tokenizer in TOKENIZERS else f"{self.revision} {self.tokenizer}"
-        )
+        """The revision of the text, and the name of the tokenizer if that is not built in."""
+        if self.tokenizer in TOKENIZERS:
+            return self.revision
+        return f"{self.revision} {self.tokenizer}"
 
     def n_tokens(self, split: str) -> int:
-        """Tokens in the split "train" or "val"."""
+        """Return the number of tokens in the split "train" or "val"."""
         return sum(shard.n_tokens for shard in self.splits.get(split, []))
 
     def __enter__(self) -> Self:
@@ -97,48 +123,56 @@ class DataFolder:
             self.growth.close()
 
     def more(self, stop: threading.Event) -> Callable[[int], tuple[list[Shard], bool]] | None:
-        """What `Batches` asks for further shards, if there will be any."""
+        """Return what `Batches` calls for further shards, or None if there will be none."""
         growth = self.growth
-        return (
-            None
-            if growth is None or growth.complete
-            else lambda known: (growth.wait_for_more(known, stop), growth.complete)
-        )
+        if growth is None or growth.complete:
+            return None
+
+        def wait_for_more(known: int) -> tuple[list[Shard], bool]:
+            shards = growth.wait_for_more(known, stop)
+            return shards, growth.complete
+
+        return wait_for_more
 
     @classmethod
     def open(cls, path: Path) -> "DataFolder":
-        """Read `index.json`; every shard must be there, their contents are checked when read."""
+        """Read `index.json`. Its shards must exist; `Shard.tokens` verifies them later."""
         try:
-            index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
             if index["version"] != INDEX_VERSION or index["dtype"] != "uint16":
                 raise UserError(
-                    f"{path}/index.json has version {index['version']} and dtype {index['dtype']}; "
-                    f"this anew reads version {INDEX_VERSION}, uint16."
+                    f"{path / INDEX} has version {index['version']} and dtype {index['dtype']}; "
+                    f"this version of anew reads version {INDEX_VERSION}, uint16."
                 )
-            splits: dict[str, list[Shard]] = {"train": [], "val": []}
-            for entry in index["shards"]:
-                shard = Shard(
-                    path / Path(entry["name"]).name, int(entry["tokens"]), entry["sha256"]
-                )
-                if not shard.path.is_file() and (entry["split"], len(splits["train"])) >= (
-                    "train",
-                    consumed(path),
-                ):
-                    raise UserError(
-                        f"{path}/index.json names {shard.path.name}, which is missing; prepare the data again."
-                    )
-                splits[entry["split"]].append(shard)
+            splits = _splits_of(path, index["shards"])
             return cls(path, index["tokenizer"], index["source"], index["revision"], splits)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is not a data folder: its index.json cannot be read ({error})."
+                f"{path} is not a data folder: its {INDEX} cannot be read ({error})."
             ) from error
 
 
+def _splits_of(path: Path, entries: list[dict[str, Any]]) -> dict[str, list[Shard]]:
+    """Return the shards of each split. Only training shards that were consumed may be missing."""
+    splits: dict[str, list[Shard]] = {"train": [], "val": []}
+    n_consumed = consumed(path)
+    for entry in entries:
+        split = entry["split"]
+        name = Path(entry["name"]).name
+        shard = Shard(path / name, int(entry["tokens"]), entry["sha256"])
+        was_consumed = split == "train" and len(splits["train"]) < n_consumed
+        if not was_consumed and not shard.path.is_file():
+            raise UserError(
+                f"{path / INDEX} names {name}, which is missing; prepare the data again."
+            )
+        splits[split].append(shard)
+    return splits
+
+
 def header_of(n_tokens: int) -> bytes:
-    """What stands before the tokens in a shard."""
+    """Return the bytes in front of the tokens of a shard."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, SHARD_VERSION, n_tokens
     return header.tobytes()
@@ -146,10 +180,12 @@ def header_of(n_tokens: int) -> bytes:
 
 @dataclass
 class SplitWriter:
-    """Cuts one split's stream of tokens into shards of `shard_tokens`; can be stopped after any `sync` and taken up again.
+    """Writes the tokens of one split as shards of `shard_tokens`.
 
-    The shard being written is `train-00003.bin.part`. `entries` (the finished shards) and `unfinished` (tokens in the part) are all that
-    has to be remembered: what a killed writer wrote behind them is cut off.
+    The shard that is being written is called `train-00003.bin.part`. `entries` (the finished
+    shards) and `unfinished` (the tokens in the part) after a `sync` are the whole state: a new
+    writer that is given them continues there, and removes what a killed writer wrote after that
+    `sync`.
     """
 
     folder: Path
@@ -159,33 +195,39 @@ class SplitWriter:
     unfinished: int = 0
 
     def __post_init__(self) -> None:
-        part, final = self._part, self._part.with_suffix("")
-        if (
-            not part.exists() and final.exists()
-        ):  # killed between finishing this shard and remembering it
-            rename(final, part)
+        part = self._part
+        finished = part.with_suffix("")
+        if finished.exists() and not part.exists():  # finished after the last sync
+            rename(finished, part)
+        known = {part.name, *(entry["name"] for entry in self.entries)}
         for path in self.folder.glob(f"{self.split}-*.bin*"):
-            if path != part and path.name not in {entry["name"] for entry in self.entries}:
+            if path.name not in known:
                 path.unlink()
-        if part.exists() and part.stat().st_size < HEADER_BYTES + 2 * self.unfinished:
+        if part.exists() and part.stat().st_size < HEADER_BYTES + TOKEN_BYTES * self.unfinished:
             raise UserError(
-                f"{part} is shorter than was written to it; remove {self.folder} and prepare again."
+                f"{part} is shorter than what was written to it; "
+                f"remove {self.folder} and prepare again."
             )
-        self.file = part.open("r+b" if part.exists() else "w+b")
-        self.file.truncate(HEADER_BYTES + 2 * self.unfinished)
-        self.file.seek(0, os.SEEK_END)
+        self.file = self._open_part()
 
     @property
     def _part(self) -> Path:
         return self.folder / f"{self.split}-{len(self.entries):05d}.bin.part"
 
+    def _open_part(self) -> BinaryIO:
+        """Open the part to append to its first `unfinished` tokens, or to an empty header."""
+        file = self._part.open("r+b" if self._part.exists() else "w+b")
+        file.truncate(HEADER_BYTES + TOKEN_BYTES * self.unfinished)
+        file.seek(0, os.SEEK_END)
+        return file
+
     @property
     def n_tokens(self) -> int:
-        """Tokens written so far."""
+        """The number of tokens written so far."""
         return sum(int(entry["tokens"]) for entry in self.entries) + self.unfinished
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append documents' tokens (each with its end-of-text first)."""
+        """Append tokens, and finish each shard that becomes full."""
         tokens = tokens.astype("<u2", copy=False)
         while self.unfinished + len(tokens) >= self.shard_tokens:
             room = self.shard_tokens - self.unfinished
@@ -199,12 +241,18 @@ class SplitWriter:
         self.unfinished += len(tokens)
 
     def sync(self) -> None:
-        """Everything written is on the disk."""
+        """Force everything that was written to the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def cut(self) -> None:
+        """Finish the current shard, unless it is empty, and begin the next one."""
+        if self.unfinished:
+            self._finish()
+            self.file = self._open_part()
+
     def close(self) -> list[dict[str, Any]]:
-        """The split ends here: what is unfinished becomes its last, shorter shard. The entries of this split for `index.json`."""
+        """Finish the last, shorter shard. Return the entries of this split for `index.json`."""
         if self.unfinished:
             self._finish()
         else:
@@ -212,16 +260,8 @@ class SplitWriter:
             self._part.unlink()
         return self.entries
 
-    def cut(self) -> None:
-        """End the shard here."""
-        if self.unfinished:
-            self._finish()
-            self.file = self._part.open("w+b")
-            self.file.truncate(HEADER_BYTES)
-            self.file.seek(0, os.SEEK_END)
-
     def _finish(self) -> None:
-        """Header, flush, hash, rename: a file without `.part` is always a whole shard."""
+        """Complete the part and rename it: a file without `.part` is always a whole shard."""
         self.file.seek(0)
         self.file.write(header_of(self.unfinished))
         self.sync()
@@ -246,22 +286,21 @@ def write_index(
     entries: Sequence[dict[str, Any]],
     **more: Any,
 ) -> None:
-    """Write `index.json`: the last file of a data folder. `more` says where it comes from; readers do not need it."""
+    """Write `index.json`, the last file of a data folder. Readers do not need `more`."""
     index = {
         "version": INDEX_VERSION,
         "tokenizer": tokenizer,
         "dtype": "uint16",
         "source": source,
         "revision": revision,
+        "shards": list(entries),
+        **more,
     }
-    write_atomic(
-        folder / "index.json",
-        json.dumps({**index, "shards": list(entries), **more}, indent=2) + "\n",
-    )
+    write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def consumed(folder: Path) -> int:
-    """How many training shards, from the first on, were removed after use."""
+    """Return how many training shards, counted from the first, were removed after use."""
     try:
         return int(json.loads((folder / CONSUMED).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -269,27 +308,24 @@ def consumed(folder: Path) -> int:
 
 
 def consume(shards: Sequence[Shard], count: int) -> None:
-    """Remove the first `count` training shards: a run is done with them."""
+    """Remove the first `count` training shards, which no run needs any more."""
     folder = shards[0].path.parent
-    if count > consumed(folder):
-        write_atomic(folder / CONSUMED, f"{count}\n")
-        for shard in shards[:count]:
-            shard.__dict__.pop(
-                "tokens", None
-            )  # Windows does not remove a file that is mapped into memory
-            with contextlib.suppress(
-                PermissionError
-            ):  # still mapped by a reader: removed with the next shard
-                shard.path.unlink(missing_ok=True)
+    if count <= consumed(folder):
+        return
+    write_atomic(folder / CONSUMED, f"{count}\n")
+    for shard in shards[:count]:
+        # Windows does not remove a file that is mapped into memory. Where another reader still maps
+        # it, it is removed together with the next shard.
+        shard.__dict__.pop("tokens", None)
+        with contextlib.suppress(PermissionError):
+            shard.path.unlink(missing_ok=True)
 
 
 def disk_bytes(folder: Path) -> int:
-    """What the files under `folder` take, hidden ones too."""
+    """Return the size of all files under `folder`, hidden ones included."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 total += os.stat(Path(root, name)).st_size
-            except FileNotFoundError:  # removed meanwhile
-                continue
     return total

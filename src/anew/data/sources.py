@@ -1,10 +1,13 @@
-"""Where text comes from: names, files, folders, globs and datasets of the hub, each as an ordered list of files.
+"""Sources of text: a name, a file, a folder, a glob or a dataset of the hub, as a list of files.
+
+    source = find("my.jsonl")
+    for document in source.documents(): ...
 
 | source | files |
 |---|---|
-| `stdlib` | the Python standard library's own source files: real text on every machine, without a download |
-| `tinyshakespeare` | char-rnn's 1.1 MB of Shakespeare, downloaded once and checked |
-| `fineweb-edu`, `fineweb`, `openwebtext`, `wikitext-103` | web text and Wikipedia from the hub (hub_data.py) |
+| `stdlib` | the source of the Python standard library: text on every machine, no download |
+| `tinyshakespeare` | char-rnn's 1.1 MB of Shakespeare, downloaded once and verified |
+| `fineweb-edu`, `fineweb`, `openwebtext`, `wikitext-103` | datasets of the hub (hub_datasets.py) |
 | `repo:config:split:column` | any other dataset of the hub |
 | `book.txt`, any text file | one document, split by position: the last tenth is held out |
 | `posts.jsonl`, `.jsonl.gz`, `.xz`, `.zst`, `.parquet` | one document a row, its "text" |
@@ -25,8 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from anew.data import hub_datasets as hub_data
-from anew.data import readers
+from anew.data import hub_datasets, readers
 from anew.data.hub_datasets import HubFile
 from anew.errors import UserError
 from anew.utils.files import cache_folder, sha256_of, write_atomic
@@ -35,6 +37,7 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+# Folders of the standard library that hold tests, caches or packages that were installed.
 SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -50,7 +53,7 @@ HUB_SPEC = re.compile(r"([\w.-]+/[\w.-]+):([^:]+):([^:]+)(?::([^:]+))?")
 
 @dataclass(frozen=True)
 class Source:
-    """A named list of files to read documents from, all here or all on the hub."""
+    """A named list of files to read documents from. All are on this machine, or all on the hub."""
 
     name: str
     files: tuple[Path | HubFile, ...]
@@ -58,113 +61,125 @@ class Source:
 
     @property
     def is_remote(self) -> bool:
-        """Do the files have to be fetched?"""
+        """Whether the files are on the hub."""
         return isinstance(self.files[0], HubFile)
 
     @property
     def by_position(self) -> bool:
-        """One text, whose end is held out, instead of many documents, of which some are."""
-        return (
-            len(self.files) == 1
-            and isinstance(self.files[0], Path)
-            and not readers.is_table(self.files[0])
-        )
+        """Whether the source is one text whose end is held out, instead of many documents."""
+        file = self.files[0]
+        return len(self.files) == 1 and isinstance(file, Path) and not readers.is_table(file)
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files, as they are stored."""
-        return sum(f.size if isinstance(f, HubFile) else f.stat().st_size for f in self.files)
+        """The size of all files, as they are stored."""
+        sizes = [f.size if isinstance(f, HubFile) else f.stat().st_size for f in self.files]
+        return sum(sizes)
 
     @cached_property
     def revision(self) -> str:
-        """The hub's commit, or a sha256 over all local files: other text is another revision."""
+        """The commit on the hub, or a SHA-256 over all files: another text has another revision."""
         if isinstance(self.files[0], HubFile):
             return self.files[0].revision
+        digests = hashlib.sha256()
         try:
-            return hashlib.sha256(
-                "".join(sha256_of(f) for f in self.files if isinstance(f, Path)).encode()
-            ).hexdigest()
+            for path in self.files:
+                assert isinstance(path, Path)
+                digests.update(sha256_of(path).encode())
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
+        return digests.hexdigest()
 
     def documents(self) -> Iterator[bytes]:
-        """Every document that is not empty, always in the same order, of a source that is here."""
+        """Yield every document that is not empty, always in the same order. Not for the hub."""
         for path in self.files:
             assert isinstance(path, Path), "files on the hub are fetched by prepare.py"
             yield from readers.documents(path, self.column)
 
 
 def find(source: str, revision: str = "main") -> Source:
-    """The source that `--data` names: a known name, a file, a folder, a glob or a dataset of the hub (at `revision`)."""
+    """Return the source that `--data` names; `revision` is that of a dataset of the hub.
+
+    Raises UserError if there is no such source, or no text in it.
+    """
     if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = [
-            p
-            for p in root.rglob("*.py")
-            if not SKIPPED_FOLDERS & set(p.relative_to(root).parts) and p.stat().st_size
-        ]
-        return Source("stdlib", _ordered(files, root))
+        return _standard_library()
     if source == "tinyshakespeare":
-        path = cache_folder() / "downloads" / "tinyshakespeare.txt"
-        if not path.is_file():
-            download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-        return Source("tinyshakespeare", (path,))
+        text = cache_folder() / "downloads" / "tinyshakespeare.txt"
+        if not text.is_file():
+            download(SHAKESPEARE_URL, text, SHAKESPEARE_SHA256)
+        return Source("tinyshakespeare", (text,))
     path = Path(source).expanduser()
     if path.is_file():
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty; give a file with text in it.")
         return Source(path.stem, (path,))
     if path.is_dir():
-        texts = _ordered([p for p in path.rglob("*") if _is_text(p, path)], path)
+        texts = [file for file in path.rglob("*") if _is_text(file, path)]
         if not texts:
             raise UserError(f"folder {path} holds no text files.")
-        return Source(path.resolve().name, texts)
-    if matches := [Path(p) for p in glob.glob(source, recursive=True)]:
-        return Source("glob", _ordered([p for p in matches if p.is_file()], Path()))
+        return Source(path.resolve().name, _ordered(texts, path))
+    matches = [Path(match) for match in glob.glob(source, recursive=True)]
+    files = [match for match in matches if match.is_file()]
+    if files:
+        return Source("glob", _ordered(files, Path()))
     return _on_the_hub(source, revision)
 
 
 def cache_name(source: str) -> str:
-    """What a dataset of the hub is called in the cache."""
+    """Return the name of a dataset of the hub within the cache folder."""
     return re.sub(r"\W+", "-", source)
 
 
 def is_hub_name(source: str) -> bool:
-    """Does `source` name a dataset of the hub?"""
-    return source in hub_data.NAMED or HUB_SPEC.fullmatch(source) is not None
+    """Return whether `source` names a dataset of the hub."""
+    return source in hub_datasets.NAMED or HUB_SPEC.fullmatch(source) is not None
+
+
+def _standard_library() -> Source:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in root.rglob("*.py"):
+        is_skipped = SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+        if not is_skipped and path.stat().st_size > 0:
+            files.append(path)
+    return Source("stdlib", _ordered(files, root))
 
 
 def _on_the_hub(source: str, revision: str) -> Source:
-    if source in hub_data.NAMED:
-        repository, prefix = hub_data.NAMED[source]
-        return Source(source, tuple(hub_data.listing(repository, prefix, revision)))
+    if source in hub_datasets.NAMED:
+        repository, prefix = hub_datasets.NAMED[source]
+        return Source(source, tuple(hub_datasets.listing(repository, prefix, revision)))
     match = HUB_SPEC.fullmatch(source)
     if match is None:
-        known = ", ".join(["stdlib", "tinyshakespeare", *hub_data.NAMED])
+        known = ", ".join(["stdlib", "tinyshakespeare", *hub_datasets.NAMED])
         raise UserError(
-            f"there is no data at '{source}': it is no file, folder, glob, repo:config:split:column or known source ({known})."
+            f"there is no data at '{source}': it is no file, folder, glob, "
+            f"repo:config:split:column or known source ({known})."
         )
     repository, config, split, column = match.groups()
-    revision = (
-        hub_data.CONVERTED if revision == "main" else revision
-    )  # by name, where the hub converts; a commit on a restart
-    files = hub_data.listing(repository, f"{config}/{split}/", revision)
+    if revision == "main":  # else the commit of that branch which a preparation began with
+        revision = hub_datasets.CONVERTED
+    files = hub_datasets.listing(repository, f"{config}/{split}/", revision)
     return Source(cache_name(source), tuple(files), column or "text")
 
 
 def _ordered(files: list[Path], root: Path) -> tuple[Path, ...]:
-    return tuple(
-        sorted(
-            files, key=lambda p: (p.relative_to(root) if p.is_relative_to(root) else p).as_posix()
-        )
-    )
+    """Sort files by their path within `root`, in the same order on every operating system."""
+
+    def key(path: Path) -> str:
+        relative = path.relative_to(root) if path.is_relative_to(root) else path
+        return relative.as_posix()
+
+    return tuple(sorted(files, key=key))
 
 
 def _is_text(path: Path, root: Path) -> bool:
-    """A visible regular file that is a table or packed, or has no NUL byte at its start."""
-    if any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file():
+    """Return whether a file is not hidden, and is a table, compressed or free of NUL bytes."""
+    is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    if is_hidden or not path.is_file():
         return False
-    if readers.is_table(path) or path.suffix in readers.PACKED:
+    if readers.is_table(path) or path.suffix in readers.COMPRESSED:
         return True
     with path.open("rb") as file:
         return b"\0" not in file.read(4096)
@@ -178,14 +193,16 @@ def download(
     pause_seconds: float = 1.0,
     hint: str = "fetch it by other means and pass the file with --data",
 ) -> None:
-    """Fetch `url` into `path`, which appears only when its sha256 is right: no half file, no error page saved as data.
+    """Download `url` to `path`, which appears only if its SHA-256 is the given one.
 
-    Network failures and 5xx/429 answers are tried again, each after twice the pause; any other failure is a UserError.
+    Network failures, the answers 5xx and 429, and wrong content are tried again, each time after
+    twice the pause. Raises UserError, which ends with `hint`, for any other failure and after the
+    last attempt.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     problem = ""
     for attempt in range(attempts):
-        if attempt:
+        if attempt > 0:
             time.sleep(pause_seconds * 2 ** (attempt - 1))
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
@@ -197,9 +214,8 @@ def download(
             continue
         except (OSError, http.client.HTTPException) as error:
             problem = str(error) or type(error).__name__
-            if attempt and isinstance(
-                getattr(error, "reason", None), socket.gaierror
-            ):  # no such host twice: there is no network
+            is_unknown_host = isinstance(getattr(error, "reason", None), socket.gaierror)
+            if is_unknown_host and attempt > 0:  # the second time: there is no network
                 break
             continue
         if hashlib.sha256(body).hexdigest() == sha256:
