@@ -1,96 +1,95 @@
-"""From gradients to updates: parameter groups, their optimizers, and rate and momentum as pure functions of the step.
+"""The optimizers of a run and their parameter groups.
 
-`build` gives the optimizers of a run; `train.train_step` is their one caller. State is named by parameter, so a checkpoint does
-not depend on how parameters were grouped.
+    optimizers = build_optimizers(model, config.optim)
+    set_learning_rates(optimizers, factor, momentum)     # before each step (see schedule.py)
+
+AdamW updates every parameter, or with `optimizer="muon"` all but the matrices of the blocks.
+Checkpoints name the state of each parameter by the parameter's name, so they do not depend on the
+grouping.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from anew.config.schema import OptimConfig
 from anew.distributed.world import ALONE, World
+from anew.model.gpt import GPT
 from anew.optim.muon import Muon
+from anew.optim.schedule import MUON_MOMENTUM, learning_rate_factor, muon_momentum
 
-MOMENTUM = (0.85, 0.95)  # Muon's, at its first step and from the end of muon_warmup on
 
+def build_optimizers(model: GPT, config: OptimConfig, world: World = ALONE) -> list[Optimizer]:
+    """Return the optimizers of a run: AdamW, and Muon if the configuration asks for it.
 
-def rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at `step` (0-based): (step + 1) / warmup up to 1, constant, then down towards min_lr / lr.
-
-    The decay reaches its floor at `steps`, one past the last step, as in the reference runs; it is never zero on the way.
+    Matrices are decayed, vectors are not. The token embedding has a group of its own because its
+    learning rate may differ. Each group keeps its peak learning rate as "peak_lr".
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    decay_steps = max(1, steps - config.warmup_steps) * config.decay_share
-    done = max(0.0, 1 - (steps - step) / decay_steps)
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    floor = config.min_lr / config.lr
-    return floor + (1 - floor) * shape
-
-
-def momentum(step: int, config: OptimConfig) -> float:
-    """Muon's at `step`: early gradients point elsewhere within a few steps, so what was is forgotten sooner."""
-    first, last = MOMENTUM
-    return (
-        last if step >= config.muon_warmup else first + (last - first) * step / config.muon_warmup
-    )
-
-
-def build(model: nn.Module, config: OptimConfig, world: World = ALONE) -> list[Optimizer]:
-    """The optimizers of a run. Matrices are decayed, vectors are not; Muon takes the matrices of the blocks if asked to."""
-    named = dict(model.named_parameters())
-    block = (
-        {n for n, p in named.items() if ".h." in n and p.ndim == 2}
-        if config.optimizer == "muon"
-        else set()
-    )
-    rest = [(n, p) for n, p in named.items() if n not in block]
-    wte, matrices, vectors = (
-        [(n, p) for n, p in rest if kind == _kind(n, p)] for kind in ("wte", "matrix", "vector")
-    )
-    groups = [
-        {"params": wte, "lr": config.wte_lr or config.lr, "weight_decay": config.weight_decay},
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    embedding = []
+    block_matrices = []
+    other_matrices = []
+    vectors = []
+    for name, parameter in model.named_parameters():
+        named = (name, parameter)
+        if parameter.ndim < 2:
+            vectors.append(named)
+        elif ".wte." in name:
+            embedding.append(named)
+        elif ".h." in name and config.optimizer == "muon":
+            block_matrices.append(named)
+        else:
+            other_matrices.append(named)
+    decay = config.weight_decay
     adamw = AdamW(
-        groups,
+        [
+            {"params": embedding, "lr": config.wte_lr or config.lr, "weight_decay": decay},
+            {"params": other_matrices, "weight_decay": decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=config.fused or None,
     )
     optimizers: list[Optimizer] = [adamw]
-    if block:
-        has_bf16 = (
-            getattr(model, "compute_dtype", torch.float32) == torch.bfloat16
-        )  # where it is slow, nothing computes in it
-        dtype = torch.bfloat16 if has_bf16 and config.newton_schulz == "bf16" else torch.float32
-        optimizers.append(
-            Muon(
-                [(n, named[n]) for n in sorted(block)],
-                config.muon_lr,
-                weight_decay=config.weight_decay,
-                dtype=dtype,
-                world=world,
-            )
+    if block_matrices:
+        muon = Muon(
+            sorted(block_matrices, key=lambda named: named[0]),
+            lr=config.muon_lr,
+            weight_decay=decay,
+            dtype=_newton_schulz_dtype(model, config),
+            world=world,
         )
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["peak_lr"] = group["lr"]
+        optimizers.append(muon)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def _kind(name: str, p: nn.Parameter) -> str:
-    return "wte" if ".wte." in name else "matrix" if p.ndim >= 2 else "vector"
+def _newton_schulz_dtype(model: GPT, config: OptimConfig) -> torch.dtype:
+    """Return bf16 only for a model that computes in it: elsewhere the device may be slow at it."""
+    if config.newton_schulz == "bf16" and model.compute_dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32
 
 
-def set_rate(optimizers: Iterable[Optimizer], share: float, momentum: float = MOMENTUM[1]) -> None:
-    """Set every group's learning rate to `share` of its own peak, and Muon's momentum."""
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["lr"] = group["peak_lr"] * share
-        if "momentum" in group:
-            group["momentum"] = momentum
+def set_learning_rates(
+    optimizers: Iterable[Optimizer],
+    factor: float,
+    momentum: float = MUON_MOMENTUM,
+) -> None:
+    """Set the learning rate of every group to `factor` of its peak, and Muon's momentum."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+            if "momentum" in group:
+                group["momentum"] = momentum
+
+
+# The names of an earlier version, until all callers use the new ones.
+build = build_optimizers
+set_rate = set_learning_rates
+rate = learning_rate_factor
+momentum = muon_momentum
