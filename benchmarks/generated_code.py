@@ -251,7 +251,7 @@ def gpu_paths(attention: str) -> Iterator[None]:
 
     importlib.import_module("anew.model.kernels.cross_entropy")
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         if attention == "flash":
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
@@ -293,7 +293,7 @@ def generate(config: Any, micro_batch: int, attention: str) -> dict[str, Generat
 
 def report(config: Any, micro_batch: int, found: dict[str, Generated]) -> dict[str, Any]:
     """Print the table; returns its figures."""
-    from anew.model.gpt import count_parameters, flops_per_token
+    from anew.model.flops import count_parameters, flops_per_token
 
     tokens = micro_batch * config.data.seq_len
     attention = (

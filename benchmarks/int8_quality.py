@@ -16,7 +16,7 @@ from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data.dataset import open_data
 from anew.inference.decoders import Kernel, pack
-from anew.model.gpt import Cache
+from anew.model.kv_cache import Cache
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 
 import anew
 from anew.bench import timing as bench
-from anew.model.gpt import count_parameters, flops_per_token
+from anew.model.flops import count_parameters, flops_per_token
 from anew.utils import device as runtime
 
 # %% [markdown]

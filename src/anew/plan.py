@@ -20,7 +20,7 @@ from pathlib import Path
 
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.model.gpt import count_parameters, flops_per_token
+from anew.model.flops import count_parameters, flops_per_token
 from anew.model.loss import CHUNK_KERNEL
 from anew.training import run_log as metrics
 from anew.utils.gpus import GPU

@@ -86,7 +86,7 @@ def test_each_attention_kernel_runs_and_is_the_formula(backend: SDPBackend) -> N
     """With this kernel alone allowed: where it cannot run, torch raises instead of taking another. On the model's strided tensors."""
     qkv = torch.randn(2, 384, 3, 4, 64, device=DEVICE, dtype=torch.bfloat16)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
-    exact = attend(q.double(), k.double(), v.double(), None, 0.0, True, "plain")
+    exact = attend(q.double(), k.double(), v.double(), causal=True, kernel="plain")
     with sdpa_kernel([backend]):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert ((out.double() - exact).norm() / exact.norm()).item() < 0.01
@@ -105,7 +105,7 @@ def test_the_attention_kernel_is_the_one_that_was_asked_for(
         for _ in range(3)
     )
     with torch.set_grad_enabled(training), torch.profiler.profile() as profile:
-        attend(q, k, v, None, 0.0, True, kind)
+        attend(q, k, v, causal=True, kernel=kind)
     ran = {event.key for event in profile.key_averages()}
     assert any(f"scaled_dot_product_{kernel}_attention" in name for name in ran), ran
     assert not any(

@@ -10,7 +10,7 @@ import anew
 from anew import UserError, plan
 from anew.checkpoint import folder as checkpoint
 from anew.cli.main import main
-from anew.model.gpt import count_parameters
+from anew.model.flops import count_parameters
 from anew.training.trainer import train
 from anew.utils import gpus as devices
 from tests.faults.common import tiny

@@ -23,7 +23,7 @@ import torch
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.attention import attend
-from anew.model.gpt import flops_per_token
+from anew.model.flops import flops_per_token
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.setup import training_loss
@@ -254,7 +254,7 @@ def _attention_at(
         for _ in range(rounds + 1):
             begin = time.perf_counter()
             q, k, v = product.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
-            f(q, k, v, None, 0.0, True, kind).backward(d_out)
+            f(q, k, v, causal=True, kernel=kind).backward(d_out)
             assert product.grad is not None
             product.grad.flatten()[:1].cpu()  # waits for the device
             times.append(time.perf_counter() - begin)

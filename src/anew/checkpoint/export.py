@@ -19,7 +19,8 @@ from torch import Tensor
 
 from anew.checkpoint import huggingface as weights
 from anew.errors import UserError
-from anew.model.gpt import GPT, count_parameters
+from anew.model.flops import count_parameters
+from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import atomic_file, atomic_folder, rename
 

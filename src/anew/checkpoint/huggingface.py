@@ -29,7 +29,8 @@ from anew.checkpoint import hub
 from anew.checkpoint import nanogpt as foreign
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
-from anew.model.gpt import GPT, Linear, count_parameters
+from anew.model.flops import count_parameters
+from anew.model.gpt import GPT, Linear
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import sha256_of
 

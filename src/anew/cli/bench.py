@@ -17,7 +17,7 @@ from anew.cli.args import changed, flag, parse, read_recipe, recipe_and_flags
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks.table import TASKS
-from anew.model.gpt import flops_per_token
+from anew.model.flops import flops_per_token
 from anew.report import png as pictures
 from anew.utils import device as runtime
 

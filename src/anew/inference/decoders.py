@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 from anew.config.schema import rounded_up
 from anew.model.attention import as_added
-from anew.model.gpt import GPT, Block, Cache
+from anew.model.gpt import GPT, Block
+from anew.model.kv_cache import Cache
 from anew.utils.files import atomic_file, cache_folder
 
 log = logging.getLogger("anew")

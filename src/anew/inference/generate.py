@@ -14,7 +14,8 @@ from torch import Tensor
 
 from anew.errors import UserError
 from anew.inference.decoders import Graphed, pack
-from anew.model.gpt import GPT, Cache
+from anew.model.gpt import GPT
+from anew.model.kv_cache import Cache
 
 log = logging.getLogger("anew")
 WORTH_PACKING = 16  # tokens: packing the weights of 124M costs as much as five of torch's

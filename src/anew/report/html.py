@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anew.evaluate.published import size_of
-from anew.model.gpt import count_parameters
+from anew.model.flops import count_parameters
 from anew.report import reference_runs as reference
 from anew.report.run import Run
 from anew.report.svg import Line, Points, Whisker, line_chart, short, smoothed

@@ -7,7 +7,7 @@ from typing import Any
 
 from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
-from anew.model.gpt import count_parameters
+from anew.model.flops import count_parameters
 from anew.tokenizer.bpe import Tokenizer
 from anew.training import run_log as metrics
 from anew.utils.files import json_lines

@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from anew.config.schema import Config
-from anew.errors import Diverged, Preempted, UserError
-from anew.model.gpt import count_parameters, flops_per_token
+from anew.errors import Diverged, Preempted
+from anew.model.flops import count_parameters, flops_per_token
 from anew.utils.files import json_lines, read_json, write_json
 
 log = logging.getLogger("anew")

@@ -9,7 +9,7 @@ import torch
 from anew import GPT, GPTConfig, generate
 from anew.inference.decoders import GROUP, Graphed, Kernel, Packed, Rows, _library, pack, quantised
 from anew.inference.generate import _prefill
-from anew.model.gpt import Cache
+from anew.model.kv_cache import Cache
 
 pytestmark = pytest.mark.skipif(
     _library() is None, reason="the kernel needs Linux and a C++ compiler"
