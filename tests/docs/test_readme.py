@@ -139,7 +139,9 @@ def test_commands_of_the_docs_are_understood(
     read = tyro.cli
 
     def only_read(*arguments: Any, **named: Any) -> Any:
-        read(*arguments, **named)
+        flags = read(*arguments, **named)
+        if isinstance(flags, dict):
+            assert set(flags.get("recipe", [])) <= set(RECIPES)
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", only_read)

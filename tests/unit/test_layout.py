@@ -72,7 +72,9 @@ def test_the_command_line_starts_without_what_only_one_command_needs() -> None:
 import sys
 for name in "fastapi uvicorn starlette matplotlib transformers llama_cpp litgpt triton lm_eval gguf onnx boto3 tensorboard".split():
     sys.modules[name] = None
-import anew.cli.main
+import anew.cli.main, importlib
+for command in anew.cli.main.VERBS:
+    importlib.import_module(f"anew.cli.{command}")
 anew.cli.main.main(["--help"])
 """
     done = subprocess.run(

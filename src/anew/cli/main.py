@@ -1,120 +1,112 @@
-"""The command line: one function a verb.
+"""The command line. The code of each command is in the file of its name.
 
     anew train shakespeare --out runs/bard
     anew sample runs/bard --prompt "ROMEO:" --tokens 200
     anew prepare my-texts/ --out data/mine
 
-Exit codes: 0 complete; 2 the input is wrong (one sentence, no traceback); 75 stopped by a signal after a save; 1 anything else.
+Exit codes: 0 complete; 2 invalid input (one sentence, no traceback); 75 stopped by a signal after a
+save; 1 anything else.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from loguru import logger
 
-from anew.cli.bench import run_bench
-from anew.cli.evaluate import run_evaluate
-from anew.cli.export import run_export
-from anew.cli.plan import run_plan
-from anew.cli.prepare import run_prepare
-from anew.cli.report import run_report
-from anew.cli.sample import run_sample
-from anew.cli.serve import run_serve
-from anew.cli.train import run_train
+from anew.cli.progress import is_rank_0
 from anew.config.recipes import RECIPES
 from anew.errors import LostRank, Preempted, UserError
 
+# The function of a command is anew.cli.NAME.run_NAME. Only the chosen command is imported.
 VERBS = {
-    "train": run_train,
-    "sample": run_sample,
-    "evaluate": run_evaluate,
-    "export": run_export,
-    "prepare": run_prepare,
-    "plan": run_plan,
-    "bench": run_bench,
-    "report": run_report,
-    "serve": run_serve,
+    "train": "Train a model from a recipe, or resume a run.",
+    "sample": "Generate text with a model.",
+    "evaluate": "Score a model on HellaSwag, LAMBADA, WikiText and other tasks.",
+    "export": "Convert a model for transformers, llama.cpp or ONNX Runtime.",
+    "prepare": "Turn text into token files for training.",
+    "plan": "Estimate memory, hours, cost and disk of a run before it starts.",
+    "bench": "Measure speed on this machine, and compare recipes and settings.",
+    "report": "Write an HTML page about runs: results, curves and samples.",
+    "serve": "Serve models: a web page, and OpenAI's completions API.",
 }
+UNUSABLE_FILE = (
+    PermissionError,
+    FileExistsError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb and leave with its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    for stream_, errors in (
-        (sys.stdin, "replace"),
-        (sys.stdout, "replace"),
-        (sys.stderr, "backslashreplace"),
-    ):
-        if hasattr(
-            stream_, "reconfigure"
-        ):  # a model may write any character, and Windows pipes are not UTF-8 by themselves
-            stream_.reconfigure(encoding="utf-8", errors=errors)
+    """Run one command and end the process with its exit code."""
+    _use_utf8()
     try:
         with console():
-            if verb in VERBS:
-                VERBS[verb](rest)
-            elif verb in ("-h", "--help"):
-                print(_overview())
-            else:
-                raise UserError(f"there is no verb '{verb}'; choose one of {', '.join(VERBS)}.")
+            _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if _speaks(error):
-            print(f"anew: {error}", file=sys.stderr)
-        sys.exit(2)
+        # Rank 0 prints an error that all ranks raise.
+        _end(2, str(error), quiet=error.on_every_rank and not is_rank_0())
     except Preempted as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"anew: {error}", file=sys.stderr)
-        sys.exit(75)
+        _end(75, str(error), quiet=not is_rank_0())
     except LostRank as error:
-        print(f"anew: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(1, str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (
-        PermissionError,
-        FileExistsError,
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-    ) as error:
-        print(
-            f"anew: {error.filename or 'a file'} cannot be used: {error.strerror}.", file=sys.stderr
-        )
-        sys.exit(2)
-    except BrokenPipeError:  # `anew sample ... | head` is no fault
+    except UNUSABLE_FILE as error:
+        _end(2, f"{error.filename or 'a file'} cannot be used: {error.strerror}.")
+    except BrokenPipeError:
+        # The reader of the output, as in `anew sample ... | head`, has all it wanted.
         sys.stderr.close()
         sys.exit(0)
 
 
-def _speaks(error: UserError) -> bool:
-    """Of several ranks one says what is wrong with all of them, and each what is wrong with it alone."""
-    return os.environ.get("RANK", "0") == "0" or not error.on_every_rank
+def _use_utf8() -> None:
+    """Read and write UTF-8: a model may write any character, and pipes on Windows have no UTF-8."""
+    for stream, errors in (
+        (sys.stdin, "replace"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def _run(argv: list[str]) -> None:
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command in VERBS:
+        module = import_module(f"anew.cli.{command}")
+        run_command = getattr(module, f"run_{command}")
+        run_command(argv[1:])
+    else:
+        raise UserError(f"there is no command '{command}'; choose one of {', '.join(VERBS)}.")
+
+
+def _end(exit_code: int, sentence: str, *, quiet: bool = False) -> None:
+    if not quiet:
+        print(f"anew: {sentence}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def _overview() -> str:
-    lines = [
-        "anew: GPT-2 from scratch, again, and proven.",
-        "",
-        "usage: anew VERB ...    (anew VERB --help tells more)",
-        "",
-    ]
-    lines += [
-        f"  {name:<9} {(function.__doc__ or '').splitlines()[0]}"
-        for name, function in VERBS.items()
-    ]
-    lines += ["", "recipes of `anew train`:"] + [
-        f"  {name:<22} {text}" for name, (text, _) in RECIPES.items()
-    ]
+    """Return the commands and recipes, in lines of at most 80 columns."""
+    lines = ["anew: train, evaluate and serve GPT-2 models.", ""]
+    lines.append("usage: anew COMMAND ...    (anew COMMAND --help lists its flags)")
+    lines.append("")
+    lines += [f"  {name:<9} {summary}" for name, summary in VERBS.items()]
+    lines += ["", "recipes of `anew train`:"]
+    lines += [f"  {name:<22} {summary}" for name, (summary, _) in RECIPES.items()]
     return "\n".join(lines)
 
 
 @contextmanager
 def console() -> Iterator[None]:
-    """Lines of the package's log go to standard error through loguru; results go to standard output."""
+    """Print the package's log on standard error. Results of commands go to standard output."""
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -122,7 +114,8 @@ def console() -> Iterator[None]:
 
     logger.remove()
     logger.add(lambda text: print(text, end="", file=sys.stderr), format="{message}", level="INFO")
-    forward, log = Forward(), logging.getLogger("anew")
+    forward = Forward()
+    log = logging.getLogger("anew")
     log.addHandler(forward)
     log.setLevel(logging.INFO)
     try:

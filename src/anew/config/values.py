@@ -1,28 +1,40 @@
-"""How wishes are spelt: tokenizers by name, sizes in bytes, and what is said of a wish that cannot be met."""
+"""Parse the values of settings that are text: names of tokenizers and sizes in bytes.
+
+ids_of("gpt2")          # 50257
+bytes_of("30GB")        # 30_000_000_000
+"""
 
 import re
 from pathlib import Path
 
 from anew.errors import UserError
 
-TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # ids each can emit; the last one is <|endoftext|>
+TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # vocabulary sizes; the last id is <|endoftext|>
 MOST_IDS = 65_536  # shards hold tokens as uint16
+BYTES_OF_UNIT = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def own_name(n_vocab: int, digest: str) -> str:
-    """What a vocabulary of one's own is called: equal names, equal ids."""
+    """Return the name of a learned vocabulary. Equal names mean equal token ids."""
     return f"bpe-{n_vocab}-{digest[:12]}"
 
 
 def fits(wanted: str, tokenizer: str) -> bool:
-    """Is the tokenizer of this name the one that was asked for? Any vocabulary of N ids is what `train:N` asks for."""
-    return wanted == tokenizer or (
-        wanted.startswith("train:") and tokenizer.startswith(f"bpe-{wanted[6:]}-")
-    )
+    """Say whether data of `tokenizer` serves a run that asks for `wanted`.
+
+    `train:N` asks for any learned vocabulary of N ids; every other name asks for itself.
+    """
+    if wanted.startswith("train:"):
+        size = wanted.removeprefix("train:")
+        return tokenizer == wanted or tokenizer.startswith(f"bpe-{size}-")
+    return tokenizer == wanted
 
 
 def ids_of(tokenizer: str) -> int | None:
-    """How many ids a tokenizer has, where its name says so; None for a folder, which has to be looked into."""
+    """Return the vocabulary size that a tokenizer's name states, or None for a folder.
+
+    Raises UserError if there is no tokenizer of this name.
+    """
     if tokenizer in TOKENIZERS:
         return TOKENIZERS[tokenizer]
     match = re.fullmatch(r"(?:train:|bpe-)(\d+)(?:-[0-9a-f]{12})?", tokenizer)
@@ -30,20 +42,23 @@ def ids_of(tokenizer: str) -> int | None:
         if Path(tokenizer).is_dir():
             return None
         raise UserError(
-            f"there is no tokenizer '{tokenizer}'; choose gpt2, bytes, train:N or a folder that holds one."
+            f"there is no tokenizer '{tokenizer}'; "
+            "choose gpt2, bytes, train:N or a folder that holds one."
         )
-    if not 257 < int(match[1]) <= MOST_IDS:
+    size = int(match[1])
+    if not 257 < size <= MOST_IDS:
         raise UserError(
-            f"tokenizer {tokenizer}: a vocabulary has 258 ids (256 bytes, end of text, and a word) to {MOST_IDS:,}."
+            f"tokenizer {tokenizer}: a learned vocabulary has 258 to {MOST_IDS:,} ids "
+            "(256 bytes, end of text, and at least one merged token)."
         )
-    return int(match[1])
+    return size
 
 
 def bytes_of(size: str) -> int:
-    """30GB, 500M or plain bytes as a number."""
+    """Return a size such as 30GB, 500M or 1234 as a number of bytes (1 GB = 10^9 bytes)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
     if match is None:
-        raise UserError(f"disk budget {size} is no size; write it as 30GB or 500MB.")
-    return int(
-        float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()]
-    )
+        raise UserError(f"disk budget {size} is not a size; write it as 30GB or 500MB.")
+    number = float(match[1])
+    unit = match[2].upper()
+    return int(number * BYTES_OF_UNIT[unit])
