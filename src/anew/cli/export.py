@@ -1,9 +1,9 @@
-"""`anew export MODEL --to hf|gguf|onnx --out PATH`: a model for other people's programs."""
+"""`anew export MODEL --to hf|gguf|onnx --out PATH`: convert a model for another program."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -13,32 +13,32 @@ from anew.report.model_card import model_card
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write a model for another program. Example: anew export runs/mine --to gguf --out mine.gguf --dtype q8_0"""
+    """Convert a model for another program.
 
-    model: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"),
-    ]
-    to: Annotated[
-        Literal["hf", "gguf", "onnx"],
-        tyro.conf.arg(help="hf: a folder for transformers; gguf: llama.cpp; onnx: onnxruntime"),
-    ]
-    out: Annotated[str, tyro.conf.arg(help="the folder or file to write; it must not exist yet")]
-    dtype: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"], tyro.conf.arg(help="gguf: how matrices are stored")
-    ] = "f32"
-    json: Annotated[
-        bool, tyro.conf.arg(help="the last line of standard output is one JSON object")
-    ] = False
+    Example: anew export runs/mine --to gguf --out mine.gguf --dtype q8_0
+    """
+
+    model: tyro.conf.Positional[str]
+    """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
+    to: Literal["hf", "gguf", "onnx"]
+    """hf: a folder for transformers; gguf: a file for llama.cpp; onnx: a file for ONNX Runtime"""
+    out: str
+    """folder or file to write; it must not exist yet"""
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    """gguf: how matrices are stored"""
+    json: bool = False
+    """the last line of standard output is one JSON object"""
 
 
 def run_export(argv: list[str]) -> None:
-    """Write a model for other programs: transformers, llama.cpp, onnxruntime."""
-    a = tyro.cli(ExportArgs, args=argv, prog="anew export")
-    out = Path(a.out)
-    export(a.model, a.to, out, a.dtype, readme=model_card(a.model) if a.to == "hf" else "")
-    size = sum(p.stat().st_size for p in out.rglob("*")) if out.is_dir() else out.stat().st_size
-    print(f"{a.model} is now {out} ({a.to}, {size / 1e6:,.1f} MB)")
-    if a.json:
-        print(json.dumps({"model": a.model, "to": a.to, "out": a.out, "bytes": size}))
+    """Convert a model for transformers, llama.cpp or ONNX Runtime."""
+    args = tyro.cli(ExportArgs, args=argv, prog="anew export")
+    out = Path(args.out)
+    readme = model_card(args.model) if args.to == "hf" else ""
+    export(args.model, args.to, out, args.dtype, readme)
+    files = out.rglob("*") if out.is_dir() else [out]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{args.model} is now {out} ({args.to}, {size / 1e6:,.1f} MB)")
+    if args.json:
+        facts = {"model": args.model, "to": args.to, "out": args.out, "bytes": size}
+        print(json.dumps(facts))

@@ -1,272 +1,279 @@
-"""`anew prepare SOURCE --out DIR`: turn text into a folder of tokens; say beforehand what it will take; show what is in one."""
+"""`anew prepare SOURCE --out DIR`: turn text into a folder of tokens.
+
+anew prepare fineweb-edu --out data/edu --limit-tokens 1000000000
+anew prepare fineweb-edu --dry-run      # estimate tokens, disk and hours
+anew prepare --show data/edu            # describe a data folder
+anew prepare data/edu --to llm.c --out other/
+"""
 
 import json
-import logging
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import tyro
 
+from anew.cli.progress import progress_bar
 from anew.config.values import bytes_of, ids_of
-from anew.data import holdout as splits
-from anew.data import prepare, shards, sources
-from anew.data.shards import DataFolder
+from anew.data import sources
+from anew.data.holdout import SHARD_0_TOKENS, VAL_TOKENS, Settings
+from anew.data.prepare import INDEX, Status, begun_at, cores, prepare
+from anew.data.shards import SHARD_TOKENS, DataFolder, disk_bytes
 from anew.data.token_formats import open_others, write_others
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 
-log = logging.getLogger("anew")
+# For --dry-run: measured on web text (docs/log.md, 6).
+BYTES_PER_TOKEN = 4.4
+BYTES_PER_THREAD_SECOND = 11.0e6
+# For --dry-run: bytes of text in one byte of a file, by the ending of its name. Rough figures.
+EXPANSION = {".parquet": 1.7, ".gz": 2.6, ".zst": 2.9, ".bz2": 3.5, ".xz": 3.6}
 
-# For --dry-run: bytes a token of web text, MB a second a thread (docs/log.md, 6), and rough sizes of text a packed byte.
-BYTES_A_TOKEN, THREAD_MB = 4.4, 11.0
-RATIOS = {".parquet": 1.7, ".gz": 2.6, ".zst": 2.9, ".bz2": 3.5, ".xz": 3.6}
+# For --show: the steps and tokens of the recipe gpt2-124m, and how many documents are measured.
+STEP_TOKENS = 524_288
+GPT2_STEPS = 19_073
+MEASURED_TOKENS = 20_000_000
 
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Turn text into a folder of tokens. Example: anew prepare fineweb-edu --out data/edu --limit-tokens 1000000000"""
+    """Turn text into token files for training.
 
-    source: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(help="a file, folder, glob, known name or repo:config:split:column"),
-    ] = ""
-    out: Annotated[str, tyro.conf.arg(help="data folder to write, or to go on with")] = ""
-    tokenizer: Annotated[
-        str,
-        tyro.conf.arg(
-            help="gpt2: 50,257 tokens; bytes: 257; train:N: learn N; or a folder that has one"
-        ),
-    ] = "gpt2"
-    workers: Annotated[int, tyro.conf.arg(help="threads that tokenise; 0: one a core")] = 0
-    limit_tokens: Annotated[
-        int, tyro.conf.arg(help="stop after this many training tokens; 0: the whole source")
-    ] = 0
-    disk_budget: Annotated[
-        str,
-        tyro.conf.arg(
-            help="most bytes on the disk, fetched files and shards together, e.g. 30GB; 0: no bound"
-        ),
-    ] = "0"
-    shard_tokens: Annotated[int, tyro.conf.arg(help="tokens a shard, 2 bytes each")] = (
-        shards.SHARD_TOKENS
-    )
-    val_tokens: Annotated[
-        int | None,
-        tyro.conf.arg(help="tokens to hold out; by default 10,485,760, with first 100,000,000"),
-    ] = None
-    validation: Annotated[
-        Literal["hash", "first"],
-        tyro.conf.arg(
-            help="hold out documents by their hash, or the first tokens (build-nanogpt's shard 0)"
-        ),
-    ] = "hash"
-    seed: Annotated[
-        int, tyro.conf.arg(help="decides the order of documents within a block of 32 MB")
-    ] = 1337
-    to: Annotated[
-        Literal["anew", "llm.c", "build-nanogpt", "nanogpt"],
-        tyro.conf.arg(help="write the files of this project, from a data folder"),
-    ] = "anew"
-    dry_run: Annotated[
-        bool, tyro.conf.arg(help="only say what it will take: bytes, tokens, disk, hours")
-    ] = False
-    show: Annotated[str, tyro.conf.arg(help="only say what is in this data folder")] = ""
-    json: Annotated[
-        bool, tyro.conf.arg(help="the last line of standard output is one JSON object")
-    ] = False
+    Example: anew prepare fineweb-edu --out data/edu --limit-tokens 1000000000
+    """
+
+    source: tyro.conf.Positional[str] = ""
+    """a file, folder, glob, the name of a source, or repo:config:split:column"""
+    out: str = ""
+    """data folder to write or to continue"""
+    tokenizer: str = "gpt2"
+    """gpt2: 50,257 tokens; bytes: 257; train:N: learn N tokens; or a folder with a tokenizer"""
+    workers: int = 0
+    """threads that tokenise; 0: one for each core"""
+    limit_tokens: int = 0
+    """stop after this many training tokens; 0: use the whole source"""
+    disk_budget: str = "0"
+    """largest size on disk of downloaded files and shards together, such as 30GB; 0: no limit"""
+    shard_tokens: int = SHARD_TOKENS
+    """tokens in a shard; each takes 2 bytes"""
+    val_tokens: int | None = None
+    """tokens to hold out; the default is 10,485,760, or 100,000,000 with --validation first"""
+    validation: Literal["hash", "first"] = "hash"
+    """hold out documents by their hash, or the first tokens (as build-nanogpt's shard 0)"""
+    seed: int = 1337
+    """determines the order of documents within a block of 32 MB"""
+    to: Literal["anew", "llm.c", "build-nanogpt", "nanogpt"] = "anew"
+    """convert a data folder to the files of this project"""
+    dry_run: bool = False
+    """only estimate bytes, tokens, disk and hours"""
+    show: str = ""
+    """only describe this data folder"""
+    json: bool = False
+    """the last line of standard output is one JSON object"""
 
 
 def run_prepare(argv: list[str]) -> None:
-    """Turn text into a folder of tokens that training reads."""
-    a = tyro.cli(PrepareArgs, args=argv, prog="anew prepare")
-    if a.show:
-        shown = Path(a.show)
-        return _show(
-            (None if (shown / prepare.INDEX).is_file() else open_others(shown))
-            or DataFolder.open(shown),
-            a.json,
-        )
-    if not a.source:
-        raise UserError("name a source to prepare, or a data folder with --show.")
-    if min(a.workers, a.limit_tokens, a.val_tokens or 0) < 0 or a.shard_tokens < 2:
-        raise UserError(
-            "--workers, --limit-tokens and --val-tokens must be 0 or above, and --shard-tokens at least 2."
-        )
-    own = Tokenizer.of_folder(Path(a.tokenizer)) if ids_of(a.tokenizer) is None else None
-    val_tokens = (
-        (splits.SHARD_0_TOKENS if a.validation == "first" else splits.VAL_TOKENS)
-        if a.val_tokens is None
-        else a.val_tokens
-    )
-    name = own.name if own else a.tokenizer
-    settings = splits.Settings(
-        name, a.limit_tokens, val_tokens, a.shard_tokens, a.seed, validation=a.validation
-    )
-    budget = bytes_of(a.disk_budget)
-    if a.dry_run:
-        return _dry_run(sources.find(a.source), a, budget)
-    if not a.out:
-        raise UserError("name the data folder to write with --out.")
-    out = Path(a.out)
-    if a.to != "anew":
-        return _convert(a, out)
-    if own:
-        own.keep(out)
-    revision = prepare.begun_at(out)
-    source = sources.find(a.source, revision or "main")
-    with _progress() as report:
-        folder = prepare.prepare(source, settings, out, a.workers, budget, report=report)
-    counts = {split: folder.n_tokens(split) for split in ("train", "val")}
-    print(
-        f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens ({folder.tokenizer}) of {source.name}"
-    )
-    if a.json:
-        print(
-            json.dumps(
-                {
-                    "out": str(out),
-                    "tokenizer": folder.tokenizer,
-                    "revision": folder.revision,
-                    **counts,
-                }
-            )
-        )
-    return None
-
-
-def _convert(a: PrepareArgs, out: Path) -> None:
-    """A data folder as another project's files."""
-    source = Path(a.source)
-    folder = (
-        open_others(source) if source.is_dir() and not (source / prepare.INDEX).is_file() else None
-    )
-    if folder is None and not (source / prepare.INDEX).is_file():
-        raise UserError(f"--to {a.to} takes a data folder, and {source} is none; prepare it first.")
-    files = write_others(folder or DataFolder.open(source), a.to, out)
-    print(f"{out}: {len(files)} files for {a.to}, {shards.disk_bytes(out) / 1e6:,.1f} MB")
-    if a.json:
-        print(json.dumps({"out": str(out), "files": [file.name for file in files]}))
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        with Progress(
-            BarColumn(bar_width=10),
-            TextColumn("{task.description}"),
-            console=Console(stderr=True),
-            transient=True,
-        ) as bar:
-            task = bar.add_task("reading", total=None)
-            yield lambda status: bar.update(
-                task, description=_line(status), completed=status.share, total=1.0
-            )
-        return
-    last = 0.0
-
-    def say(status: prepare.Status) -> None:
-        nonlocal last
-        if status.seconds - last >= 10:
-            last = status.seconds
-            log.info(_line(status))
-
-    yield say
-
-
-def _line(s: prepare.Status) -> str:
-    left = s.seconds * (1 / s.share - 1) if s.share > 0 else 0
-    return (
-        f"{s.tokens / 1e6:,.1f}M tokens, {s.documents:,} documents, {s.bytes / 1e6 / max(s.seconds, 1e-9):.1f} MB/s, "
-        f"disk {s.disk_bytes / 1e9:.2f} GB, {left / 60:,.0f} min left"
-    )
-
-
-def _dry_run(source: sources.Source, a: PrepareArgs, budget: int) -> None:
-    """What a preparation will take, from the sizes of the files alone."""
-    text = source.total_bytes * RATIOS.get(
-        Path(str(getattr(source.files[0], "path", source.files[0]))).suffix, 1.0
-    )
-    a_token = 1 if a.tokenizer == "bytes" else BYTES_A_TOKEN
-    tokens = min(text / a_token, a.limit_tokens or float("inf"))
-    workers = a.workers or prepare.cores()
-    hours = tokens * a_token / (THREAD_MB * 1e6 * workers) / 3600
-    largest = max((getattr(f, "size", 0) for f in source.files), default=0)
-    disk = 2 * tokens + 2 * largest
-    facts = {
-        "files": len(source.files), "bytes_to_read": source.total_bytes, "tokens": int(tokens), "shard_bytes": int(2 * tokens),
-        "disk_bytes": int(disk), "hours": round(hours, 2),
-    }  # fmt: skip
-    print(
-        f"{source.name} at revision {source.revision[:12]}: {len(source.files)} files, {source.total_bytes / 1e9:,.2f} GB to read"
-    )
-    print(
-        f"about {tokens / 1e6:,.0f}M tokens in {2 * tokens / 1e9:,.2f} GB of shards; {disk / 1e9:,.2f} GB of disk with files in flight"
-    )
-    print(
-        f"about {hours:,.2f} hours of {workers} threads, if the network keeps up (an estimate from web text)"
-    )
-    free = shutil.disk_usage(
-        Path(a.out).parent if a.out and Path(a.out).parent.is_dir() else Path()
-    ).free
-    if disk > free:
-        print(f"the disk has {free / 1e9:,.2f} GB free: not enough")
-    if budget and disk > budget:
-        print(
-            f"the budget of {budget / 1e9:,.2f} GB is less: only a training run, which removes shards it is done with, can stay within it"
-        )
-    if a.json:
+    """Turn text into token files for training."""
+    args = tyro.cli(PrepareArgs, args=argv, prog="anew prepare")
+    if args.show:
+        facts = _show(_open_any(Path(args.show)))
+    else:
+        _check(args)
+        if args.dry_run:
+            facts = _estimate(args)
+        elif args.to != "anew":
+            facts = _convert(args)
+        else:
+            facts = _prepare(args)
+    if args.json:
         print(json.dumps(facts))
 
 
-def _show(folder: DataFolder, as_json: bool) -> None:
-    """Counts, the lengths of documents as a picture, what an epoch is, and some documents."""
-    tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
+def _check(args: PrepareArgs) -> None:
+    if not args.source:
+        raise UserError("name a source to prepare, or a data folder with --show.")
+    smallest = min(args.workers, args.limit_tokens, args.val_tokens or 0)
+    if smallest < 0 or args.shard_tokens < 2:
+        raise UserError(
+            "--workers, --limit-tokens and --val-tokens must be 0 or above, "
+            "and --shard-tokens at least 2."
+        )
+    ids_of(args.tokenizer)  # refuses a name that is unknown
+    bytes_of(args.disk_budget)  # refuses a size that is malformed
+    if not args.out and not args.dry_run:
+        raise UserError("name the data folder to write with --out.")
+
+
+def _prepare(args: PrepareArgs) -> dict[str, Any]:
+    out = Path(args.out)
+    tokenizer = args.tokenizer
+    if ids_of(tokenizer) is None:
+        own = Tokenizer.of_folder(Path(tokenizer))
+        own.keep(out)
+        tokenizer = own.name
+    val_tokens = args.val_tokens
+    if val_tokens is None:
+        val_tokens = SHARD_0_TOKENS if args.validation == "first" else VAL_TOKENS
+    settings = Settings(
+        tokenizer=tokenizer,
+        limit_tokens=args.limit_tokens,
+        val_tokens=val_tokens,
+        shard_tokens=args.shard_tokens,
+        seed=args.seed,
+        validation=args.validation,
+    )
+    source = sources.find(args.source, begun_at(out) or "main")
+    budget = bytes_of(args.disk_budget)
+    with progress_bar() as update:
+        folder = prepare(
+            source,
+            settings,
+            out,
+            args.workers,
+            budget,
+            report=lambda status: update(status.share, _describe(status)),
+        )
+    counts = {split: folder.n_tokens(split) for split in ("train", "val")}
+    print(
+        f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens "
+        f"({folder.tokenizer}) of {source.name}"
+    )
+    return {
+        "out": str(out),
+        "tokenizer": folder.tokenizer,
+        "revision": folder.revision,
+        **counts,
+    }
+
+
+def _describe(status: Status) -> str:
+    rate = status.bytes / max(status.seconds, 1e-9)
+    return (
+        f"{status.tokens / 1e6:,.1f}M tokens, {status.documents:,} documents, "
+        f"{rate / 1e6:.1f} MB/s, disk {status.disk_bytes / 1e9:.2f} GB"
+    )
+
+
+def _open_any(path: Path) -> DataFolder:
+    """Open a data folder of this or of another project."""
+    folder = None if (path / INDEX).is_file() else open_others(path)
+    return folder or DataFolder.open(path)
+
+
+def _convert(args: PrepareArgs) -> dict[str, Any]:
+    source = Path(args.source)
+    is_prepared = (source / INDEX).is_file()
+    if not is_prepared and (not source.is_dir() or open_others(source) is None):
+        raise UserError(
+            f"--to {args.to} takes a data folder, and {source} is none; prepare it first."
+        )
+    out = Path(args.out)
+    files = write_others(_open_any(source), args.to, out)
+    print(f"{out}: {len(files)} files for {args.to}, {disk_bytes(out) / 1e6:,.1f} MB")
+    return {"out": str(out), "files": [file.name for file in files]}
+
+
+def _estimate(args: PrepareArgs) -> dict[str, Any]:
+    """Print what a preparation will take, estimated from the sizes of the source's files."""
+    source = sources.find(args.source)
+    first_file = source.files[0]
+    suffix = Path(str(getattr(first_file, "path", first_file))).suffix
+    text_bytes = source.total_bytes * EXPANSION.get(suffix, 1.0)
+    bytes_per_token = 1 if args.tokenizer == "bytes" else BYTES_PER_TOKEN
+    tokens = min(text_bytes / bytes_per_token, args.limit_tokens or float("inf"))
+    workers = args.workers or cores()
+    hours = tokens * bytes_per_token / (BYTES_PER_THREAD_SECOND * workers) / 3600
+    largest_file = max((getattr(file, "size", 0) for file in source.files), default=0)
+    shard_bytes = 2 * tokens
+    peak_bytes = shard_bytes + 2 * largest_file
+    print(
+        f"{source.name} at revision {source.revision[:12]}: {len(source.files)} files, "
+        f"{source.total_bytes / 1e9:,.2f} GB to read"
+    )
+    print(
+        f"about {tokens / 1e6:,.0f}M tokens in {shard_bytes / 1e9:,.2f} GB of shards; "
+        f"{peak_bytes / 1e9:,.2f} GB of disk with files in flight"
+    )
+    print(
+        f"about {hours:,.2f} hours of {workers} threads, if the network keeps up "
+        "(an estimate from web text)"
+    )
+    parent = Path(args.out).parent
+    free = shutil.disk_usage(parent if args.out and parent.is_dir() else Path()).free
+    if peak_bytes > free:
+        print(f"the disk has {free / 1e9:,.2f} GB free: not enough")
+    budget = bytes_of(args.disk_budget)
+    if budget and peak_bytes > budget:
+        print(
+            f"the budget of {budget / 1e9:,.2f} GB is less: only a training run, which removes "
+            "shards it no longer needs, can stay within it"
+        )
+    return {
+        "files": len(source.files),
+        "bytes_to_read": source.total_bytes,
+        "tokens": int(tokens),
+        "shard_bytes": int(shard_bytes),
+        "disk_bytes": int(peak_bytes),
+        "hours": round(hours, 2),
+    }
+
+
+def _show(folder: DataFolder) -> dict[str, Any]:
+    """Print the size of a data folder, the lengths of its documents, and some of their text."""
+    print(
+        f"{folder.path}: {folder.source}, revision {folder.revision[:12]}, "
+        f"tokenizer {folder.tokenizer}"
+    )
     facts: dict[str, Any] = {
         "path": str(folder.path),
         "source": folder.source,
         "revision": folder.revision,
         "tokenizer": folder.tokenizer,
     }
-    print(
-        f"{folder.path}: {folder.source}, revision {folder.revision[:12]}, tokenizer {folder.tokenizer}"
-    )
     for split in ("train", "val"):
-        facts[split] = {"tokens": folder.n_tokens(split), "shards": len(folder.splits[split])}
-        print(
-            f"{split:<6}{folder.n_tokens(split):>15,} tokens in {len(folder.splits[split])} shards"
-        )
-    steps = facts["steps_an_epoch"] = folder.n_tokens("train") / 524_288
-    print(f"an epoch is {steps:,.1f} steps of 524,288 tokens;")
-    print(f"10B tokens are 19,073 steps, {19_073 / max(steps, 1e-9):,.1f} epochs")
-    if not folder.splits["train"]:
-        return
-    tokens = folder.splits["train"][0].tokens
-    starts = (tokens[:20_000_000] == tokenizer.end_of_text).nonzero()[0]
-    lengths = [int(n) - 1 for n in (starts[1:] - starts[:-1])]
+        tokens = folder.n_tokens(split)
+        shards = len(folder.splits[split])
+        print(f"{split:<6}{tokens:>15,} tokens in {shards} shards")
+        facts[split] = {"tokens": tokens, "shards": shards}
+    steps = folder.n_tokens("train") / STEP_TOKENS
+    epochs = GPT2_STEPS / max(steps, 1e-9)
+    print(f"an epoch is {steps:,.1f} steps of {STEP_TOKENS:,} tokens;")
+    print(f"10B tokens are {GPT2_STEPS:,} steps, {epochs:,.1f} epochs")
+    facts["steps_an_epoch"] = steps
+    if folder.splits["train"]:
+        tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
+        first_shard = folder.splits["train"][0].tokens
+        starts = (first_shard[:MEASURED_TOKENS] == tokenizer.end_of_text).nonzero()[0]
+        facts["lengths"] = _show_lengths(starts)
+        _show_texts(first_shard, starts, tokenizer)
+    return facts
+
+
+def _show_lengths(starts: np.ndarray) -> dict[str, int]:
+    """Print a histogram of document lengths. `starts` are the positions of end-of-text tokens.
+
+    Return the number of documents by the smallest length of their bar, a power of two.
+    """
+    lengths = np.diff(starts) - 1
     print(f"tokens of each of the first {len(lengths):,} documents:")
-    counts: dict[int, int] = {}
-    for length in lengths:
-        counts[max(length, 1).bit_length()] = counts.get(max(length, 1).bit_length(), 0) + 1
-    facts["lengths"] = {f"{2 ** (b - 1)}": n for b, n in sorted(counts.items())}
+    counts = Counter(max(int(length), 1).bit_length() for length in lengths)
+    histogram = {}
     for bits, count in sorted(counts.items()):
-        print(
-            f"{2 ** (bits - 1):>10,} to {2**bits - 1:<10,} {count:>9,}  {'#' * max(1, round(40 * count / max(counts.values())))}"
-        )
-    for start in starts[:: max(1, len(starts) // 3)][:3]:
-        sample = tokens[start + 1 : start + 41].tolist()
-        text = tokenizer.decode([i for i in sample if i != tokenizer.end_of_text]).replace(
-            "\n", " "
-        )
-        print(f"  ...{text[:70]}")
-    if as_json:
-        print(json.dumps(facts))
+        shortest = 2 ** (bits - 1)
+        longest = 2**bits - 1
+        bar = "#" * max(1, round(40 * count / max(counts.values())))
+        print(f"{shortest:>10,} to {longest:<10,} {count:>9,}  {bar}")
+        histogram[str(shortest)] = count
+    return histogram
+
+
+def _show_texts(tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Print the beginnings of three documents."""
+    every_third = max(1, len(starts) // 3)
+    for start in starts[::every_third][:3]:
+        ids = tokens[start + 1 : start + 41].tolist()
+        text = tokenizer.decode([id for id in ids if id != tokenizer.end_of_text])
+        print(f"  ...{text.replace(chr(10), ' ')[:70]}")

@@ -7,18 +7,12 @@ anew train --resume runs/try
 import dataclasses
 import json
 import os
+from typing import Annotated
 
 from loguru import logger
 from tyro.conf import DisallowNone
 
-from anew.cli.args import (
-    CommandLine,
-    flag,
-    read_command_line,
-    read_recipe,
-    read_run,
-    show_help,
-)
+from anew.cli.args import Command, CommandLine, flag, read_recipe, read_run
 from anew.cli.demo import show_demo
 from anew.cli.progress import Update, is_rank_0, progress_bar
 from anew.config.recipes import RECIPES
@@ -28,23 +22,29 @@ from anew.report.html import write as write_page
 from anew.training.run_log import Row, describe
 from anew.training.trainer import Result, train
 
-FLAGS = [
-    flag(
-        "resume", DisallowNone[str | None], None, "run folder to resume; no recipe is needed then"
-    ),
-    flag("memorise", bool, False, "shakespeare: train until the text is memorised"),
-    flag("dry_run", bool, False, "check the settings, print what they mean, and end"),
-    flag("json", bool, False, "the last line of standard output is one JSON object"),
-]
-ABOUT = "Train a GPT-2. Example: anew train shakespeare --steps 200 --out runs/try"
+TRAIN = Command(
+    "train",
+    about="Train a GPT-2. Example: anew train shakespeare --steps 200 --out runs/try",
+    flags=[
+        flag(
+            "resume",
+            Annotated[str | None, DisallowNone],
+            None,
+            "run folder to resume; no recipe is needed then",
+        ),
+        flag("memorise", bool, False, "shakespeare: train until the text is memorised"),
+        flag("dry_run", bool, False, "check the settings, print what they mean, and end"),
+        flag("json", bool, False, "the last line of standard output is one JSON object"),
+    ],
+)
 SET_BY_INIT = ("n_embd", "n_head", "n_layer", "n_positions", "tokenizer")
 
 
 def run_train(argv: list[str]) -> None:
     """Train a model from a recipe, or resume a run."""
-    typed = read_command_line(argv, "train", FLAGS)
+    typed = TRAIN.read(argv)
     base = _base_config(typed)
-    show_help(argv, "train", FLAGS, base, ABOUT)
+    TRAIN.show_help(argv, base)
     config = _final_config(base, typed)
     if typed.options.dry_run:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))

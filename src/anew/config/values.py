@@ -58,7 +58,7 @@ def bytes_of(size: str) -> int:
     """Return a size such as 30GB, 500M or 1234 as a number of bytes (1 GB = 10^9 bytes)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
     if match is None:
-        raise UserError(f"disk budget {size} is not a size; write it as 30GB or 500MB.")
+        raise UserError(f"disk budget {size} is no size; write it as 30GB or 500MB.")
     number = float(match[1])
     unit = match[2].upper()
     return int(number * BYTES_OF_UNIT[unit])
