@@ -1,14 +1,16 @@
-"""`anew plan RECIPE`: parameters, memory, hours, dollars and disk of a run before it is started."""
+"""`anew plan RECIPE`: parameters, memory, hours, dollars and disk of a run before it starts."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
-from anew.bench import timing as bench
+from anew.bench.timing import Measured, apart, at, machine_memory
 from anew.cli.args import changed, flag, parse, read_recipe, recipe_and_flags
+from anew.config.schema import Config
 from anew.errors import UserError
-from anew.plan import from_run, lines, make
-from anew.utils import device as runtime
+from anew.plan import Plan, from_run, lines, make
+from anew.utils.device import Runtime, peak_flops, start
 from anew.utils.gpus import GPU, find, known
 
 OWN = [
@@ -19,69 +21,89 @@ OWN = [
     flag("from_run", str, "", "extrapolate from this run folder's measured speed", name="from"),
     flag("json", bool, False, "the last line of standard output is one JSON object"),
 ]
-ABOUT = "What a run will need. Example: anew plan gpt2-124m --gpu h100 --count 8 --price 2.5"
+ABOUT = "What a run needs. Example: anew plan gpt2-124m --gpu h100 --count 8 --price 2.5"
 
 
 def run_plan(argv: list[str]) -> None:
     """Say what a run needs: memory, hours, dollars, disk."""
     name, given = recipe_and_flags(argv, "plan", [*OWN, flag("from", str, "", "")])
     base = read_recipe(name or "gpt2-124m")
-    a = parse(argv, "plan", base, OWN, ABOUT)
-    config, chosen = changed(base, a, given)
+    arguments = parse(argv, "plan", base, OWN, ABOUT)
+    config, chosen = changed(base, arguments, given)
     config, _ = config.adapted(chosen)
     config.check()
-    if a.from_run:
-        for line in from_run(Path(a.from_run), config):
+    if arguments.from_run:
+        for line in from_run(Path(arguments.from_run), config):
             print(line)
         return
-    rate = None
-    gpu = find(a.gpu) if a.gpu else None
-    if a.measure:
-        rt = runtime.start(config.run)
-        micro = config.micro_batches(a.count)[0]
-        found = bench.apart(bench.at(config, micro, config.data.seq_len), steps=3)
-        if isinstance(found, str):
-            raise UserError(f"a step of micro-batch {micro} could not be timed: {found}.")
-        rate = found.tokens_per_second
-        gpu = gpu or _this(rt)
-        print(
-            f"measured: {rate:,.0f} tokens/s with micro-batch {micro}, {found.memory_bytes / 1e9:.1f} GB, {found.tflops:.3g} TFLOP/s"
-        )
+    speed = None
+    gpu = find(arguments.gpu) if arguments.gpu else None
+    if arguments.measure:
+        runtime = start(config.run)
+        speed = _measured_speed(config, arguments.count)
+        gpu = gpu or _this_device(runtime)
     if gpu is None:
         raise UserError(
-            "--gpu says for which GPU, e.g. --gpu h100; or --measure takes the one that is here."
+            "--gpu names the GPU to plan for, e.g. --gpu h100; --measure takes this machine's."
         )
-    plan = make(config, gpu, a.count, a.price, rate)
+    plan = make(config, gpu, arguments.count, arguments.price, speed)
     for line in lines(plan):
         print(line)
-    if a.json:
-        facts = {
-            "hours": plan.hours,
-            "dollars": plan.dollars,
-            "tokens_per_second": plan.tokens_per_second,
-            "fits": plan.fits,
-        }
-        print(
-            json.dumps(
-                {
-                    **facts,
-                    "gpu": plan.gpu.name,
-                    "count": plan.count,
-                    "memory": dataclasses.asdict(plan.memory),
-                }
-            )
-        )
+    if arguments.json:
+        print(json.dumps(_facts(plan)))
 
 
-def _this(rt: runtime.Runtime) -> GPU:
-    """The device that is here."""
+def _measured_speed(config: Config, count: int) -> float:
+    """Time a step of one micro-batch on this machine; return and print the tokens a second."""
+    micro_batch, _ = config.micro_batches(count)
+    found: Measured | str = apart(at(config, micro_batch, config.data.seq_len), steps=3)
+    if isinstance(found, str):
+        raise UserError(f"a step of micro-batch {micro_batch} could not be timed: {found}.")
+    gigabytes = found.memory_bytes / 1e9
+    print(
+        f"measured: {found.tokens_per_second:,.0f} tokens/s with micro-batch {micro_batch}, "
+        f"{gigabytes:.1f} GB, {found.tflops:.3g} TFLOP/s"
+    )
+    return found.tokens_per_second
+
+
+def _this_device(runtime: Runtime) -> GPU:
+    """Return this machine's device: with its datasheet if that is known, else with a timed peak."""
     import torch
 
-    if rt.device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(rt.device), torch.cuda.mem_get_info(rt.device)[1]
-        if found := known(name):
-            return dataclasses.replace(found, memory_gb=memory / 1e9)
+    if runtime.device.type == "cuda":
+        name = torch.cuda.get_device_name(runtime.device)
+        _, memory = torch.cuda.mem_get_info(runtime.device)
+        datasheet = known(name)
+        if datasheet:
+            return dataclasses.replace(datasheet, memory_gb=memory / 1e9)
     else:
-        name, memory = rt.device.type, bench.machine_memory()
-    peak = runtime.peak_flops(rt)[0] / 1e12
-    return GPU(name, (), memory / 1e9, 0, peak, None, peak, None, 0, 0, "timed here")
+        name = runtime.device.type
+        memory = machine_memory()
+    peak = peak_flops(runtime)[0] / 1e12
+    return GPU(
+        name,
+        matches=(),
+        memory_gb=memory / 1e9,
+        memory_gb_s=0,
+        fp32=peak,
+        tf32=None,
+        bf16=peak,
+        fp16=None,
+        link_gb_s=0,
+        mfu=0,
+        source="timed here",
+    )
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """Return the plan for --json."""
+    return {
+        "hours": plan.hours,
+        "dollars": plan.dollars,
+        "tokens_per_second": plan.tokens_per_second,
+        "fits": plan.fits,
+        "gpu": plan.gpu.name,
+        "count": plan.count,
+        "memory": dataclasses.asdict(plan.memory),
+    }
