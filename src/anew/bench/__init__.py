@@ -1,1 +1,1 @@
-"""Speed, measured side by side, and experiments of many runs."""
+"""Speed measurements, side by side with other packages, and experiments of many training runs."""

@@ -1,71 +1,84 @@
-"""Side by side with other packages: each side in a process of its own, taking turns, ratios of neighbouring turns.
+"""Compare packages side by side: one process each, taking turns, ratios of neighbouring turns.
 
-    times = alternate({"anew": rivals.our_step, "transformers": rivals.their_step}, arguments, rounds=7)
+    sides = {"anew": competitors.anew_training, "transformers": competitors.transformers_training}
+    times = alternate(sides, (config, "cpu"), rounds=7)
+    print(ratio(times["anew"], times["transformers"]))
 
-Process-wide settings (the allocator, determinism) are part of what is compared, so no process serves two sides.
+Process-wide settings, such as the memory allocator and deterministic kernels, are part of what is
+compared, so each side has a process of its own. Turns alternate because the speed of a machine
+drifts; neighbouring turns see the same machine.
 """
 
 import contextlib
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
+from anew.bench.timing import seconds_of
 from anew.errors import UserError
 
-Step = Callable[[], Any]
+Turn = Callable[[], Any]  # the work that is timed
+WARM_UP_TURNS = 2
+
+
+class Ratio(NamedTuple):
+    """How many times as long the other side takes, over pairs of neighbouring turns."""
+
+    median: float
+    low: float
+    high: float
 
 
 def alternate(
-    sides: dict[str, Callable[..., Step]], arguments: tuple[Any, ...], rounds: int
+    sides: dict[str, Callable[..., Turn]], arguments: tuple[Any, ...], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each side's turns, after two that warm up."""
+    """Return the seconds of each side's turns, after two turns of warm-up.
+
+    Each value of `sides` is called with `arguments` in its own process and returns the turn.
+    """
     context = multiprocessing.get_context("spawn")
-    wires: dict[str, Connection] = {}
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    connections: dict[str, Connection] = {}
     with contextlib.ExitStack() as stack:
-        for name, make in sides.items():
-            wires[name], theirs = context.Pipe()
-            process = context.Process(target=_side, args=(make, arguments, theirs))
+        for name, make_turn in sides.items():
+            connections[name], far_end = context.Pipe()
+            process = context.Process(target=_serve_turns, args=(make_turn, arguments, far_end))
             process.start()
             stack.callback(process.join)
-            stack.callback(wires[name].close)  # which ends it
-            theirs.close()
-            _turn(
-                wires[name], name
-            )  # one after the other: two that compile at once are slower than both in turn
-            _turn(wires[name], name)
+            stack.callback(connections[name].close)  # closing the connection ends the process
+            far_end.close()
+            # Each side warms up before the next one starts: two compilations at the same time
+            # take longer than one after the other.
+            for _ in range(WARM_UP_TURNS):
+                _take_turn(connections[name], name)
+        times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
-            for name, wire in wires.items():
-                times[name].append(_turn(wire, name))
+            for name, connection in connections.items():
+                times[name].append(_take_turn(connection, name))
     return times
 
 
-def _turn(wire: Connection, name: str) -> float:
+def _take_turn(connection: Connection, name: str) -> float:
     try:
-        wire.send(True)
-        return float(wire.recv())
+        connection.send(True)
+        return float(connection.recv())
     except (EOFError, ConnectionError):
-        raise UserError(f"the process of {name} ended; what it said stands above.") from None
+        message = f"the process of {name} ended early; its error message is printed above."
+        raise UserError(message) from None
 
 
-def _side(make: Callable[..., Step], arguments: tuple[Any, ...], wire: Connection) -> None:
-    """One process: for every message, one turn and its seconds, until the other end closes."""
-    step = make(*arguments)
+def _serve_turns(
+    make_turn: Callable[..., Turn], arguments: tuple[Any, ...], connection: Connection
+) -> None:
+    """Answer every message with the seconds of one turn, until the connection is closed."""
+    turn = make_turn(*arguments)
     with contextlib.suppress(EOFError):
-        while wire.recv():
-            begin = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            wire.send(time.perf_counter() - begin)
+        while connection.recv():
+            connection.send(seconds_of(turn))
 
 
-def ratio(mine: list[float], other: list[float]) -> tuple[float, float, float]:
-    """How many times as long the other takes: median of neighbouring turns, smallest, largest."""
-    ratios = sorted(slow / fast for fast, slow in zip(mine, other, strict=True))
-    return statistics.median(ratios), ratios[0], ratios[-1]
+def ratio(mine: list[float], other: list[float]) -> Ratio:
+    """Return the ratio of the other side's seconds to mine: median, smallest and largest."""
+    ratios = [theirs / ours for ours, theirs in zip(mine, other, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))

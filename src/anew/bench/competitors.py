@@ -1,15 +1,24 @@
-"""The sides of each comparison: one function a side, which sets everything up and returns what is timed.
+"""The sides of each comparison: functions that set everything up and return the turn that is timed.
 
-Training: bf16, torch.compile, fused AdamW, clipping at 1.0, the same tokens, no dropout; theirs as a careful user would write it.
-Writing: greedy, bf16, the same prompts. Scoring: HellaSwag, one example a forward on their side, as in build-nanogpt. Preparing: a
-multiprocessing.Pool over documents with tiktoken on theirs; ours also hashes, shuffles, splits off validation and can be killed.
+    turn = transformers_training(config, "cpu")     # `compare.alternate` calls it in a new process
+    turn()                                          # one training step
+
+- Training: bf16, torch.compile, fused AdamW, clipping at 1.0, no dropout, the same tokens. The
+  other side is written as a careful user of the package writes it.
+- Generation: greedy, bf16, the same prompts, by transformers' `generate` or llama.cpp.
+- Scoring: HellaSwag. The other side has one example in a forward pass, as build-nanogpt does.
+- Preparing: text to shards of GPT-2's tokens. The other side runs tiktoken in a
+  multiprocessing.Pool over documents; ours also hashes, shuffles, splits off validation, and
+  can be killed at any time.
 """
 
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,103 +27,134 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anew.bench import timing as bench
-from anew.bench.compare import Step
+from anew.bench.compare import Turn
+from anew.bench.ladder import BOTTOM
+from anew.bench.timing import stdlib, text_batch
 from anew.checkpoint.export import write_gguf
 from anew.config.schema import Config, GPTConfig, RunConfig
-from anew.data import prepare, readers, sources
 from anew.data.dataloader import evaluation_windows
 from anew.data.dataset import open_data
 from anew.data.holdout import Settings
+from anew.data.prepare import cores, prepare
+from anew.data.readers import documents
+from anew.data.sources import find
 from anew.evaluate import runner
+from anew.evaluate.scorer import Question
 from anew.evaluate.tasks.table import TASKS
 from anew.evaluate.tasks.task import Example
 from anew.inference.generate import generate
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.setup import training_loss
-from anew.training.step import train_step
-from anew.training.train_state import TrainState
-from anew.utils import device as runtime
-from anew.utils.signals import StopFlag
+from anew.training.train_state import State
+from anew.training.trainer import train_step
+from anew.utils.device import Runtime, pick_compile, start
+from anew.utils.signals import Stop
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 SHARD_TOKENS = 100_000_000
+END_OF_TEXT = 50256
+
+LossOf = Callable[[Any, torch.Tensor, torch.Tensor], Any]  # (network, inputs, targets) -> mean loss
 
 
 def is_installed(package: str) -> bool:
-    """Can the other side be had?"""
+    """Return whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
-def our_step(config: Any, device: str) -> Step:
-    """The product's own runtime, model and train_step."""
+def transformers_model(shape: GPTConfig, **settings: Any) -> Any:
+    """Return transformers' GPT-2 of this shape with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {name: getattr(shape, name) for name in SHAPE}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **settings))
+
+
+# Training
+
+
+def anew_training(config: Config, device: str) -> Turn:
+    """Return a step of the product's own `train_step`."""
     config = config.override(device=device)
-    rt = runtime.start(config.run)
-    state, stop = TrainState(config, rt, ""), StopFlag()
+    runtime = start(config.run)
+    state = State(config, runtime, "")
+    stop = Stop()
     loss_of = training_loss(state)
-    batch = bench.text_batch(config, rt.device)
+    batch = text_batch(config, runtime.device)
     return lambda: train_step(loss_of, state, batch, 1.0, stop)
 
 
-def their_step(config: Any, device: str) -> Step:
-    """The same step with GPT2LMHeadModel under autocast."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def eager_fp32_training(config: Config, device: str) -> Turn:
+    """Return a step in fp32, eager, with torch's default AdamW, as plain scripts for a CPU do."""
+    return anew_training(config.override(**BOTTOM), device)
 
-    shape: Any = {name: getattr(config.model, name) for name in SHAPE}
-    shape |= {
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "use_cache": False,
-        "attn_implementation": "sdpa",
-    }
-    model: Any = GPT2LMHeadModel(GPT2Config(**shape)).train()
-    model.to(device)
-    return _usual_step(
-        model, lambda forward, x, _: forward(input_ids=x, labels=x).loss, config, device
+
+def transformers_training(config: Config, device: str) -> Turn:
+    """Return a step of transformers' GPT2LMHeadModel."""
+    model = transformers_model(
+        config.model,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
     )
+    model.train().to(device)
+
+    def loss_of(network: Any, inputs: torch.Tensor, _: torch.Tensor) -> Any:
+        # The model shifts the labels itself, so each row has one target fewer than ours.
+        return network(input_ids=inputs, labels=inputs).loss
+
+    return _autocast_training(model, loss_of, config, device)
 
 
-def litgpt_step(config: Any, device: str) -> Step:
-    """The same step with LitGPT's network in GPT-2's sizes. Positions are rotary and the head is not tied: 38M weights more."""
+def litgpt_training(config: Config, device: str) -> Turn:
+    """Return a step of LitGPT's network in GPT-2's sizes.
+
+    Its positions are rotary and its head is not tied, which makes 38M more weights at 124M.
+    """
     from litgpt.config import Config as LitConfig
     from litgpt.model import GPT as LitGPT
     from litgpt.utils import chunked_cross_entropy
 
-    m = config.model
-    sizes = {
-        "block_size": m.n_positions,
-        "n_layer": m.n_layer,
-        "n_head": m.n_head,
-        "n_embd": m.n_embd,
-        "vocab_size": m.vocab_size,
-    }
-    like_gpt2 = {"parallel_residual": False, "rotary_percentage": 1.0, "gelu_approximate": "tanh"}
-    model = LitGPT(LitConfig(**sizes, **like_gpt2, padded_vocab_size=m.padded_vocab_size)).to(
-        device
+    shape = config.model
+    lit_config = LitConfig(
+        block_size=shape.n_positions,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_embd=shape.n_embd,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.padded_vocab_size,
+        parallel_residual=False,
+        rotary_percentage=1.0,
+        gelu_approximate="tanh",
     )
-    return _usual_step(
-        model,
-        lambda forward, x, y: chunked_cross_entropy(forward(x), y, chunk_size=0),
-        config,
-        device,
-    )
+    model = LitGPT(lit_config).to(device)
+
+    def loss_of(network: Any, inputs: torch.Tensor, targets: torch.Tensor) -> Any:
+        return chunked_cross_entropy(network(inputs), targets, chunk_size=0)
+
+    return _autocast_training(model, loss_of, config, device)
 
 
-def _usual_step(model: Any, loss_of: Any, config: Any, device: str) -> Step:
-    """Autocast to bf16, torch.compile, fused AdamW."""
-    compiled, _ = runtime.pick_compile(config.run.compile, torch.device(device))
-    forward: Any = torch.compile(model, dynamic=False) if compiled else model
+def _autocast_training(model: Any, loss_of: LossOf, config: Config, device: str) -> Turn:
+    """Return a step with autocast to bf16, torch.compile and fused AdamW."""
+    compiles, _ = pick_compile(config.run.compile, torch.device(device))
+    network: Any = torch.compile(model, dynamic=False) if compiles else model
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        model.parameters(),
+        lr=6e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=True,
     )
-    batch = bench.text_batch(config, torch.device(device))
+    batch = text_batch(config, torch.device(device))
 
     def step() -> None:
-        for x, y in batch:
+        for inputs, targets in batch:
             with torch.autocast(device, torch.bfloat16):
-                loss = loss_of(forward, x, y) / len(batch)
+                loss = loss_of(network, inputs, targets) / len(batch)
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -123,244 +163,276 @@ def _usual_step(model: Any, loss_of: Any, config: Any, device: str) -> Step:
     return step
 
 
-def plain_step(config: Any, device: str) -> Step:
-    """The same model and data in fp32, eager, with torch's default AdamW: a step as the oldest scripts take it on a CPU."""
-    return our_step(config.override(**bench.BOTTOM), device)
+# Generation
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What every side of a comparison of generation does in a turn."""
+
+    config: Config
+    device: str
+    rows: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def prompts(self) -> torch.Tensor:
+        """Random token ids, (rows, prompt_tokens), the same for every side."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.rows, self.prompt_tokens)
+        return torch.randint(self.config.model.vocab_size, shape, generator=generator)
 
 
 def writing_dtype(device: str) -> torch.dtype:
-    """What both sides of a comparison of writing compute in: bf16, but on MPS, where its attention looks ahead (pytorch 195910)."""
+    """Return the dtype of both sides of a comparison of generation.
+
+    It is bf16, except on MPS, where attention in bf16 attends to later positions (pytorch 195910).
+    """
     return torch.float32 if device == "mps" else torch.bfloat16
 
 
-def our_writing(
-    config: Any, device: str, rows: int, prompt: int, tokens: int, int8: bool = False
-) -> Step:
-    """The product's own cached decoding, greedy."""
-    model = GPT(config.model, writing_dtype(device), seed=0).to(device).eval()
-    prompts = torch.randint(
-        config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    return lambda: generate(model, prompts, tokens, temperature=0.0, int8=int8)
+def anew_generation(task: Generation, int8: bool = False) -> Turn:
+    """Return greedy decoding with the product's own cache."""
+    model = GPT(task.config.model, writing_dtype(task.device), seed=0)
+    model.to(task.device).eval()
+    prompts = task.prompts.tolist()
+    return lambda: generate(model, prompts, task.new_tokens, temperature=0.0, int8=int8)
 
 
-def our_writing_int8(config: Any, device: str, rows: int, prompt: int, tokens: int) -> Step:
-    """The same with weights in 8 bits."""
-    return our_writing(config, device, rows, prompt, tokens, int8=True)
+def anew_int8_generation(task: Generation) -> Turn:
+    """Return the same with weights in 8 bits."""
+    return anew_generation(task, int8=True)
 
 
-def their_writing(config: Any, device: str, rows: int, prompt: int, tokens: int) -> Step:
-    """`generate` of transformers in bf16, greedy."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def transformers_generation(task: Generation) -> Turn:
+    """Return greedy decoding by transformers' `generate`."""
+    model = transformers_model(task.config.model).eval()
+    model.to(task.device, writing_dtype(task.device))
+    ids = task.prompts.to(task.device)
 
-    shape: Any = {name: getattr(config.model, name) for name in SHAPE}
-    model: Any = GPT2LMHeadModel(GPT2Config(**shape)).eval()
-    model.to(device, writing_dtype(device))
-    ids = torch.randint(
-        config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    how = {
-        "max_new_tokens": tokens,
-        "min_new_tokens": tokens,
-        "do_sample": False,
-        "pad_token_id": 50256,
-    }
-
-    def step() -> None:
+    def generate_tokens() -> None:
         with torch.inference_mode():
-            model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=task.new_tokens,
+                min_new_tokens=task.new_tokens,
+                do_sample=False,
+                pad_token_id=END_OF_TEXT,
+            )
 
-    return step
+    return generate_tokens
 
 
-def llama_writing(
-    config: Any, device: str, rows: int, prompt: int, tokens: int, dtype: str = "bf16"
-) -> Step:
-    """llama.cpp on the exported GGUF, greedy, with as many threads."""
+def llama_cpp_generation(task: Generation, dtype: str = "bf16") -> Turn:
+    """Return greedy decoding by llama.cpp on the exported GGUF, with as many threads."""
     from llama_cpp import Llama
 
-    assert (rows, device) == (1, "cpu")
+    assert task.rows == 1
+    assert task.device == "cpu"
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        write_gguf(
-            Path(folder) / "model.gguf",
-            GPT(config.model, seed=0),
-            Tokenizer.named("gpt2"),
-            dtype,
-            "side by side",
-        )
-        threads = torch.get_num_threads()
+        path = Path(folder) / "model.gguf"
+        model = GPT(task.config.model, seed=0)
+        write_gguf(path, model, Tokenizer.named("gpt2"), dtype, "side by side")
         llama = Llama(
-            str(Path(folder) / "model.gguf"),
+            str(path),
             n_ctx=1024,
             n_threads=threads,
             n_threads_batch=threads,
             verbose=False,
         )
-    [ids] = torch.randint(
-        config.model.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0)
-    ).tolist()
+    [ids] = task.prompts.tolist()
 
-    def step() -> None:
+    def generate_tokens() -> None:
         llama.reset()
-        for count, _ in enumerate(
-            llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0), start=1
-        ):
-            if count == tokens:
-                break
+        tokens = llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
+        for _ in itertools.islice(tokens, task.new_tokens):
+            pass
 
-    return step
+    return generate_tokens
 
 
-def llama_writing_q8(config: Any, device: str, rows: int, prompt: int, tokens: int) -> Step:
-    """The same in llama.cpp's 8 bits."""
-    return llama_writing(config, device, rows, prompt, tokens, "q8_0")
+def llama_cpp_q8_generation(task: Generation) -> Turn:
+    """Return the same with llama.cpp's 8-bit weights."""
+    return llama_cpp_generation(task, "q8_0")
 
 
-def our_scoring(file: Path, device: Any, n: int) -> Step:
-    """HellaSwag by the product's scorer, the next `n` examples each turn."""
-    rt = runtime.start(RunConfig(device=device, compile="off"))
-    parts = _parts(file, n)
-    model = GPT(GPTConfig(), rt.dtype, seed=1).to(rt.device).eval()
-    runner.compile_blocks(model, next(parts) * 100)  # as `anew evaluate` does for the whole file
+# Scoring
+
+
+def anew_scoring(file: Path, device: Any, count: int) -> Turn:
+    """Return the product's scorer on the next `count` examples of HellaSwag."""
+    runtime = _eager_runtime(device)
+    parts = _parts(file, count)
+    model = GPT(GPTConfig(), runtime.dtype, seed=1).to(runtime.device).eval()
+    # `anew evaluate` decides by the number of examples whether compiling pays, and has all of them.
+    runner.compile_blocks(model, next(parts) * 100)
     return lambda: runner.run(model, TASKS["hellaswag"], next(parts))
 
 
-def their_scoring(file: Path, device: Any, n: int) -> Step:
-    """The same examples by build-nanogpt's procedure on transformers' model: four padded rows a forward, all logits."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def transformers_scoring(file: Path, device: Any, count: int) -> Turn:
+    """Return build-nanogpt's procedure on transformers' model, for the same examples.
 
-    rt = runtime.start(RunConfig(device=device, compile="off"))
-    parts = _parts(file, n)
-    next(parts)
-    model: Any = GPT2LMHeadModel(GPT2Config()).eval()
-    model.to(rt.device, rt.dtype)
+    A forward pass has the four padded rows of one example and returns all logits.
+    """
+    runtime = _eager_runtime(device)
+    parts = _parts(file, count)
+    next(parts)  # the other side uses the first part to compile
+    model = transformers_model(GPTConfig()).eval()
+    model.to(runtime.device, runtime.dtype)
 
     @torch.no_grad()
-    def step() -> None:
+    def score() -> None:
         for example in next(parts):
-            context, endings = (
-                list(example.question.context),
-                [list(e) for e in example.question.endings],
-            )
-            width = len(context) + max(map(len, endings))
-            ids, scored = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width)
-            for row, ending in enumerate(endings):
-                ids[row, : len(context) + len(ending)] = torch.tensor(context + ending)
-                scored[row, len(context) : len(context) + len(ending)] = 1
-            ids, scored = ids.to(rt.device), scored.to(rt.device)[:, 1:]
-            logits = model(ids).logits[:, :-1]
-            loss = (
-                F.cross_entropy(
-                    logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-                ).view(4, -1)
-                * scored
-            )
-            (loss.sum(1) / scored.sum(1)).argmin().item()
+            ids, is_scored = _padded_rows(example.question, runtime.device)
+            logits = model(ids).logits[:, :-1].flatten(0, 1).float()
+            targets = ids[:, 1:].flatten()
+            losses = F.cross_entropy(logits, targets, reduction="none").view(4, -1)
+            row_losses = (losses * is_scored).sum(1)
+            mean_losses = row_losses / is_scored.sum(1)
+            mean_losses.argmin().item()
 
-    return step
+    return score
 
 
-def _parts(file: Path, n: int) -> Iterator[list[Example]]:
-    """`n` examples from all over the file, others each time: it begins with its short half. `file`: the JSON lines, or its cleaned text."""
-    examples = TASKS["hellaswag" if file.suffix == ".jsonl" else "hellaswag_harness"].examples(
-        file, Tokenizer.named("gpt2"), 1024
-    )
-    stride, i = max(1, len(examples) // n), 0
-    while True:
-        yield examples[i % stride :: stride][:n]
-        i += 1
+def _eager_runtime(device: Any) -> Runtime:
+    return start(RunConfig(device=device, compile="off"))
 
 
-def our_preparing(file: Path, folder: Path) -> Step:
-    """Text to shards by `anew prepare`."""
-    Tokenizer.named("gpt2").encode("loaded before the clock starts, on both sides")
-    turns = iter(range(10**6))
-    return lambda: prepare.prepare(
-        sources.find(str(file)),
-        Settings("gpt2"),
-        folder / f"ours-{next(turns)}",
-        disk_budget=10**12,
-    )
+def _padded_rows(question: Question, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the four rows of a question and which of their predictions are scored."""
+    context = list(question.context)
+    rows = [context + list(ending) for ending in question.endings]
+    width = max(map(len, rows))
+    ids = torch.zeros(4, width, dtype=torch.long)
+    is_scored = torch.zeros(4, width)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        is_scored[row, len(context) : len(tokens)] = 1
+    return ids.to(device), is_scored.to(device)[:, 1:]
 
 
-def script_preparing(file: Path, folder: Path) -> Step:
-    """What people write."""
-    turns, workers = iter(range(10**6)), prepare.cores()
+def _parts(file: Path, count: int) -> Iterator[list[Example]]:
+    """Yield `count` examples from all over the file, other ones each time.
 
-    def step() -> None:
-        """A folder of .npy shards."""
-        out = folder / f"script-{next(turns)}"
+    A part is spread over the file because the file begins with its short examples. `file` holds
+    HellaSwag's JSON lines or its cleaned text.
+    """
+    task = TASKS["hellaswag" if file.suffix == ".jsonl" else "hellaswag_harness"]
+    examples = task.examples(file, Tokenizer.named("gpt2"), 1024)
+    stride = max(1, len(examples) // count)
+    for first in itertools.cycle(range(stride)):
+        yield examples[first::stride][:count]
+
+
+# Preparing
+
+
+def anew_preparing(file: Path, folder: Path) -> Turn:
+    """Return the conversion of text to shards by `anew prepare`."""
+    Tokenizer.named("gpt2").encode("The tokenizer loads before the clock starts, on both sides.")
+    numbers = itertools.count()
+
+    def prepare_text() -> None:
+        out = folder / f"ours-{next(numbers)}"
+        prepare(find(str(file)), Settings("gpt2"), out, disk_budget=10**12)
+
+    return prepare_text
+
+
+def script_preparing(file: Path, folder: Path) -> Turn:
+    """Return the conversion of text to .npy shards as common scripts do it."""
+    numbers = itertools.count()
+    workers = cores()
+
+    def prepare_text() -> None:
+        out = folder / f"script-{next(numbers)}"
         out.mkdir()
-        shard, used, number = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
-        with (
-            file.open(encoding="utf-8") as lines,
-            multiprocessing.get_context("fork").Pool(workers, _start_worker) as pool,
-        ):
-            for tokens in pool.imap(
-                _tokens_of, (json.loads(line)["text"] for line in lines), chunksize=16
-            ):
-                while len(tokens) > SHARD_TOKENS - used:
-                    room = SHARD_TOKENS - used
-                    shard[used:] = tokens[:room]
-                    np.save(out / f"shard_{number:06d}.npy", shard)
-                    tokens, used, number = tokens[room:], 0, number + 1
-                shard[used : used + len(tokens)] = tokens
-                used += len(tokens)
-        np.save(out / f"shard_{number:06d}.npy", shard[:used])
+        context = multiprocessing.get_context("fork")
+        with file.open(encoding="utf-8") as lines, context.Pool(workers, _start_worker) as pool:
+            texts = (json.loads(line)["text"] for line in lines)
+            _write_shards(out, pool.imap(_tokens_of, texts, chunksize=16))
 
-    return step
+    return prepare_text
+
+
+def _write_shards(out: Path, token_arrays: Iterator[np.ndarray]) -> None:
+    """Write the tokens to files of SHARD_TOKENS each."""
+    shard = np.empty(SHARD_TOKENS, dtype=np.uint16)
+    used = 0
+    number = 0
+    for tokens in token_arrays:
+        while len(tokens) > SHARD_TOKENS - used:
+            room = SHARD_TOKENS - used
+            shard[used:] = tokens[:room]
+            np.save(out / f"shard_{number:06d}.npy", shard)
+            tokens = tokens[room:]
+            used = 0
+            number += 1
+        shard[used : used + len(tokens)] = tokens
+        used += len(tokens)
+    np.save(out / f"shard_{number:06d}.npy", shard[:used])
 
 
 _encoding: Any = None
 
 
 def _start_worker() -> None:
-    """Each worker has its own tiktoken, over our packaged merges, which need no network."""
-    global _encoding  # what a pool's initialiser leaves for its workers
+    """Load tiktoken in a worker, from this package's merges, which need no network."""
+    global _encoding  # a pool's initializer can only leave a global for the worker's calls
     _encoding = Tokenizer.named("gpt2")._tiktoken
 
 
 def _tokens_of(text: str) -> np.ndarray:
-    """One document, end of text first."""
-    return np.array([50256, *_encoding.encode_ordinary(text)], dtype=np.uint16)
+    """Return the tokens of one document, end of text first."""
+    return np.array([END_OF_TEXT, *_encoding.encode_ordinary(text)], dtype=np.uint16)
 
 
-def text_of(file: str, folder: Path, documents: int) -> tuple[Path, int]:
-    """Documents of `file`, or of Python's own source, as plain jsonl, and their bytes: what both sides prepare."""
-    path, size = folder / "text.jsonl", 0
-    texts = (
-        (d.decode("utf-8", "replace") for d in readers.documents(Path(file)))
-        if file
-        else (p.read_text(encoding="utf-8", errors="replace") for p in bench.stdlib())
-    )
+def write_text(file: str, folder: Path, limit: int) -> tuple[Path, int]:
+    """Write the text that both sides prepare as JSON lines; return the path and the bytes of text.
+
+    The text is the first `limit` documents of `file`, or of Python's source if `file` is empty.
+    """
+    path = folder / "text.jsonl"
+    if file:
+        texts = (document.decode("utf-8", "replace") for document in documents(Path(file)))
+    else:
+        texts = (source.read_text(encoding="utf-8", errors="replace") for source in stdlib())
+    size = 0
     with path.open("w", encoding="utf-8") as out:
-        for _, text in zip(range(documents), texts, strict=False):
+        for text in itertools.islice(texts, limit):
             out.write(json.dumps({"text": text}) + "\n")
             size += len(text.encode())
     return path, size
 
 
+# Loss of a checkpoint
+
+
 def exported_loss(folder: Path, config: Config, device: str) -> float:
-    """Mean loss in nats a token of a checkpoint folder as transformers reads and computes it in fp32, over its run's validation windows."""
+    """Return the mean loss of a checkpoint in nats a token, computed by transformers in fp32.
+
+    The text is the validation windows of `config`, which is the config of the checkpoint's run.
+    """
     from transformers import GPT2LMHeadModel
 
     model: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     model.to(device)
-    wanted = config.data.tokenizer
-    total, scored = 0.0, 0
-    with (
-        open_data(
-            config.data.data,
-            wanted if wanted.startswith("train:") else Tokenizer.find(wanted, folder),
-        ) as data,
-        torch.no_grad(),
-    ):
-        for ids, targets in evaluation_windows(
-            data.splits["val"], config.data.seq_len, config.data.val_tokens, 8
-        ):
+    total = 0.0
+    scored = 0
+    data_config = config.data
+    tokenizer: str | Tokenizer = data_config.tokenizer
+    if not data_config.tokenizer.startswith("train:"):
+        tokenizer = Tokenizer.find(data_config.tokenizer, folder)
+    with open_data(data_config.data, tokenizer) as data, torch.no_grad():
+        windows = evaluation_windows(
+            data.splits["val"], data_config.seq_len, data_config.val_tokens, 8
+        )
+        for ids, targets in windows:
             logits = model(torch.from_numpy(ids).to(device)).logits.flatten(0, 1)
-            total += F.cross_entropy(
-                logits, torch.from_numpy(targets).to(device).flatten(), reduction="sum"
-            ).item()
+            flat_targets = torch.from_numpy(targets).to(device).flatten()
+            total += F.cross_entropy(logits, flat_targets, reduction="sum").item()
             scored += int((targets != -100).sum())
     return total / scored

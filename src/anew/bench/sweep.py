@@ -1,11 +1,13 @@
-"""Many training runs as one experiment, which may be stopped anywhere and goes on by the same command.
+"""Many training runs as one experiment, which can be stopped at any time and continued.
 
-    with limited(minutes=10) as stop:
-        ends = run_all(trials, Path("runs/sweep"), stop, print)     # {name: Ended(tokens, seconds, loss)}
+    with stop_after(minutes=10) as stop:
+        results = run_trials(trials, Path("runs/sweep"), stop, print)    # {name: TrialResult}
 
-Each trial is an ordinary run folder, OUT/NAME, with its curve and its checkpoint; one that is complete is not run again. When the minutes
-are over the run under way is asked to save, as Slurm would ask it, and Preempted says that there is more to do. The same command may run in
-several terminals, on several machines that share a disk: each takes runs that nobody else has.
+Each trial is an ordinary run folder, OUT/NAME, with its curve and its checkpoint; complete trials
+are not run again. When the time is over, the current run receives SIGTERM, as from Slurm, saves
+and ends, and `run_trials` raises Preempted. The same command continues the experiment. It may run
+in several terminals, or on several machines that share a disk: a lock file for each trial keeps
+two processes from running the same one.
 """
 
 import contextlib
@@ -19,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from anew.checkpoint import folder as checkpoint
+from anew.checkpoint.folder import folder_of
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
-from anew.training import run_log as metrics
-from anew.training.setup import resolve_config
+from anew.training import run_log
+from anew.training.setup import settle
 from anew.training.trainer import train
 from anew.utils.signals import StopFlag, signal_this_process, stop_on_signals
 
-DIVERGED = "diverged.txt"  # in the folder of a run that was given up
+DIVERGED = "diverged.txt"  # marks the folder of a run that diverged, with the error message
 
 
 @dataclass(frozen=True)
@@ -39,113 +41,114 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a trial ended: tokens read, seconds they take at its median speed, held-out loss in nats a token (infinite: it diverged)."""
+class TrialResult:
+    """How a trial ended. Seconds and loss are infinite for a run that diverged."""
 
     folder: Path
     config: Config
     tokens: int
-    seconds: float
-    loss: float
+    seconds: float  # that its tokens take at the median speed of its steps
+    loss: float  # on the validation split, in nats a token
 
 
-def ended(trial: Trial, out: Path) -> Ended | None:
-    """What is written down of a trial that is complete; None for one that is not. UserError if its folder is another run's."""
+Report = Callable[[Trial, TrialResult], None]
+
+
+def result_of(trial: Trial, out: Path) -> TrialResult | None:
+    """Return the recorded result of a complete trial; None for an incomplete one.
+
+    Raises UserError if the trial's folder holds a run with other settings.
+    """
     folder = out / trial.name
     if not (folder / "config.json").is_file():
         return None
-    config = resolve_config(trial.config.override(out=str(folder)))
-    rows = metrics.read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    speeds = [row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row]
+    config = settle(trial.config.override(out=str(folder)))
+    rows = run_log.read(folder) if (folder / "metrics.jsonl").is_file() else []
     if (folder / DIVERGED).is_file():
-        return Ended(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
-    last = checkpoint.folder_of(folder, config.run.steps)
-    if (
-        not rows
-        or rows[-1]["step"] != config.run.steps
-        or rows[-1].get("val/precision") != "fp32"
-        or not last.is_dir()
-    ):
+        return TrialResult(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
+    if not rows or not folder_of(folder, config.run.steps).is_dir():
         return None
-    tokens, loss = int(rows[-1]["tokens"]), rows[-1]["val/loss"]
-    return Ended(
-        folder,
-        config,
-        tokens,
-        tokens / statistics.median(speeds),
-        math.inf if loss is None else float(loss),
-    )
+    last = rows[-1]
+    if last["step"] != config.run.steps or last.get("val/precision") != "fp32":
+        return None
+    speeds = [row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row]
+    tokens = int(last["tokens"])
+    loss = math.inf if last["val/loss"] is None else float(last["val/loss"])
+    return TrialResult(folder, config, tokens, tokens / statistics.median(speeds), loss)
 
 
-def run_all(
-    trials: Sequence[Trial], out: Path, stop: StopFlag, done: Callable[[Trial, Ended], None]
-) -> dict[str, Ended]:
-    """Every trial's end; `done` is told of each as it is known, those of earlier calls too. Preempted if `stop` is set before the last."""
+def run_trials(
+    trials: Sequence[Trial], out: Path, stop: Stop, report: Report
+) -> dict[str, TrialResult]:
+    """Run all trials that are not complete; return the results of all trials by name.
+
+    `report` is called with each result as soon as it is known, also with those of earlier calls.
+    Raises Preempted if `stop` is set before the last trial is complete.
+    """
     from filelock import FileLock, Timeout
 
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Ended] = {}
-    while left := [trial for trial in trials if trial.name not in results]:
-        for trial in left:
+    results: dict[str, TrialResult] = {}
+    remaining = list(trials)
+    while remaining:
+        for trial in remaining:
             with contextlib.suppress(Timeout), FileLock(out / f".{trial.name}.lock", timeout=0):
                 results[trial.name] = _run(trial, out, stop)
-                done(trial, results[trial.name])
-        if len(results) < len(trials) and stop.wait(1.0):  # others have the rest
+                report(trial, results[trial.name])
+        remaining = [trial for trial in trials if trial.name not in results]
+        if remaining and stop.wait(1.0):  # other processes hold the locks of these trials
             raise Preempted(
-                "stopped while others are at the last runs; the same command waits for them."
+                "stopped while other processes run the last trials; the same command continues."
             )
     return {trial.name: results[trial.name] for trial in trials}
 
 
-@contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Inside, no other process of the same experiment is."""
-    from filelock import FileLock
-
-    with FileLock(lock):
-        yield
-
-
-def _run(trial: Trial, out: Path, stop: StopFlag) -> Ended:
-    """The end of one trial, which is run if it is not complete."""
-    folder = out / trial.name
-    if (found := ended(trial, out)) is not None:
+def _run(trial: Trial, out: Path, stop: Stop) -> TrialResult:
+    """Return the result of one trial; run it if it is not complete."""
+    found = result_of(trial, out)
+    if found is not None:
         return found
     if stop.is_set():
-        raise Preempted(f"stopped before {trial.name}; the same command goes on from there.")
-    torch.compiler.reset()  # torch gives up on code that it has compiled for too many models
+        raise Preempted(f"stopped before {trial.name}; the same command continues.")
+    torch.compiler.reset()  # torch stops compiling a function after too many different models
+    folder = out / trial.name
     try:
         train(trial.config.override(out=str(folder)))
-    except Diverged as error:  # a result as any other
+    except Diverged as error:  # divergence is a result; the other trials go on
         (folder / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
-    found = ended(trial, out)
+    found = result_of(trial, out)
     if found is None:
         raise UserError(
-            f"{folder} ended without a validation loss, by which runs are compared; does the data hold any text out?"
+            f"{folder} ended without a validation loss, which the comparison needs; "
+            "use data that has a validation split."
         )
     return found
 
 
 @contextlib.contextmanager
-def limited(minutes: float) -> Iterator[StopFlag]:
-    """Set by the signals that ask a process to stop, one of which it sends itself when the time is over (0: never)."""
-    with stop_on_signals() as stop:
-        left = threading.Event()
+def stop_after(minutes: float) -> Iterator[Stop]:
+    """Give a Stop that is set by the signals that end a process, and after some minutes (0: never).
 
-        def end() -> None:
-            if left.wait(60 * minutes):
+    When the time is over, this process sends SIGTERM to itself, which the current run receives.
+    """
+    with listening() as stop:
+        finished = threading.Event()
+
+        def send_signals() -> None:
+            if finished.wait(60 * minutes):
                 return
             stop.set()
-            while not left.is_set():  # a run that begins just now has not heard the first
+            # A run that is just starting may miss the first signal, so signals are repeated.
+            while not finished.is_set():
                 signal_this_process(signal.SIGTERM)
-                left.wait(1.0)
+                finished.wait(1.0)
 
-        clock = threading.Thread(target=end, daemon=True, name="minutes")
+        timer = threading.Thread(target=send_signals, daemon=True, name="minutes")
         if minutes:
-            clock.start()
+            timer.start()
         try:
             yield stop
         finally:
-            left.set()
+            finished.set()
             if minutes:
-                clock.join()  # before the signals mean what they meant
+                timer.join()  # no signal may be sent after the original handlers are restored

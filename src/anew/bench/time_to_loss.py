@@ -1,14 +1,25 @@
-"""How many fewer tokens does the fast recipe need? `anew bench recipe`: time to a loss, so measured that nobody is favoured.
+"""Time to a loss: how many fewer tokens the fast recipe needs than AdamW (`anew bench recipe`).
 
-    plan = Plan(config, seeds=(1, 2, 3), tuning=tuning(config))         # every run there will be, fixed before the first
-    best, arms = plan.run(Path("runs/recipe"), stop, loss_of, print)
+    experiment = Experiment(config, seeds=(1, 2, 3), tuning=tuning(config))
+    best, arms = experiment.run(Path("runs/recipe"), stop, loss_of, print)
+    print(against(arms[1], [arm for arm in arms if arm.name == "fast"]))
 
-Three arms train one shape on the same tokens, in the same order for a seed: the reference recipe fitted to the horizon, AdamW with the
-best of N settings, the fast recipe with the best of no more than that. Every arm anneals to its own end, so no point in the middle of a
-schedule is set against a finished run. The fast recipe has shorter horizons; the tokens at which it reaches another arm's loss are read off
-between them and never beyond. Tuning has a seed of its own. Losses are those of the exported folders in transformers, in fp32.
+Three arms train one shape on the same tokens, in the same order for each seed:
 
-What this cannot show is what was tried before: the settings in FAST were found on other runs of this size (docs/log.md, 12).
+| arm | settings |
+|---|---|
+| reference | the reference recipe, fitted to the horizon |
+| adamw | AdamW with the best of N settings |
+| fast | the fast recipe with the best of at most N settings |
+
+The protocol is fixed before the first run and favours no arm. Every arm anneals to its own end, so
+no point in the middle of a schedule is compared with a finished run. The fast recipe runs with
+several shorter horizons; the tokens at which it reaches the loss of another arm are interpolated
+between them, never extrapolated. Tuning uses a seed that no arm uses. Losses are computed by
+transformers in fp32 from the exported checkpoints.
+
+The protocol cannot account for earlier experiments: the settings in FAST were found on other runs
+of this size (docs/log.md, 12).
 """
 
 import itertools
@@ -17,30 +28,25 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from anew.bench.sweep import Ended, Trial, run_all
+from anew.bench.sweep import Trial, TrialResult, run_trials
 from anew.config.recipes import FAST
 from anew.config.schema import Config
 from anew.errors import Preempted
 from anew.utils.signals import StopFlag
 
-SHARES = (
-    0.25,
-    0.357,
-    0.5,
-)  # horizons of the fast recipe: 4, 2.8 and 2 times fewer tokens than the others'
-TUNED_AT = {
-    "adamw": 1.0,
-    "fast": 0.5,
-}  # share of the horizon: AdamW's own, a middle one of the fast recipe's
-WARMUP = 715 / 19_073  # of the steps, as in the reference recipe, where no `warmup_share` is tried
+# Horizons of the fast recipe, as shares of the others': 4, 2.8 and 2 times fewer tokens.
+SHARES = (0.25, 0.357, 0.5)
+# Horizons of the tuning runs: AdamW's own, and the longest of the fast recipe.
+TUNED_AT = {"adamw": 1.0, "fast": 0.5}
+WARMUP = 715 / 19_073  # share of the steps, as in the reference recipe; `warmup_share` replaces it
 TUNING_SEED = 0
-Settings = tuple[dict[str, Any], ...]
-LossOf = Callable[[Ended], float]
 
+Settings = dict[str, Any]
+LossOf = Callable[[TrialResult], float]
 
-# The arms differ in these, so nobody else may set them.
+# The arms differ in these settings, so a user may not set them.
 OWNED = (
     "seed",
     "warmup_steps",
@@ -55,66 +61,80 @@ OWNED = (
 
 
 def reference(config: Config) -> Config:
-    """The reference recipe: AdamW, cosine to a tenth of the rate."""
+    """Return the reference recipe: AdamW, cosine decay to a tenth of the rate."""
     return config.override(optimizer="adamw", schedule="cosine", min_lr=config.optim.lr / 10)
 
 
 def adamw(config: Config) -> Config:
-    """AdamW with a linear decay to zero; the embedding's rate may be its own, and the warm-up longer."""
+    """Return AdamW with a linear decay to zero. Tuning may set the embedding's rate and warm-up."""
     return config.override(optimizer="adamw", schedule="linear", min_lr=0.0)
 
 
 def fast(config: Config) -> Config:
-    """The fast recipe."""
+    """Return the fast recipe."""
     return config.override(**FAST)
 
 
-def tuning(config: Config) -> dict[str, Settings]:
-    """What is tried for each arm that is tuned; for AdamW never less than for the fast recipe."""
-    if config.model.n_embd < 512:  # of a size for CPUs, where rates are higher
-        return {
-            "adamw": (
-                {"lr": 5e-4, "wte_lr": 0.006},
-                {"lr": 1e-3},
-                *(
-                    {"lr": lr, "wte_lr": 0.006, "warmup_share": 0.1}
-                    for lr in (1e-3, 2e-3, 4e-3, 8e-3)
-                ),
-            ),
-            "fast": tuple(
-                {"lr": 0.006, "muon_lr": muon, "wte_lr": wte}
-                for muon, wte in (
-                    (0.0025, 0.006),
-                    (0.005, 0.006),
-                    (0.01, 0.006),
-                    (0.01, 0.012),
-                    (0.02, 0.006),
-                )
-            ),
-        }
-    return {
-        "adamw": ({"lr": 1.8e-3}, {"lr": 1.2e-3, "wte_lr": 3.6e-3, "warmup_share": 0.1}),
-        "fast": ({"lr": 3.6e-3, "muon_lr": 1.8e-3}, {"lr": 3.6e-3, "muon_lr": 3.6e-3}),
-    }
-
-
 ARMS: dict[str, Callable[[Config], Config]] = {"reference": reference, "adamw": adamw, "fast": fast}
+
+# Models with a width below 512 train on CPUs and have higher learning rates.
+SMALL_TUNING: dict[str, tuple[Settings, ...]] = {
+    "adamw": (
+        {"lr": 5e-4, "wte_lr": 0.006},
+        {"lr": 1e-3},
+        {"lr": 1e-3, "wte_lr": 0.006, "warmup_share": 0.1},
+        {"lr": 2e-3, "wte_lr": 0.006, "warmup_share": 0.1},
+        {"lr": 4e-3, "wte_lr": 0.006, "warmup_share": 0.1},
+        {"lr": 8e-3, "wte_lr": 0.006, "warmup_share": 0.1},
+    ),
+    "fast": (
+        {"lr": 0.006, "muon_lr": 0.0025, "wte_lr": 0.006},
+        {"lr": 0.006, "muon_lr": 0.005, "wte_lr": 0.006},
+        {"lr": 0.006, "muon_lr": 0.01, "wte_lr": 0.006},
+        {"lr": 0.006, "muon_lr": 0.01, "wte_lr": 0.012},
+        {"lr": 0.006, "muon_lr": 0.02, "wte_lr": 0.006},
+    ),
+}
+LARGE_TUNING: dict[str, tuple[Settings, ...]] = {
+    "adamw": (
+        {"lr": 1.8e-3},
+        {"lr": 1.2e-3, "wte_lr": 3.6e-3, "warmup_share": 0.1},
+    ),
+    "fast": (
+        {"lr": 3.6e-3, "muon_lr": 1.8e-3},
+        {"lr": 3.6e-3, "muon_lr": 3.6e-3},
+    ),
+}
+
+
+def tuning(config: Config) -> dict[str, tuple[Settings, ...]]:
+    """Return the settings to try for each tuned arm; AdamW has at least as many as the fast one."""
+    return SMALL_TUNING if config.model.n_embd < 512 else LARGE_TUNING
 
 
 def fitted(
     config: Config, share: float, seed: int, warmup_share: float = WARMUP, **settings: Any
 ) -> Config:
-    """`config` with `settings` over this share of its steps: warm-up a share of them too, validated and saved at the end."""
+    """Return `config` with `settings`, fitted to a share of its steps.
+
+    The warm-up is a share of these steps too. The run is validated and saved at its end only.
+    """
     steps = max(2, round(share * config.run.steps))
-    every: dict[str, Any] = {"evaluate_every": 0, "save_every": steps, "keep": 1}
-    return config.override(
-        steps=steps, warmup_steps=round(warmup_share * steps), seed=seed, **every, **settings
-    ).check()
+    fitted_config = config.override(
+        steps=steps,
+        warmup_steps=round(warmup_share * steps),
+        seed=seed,
+        evaluate_every=0,
+        save_every=steps,
+        keep=1,
+        **settings,
+    )
+    return fitted_config.check()
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm's runs at one horizon, a loss for each seed."""
+    """One arm's runs at one horizon, with a value for each seed."""
 
     name: str
     tokens: int
@@ -122,9 +142,19 @@ class Arm:
     losses: tuple[float, ...]
 
 
+class Bounded(NamedTuple):
+    """A value. `bound` is "at most " or "at least " if the true value is not known exactly."""
+
+    value: float
+    bound: str = ""
+
+
 @dataclass(frozen=True)
 class Ratio:
-    """Against one arm: mean, smallest and largest over the seeds. `bound` is "" or says where the horizons did not reach."""
+    """A ratio to one arm: mean, smallest and largest over the seeds.
+
+    `bound` is "at most ", "at least " or "about " where the horizons did not reach far enough.
+    """
 
     mean: float
     low: float
@@ -132,125 +162,139 @@ class Ratio:
     bound: str = ""
 
     @classmethod
-    def of(cls, values: Sequence[tuple[float, str]]) -> "Ratio":
-        numbers = [value for value, _ in values]
-        bounds = {bound for _, bound in values if bound}
-        return cls(
-            statistics.mean(numbers),
-            min(numbers),
-            max(numbers),
-            "about " if len(bounds) > 1 else "".join(bounds),
-        )
+    def of(cls, ratios: Sequence[Bounded]) -> "Ratio":
+        """Summarize the ratios of all seeds."""
+        values = [ratio.value for ratio in ratios]
+        bounds = {ratio.bound for ratio in ratios if ratio.bound}
+        bound = "about " if len(bounds) > 1 else "".join(bounds)
+        return cls(statistics.mean(values), min(values), max(values), bound)
 
     def __str__(self) -> str:
         return f"{self.bound}{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def crossing(points: Sequence[tuple[float, float]], loss: float) -> tuple[float, str]:
-    """The amount at which a falling curve through (amount, loss) reaches `loss`, between its points in log(amount).
+def crossing(points: Sequence[tuple[float, float]], loss: float) -> Bounded:
+    """Return the amount at which a falling curve through points (amount, loss) reaches `loss`.
 
-    Outside of them the nearest end, and "at most " or "at least " for what is known of the true one.
+    The amount is interpolated in log(amount). For a loss outside of the curve it is the nearest
+    end, as a bound of the true amount. Points of runs that diverged are left out.
     """
     ordered = sorted(point for point in points if math.isfinite(sum(point)))
     if not ordered:
-        return max(amount for amount, _ in points), "at least "
-    (first, highest), (last, lowest) = ordered[0], ordered[-1]
-    if loss >= highest:
-        return first, "at most "
-    if loss < lowest:
-        return last, "at least "
+        return Bounded(max(amount for amount, _ in points), "at least ")
+    first, highest_loss = ordered[0]
+    last, lowest_loss = ordered[-1]
+    if loss >= highest_loss:
+        return Bounded(first, "at most ")
+    if loss < lowest_loss:
+        return Bounded(last, "at least ")
     for (x0, y0), (x1, y1) in itertools.pairwise(ordered):
         if y1 <= loss <= y0:
-            return math.exp(
-                math.log(x0) + (math.log(x1) - math.log(x0)) * (y0 - loss) / (y0 - y1 or 1)
-            ), ""
-    raise AssertionError("a point of a curve lies between its ends")
+            position = (y0 - loss) / (y0 - y1 or 1)
+            log_amount = math.log(x0) + (math.log(x1) - math.log(x0)) * position
+            return Bounded(math.exp(log_amount))
+    raise AssertionError("a loss between the ends of a curve lies between two of its points")
+
+
+OPPOSITE = {"at most ": "at least ", "at least ": "at most ", "": ""}
 
 
 def against(arm: Arm, fast_arms: Sequence[Arm], seconds: bool = False) -> Ratio:
-    """How many times as many tokens (or seconds) the arm took for its loss, seed by seed."""
-    opposite = {"at most ": "at least ", "at least ": "at most ", "": ""}
-    found = []
+    """Return how many times as many tokens (or seconds) as the fast recipe the arm took.
+
+    For each seed, the fast recipe's amount is read off where it reaches the arm's loss.
+    """
+
+    def amount_of(any_arm: Arm, seed: int) -> float:
+        return any_arm.seconds[seed] if seconds else any_arm.tokens
+
+    ratios = []
     for seed, loss in enumerate(arm.losses):
-        amounts = [
-            (f.seconds[seed] if seconds else float(f.tokens), f.losses[seed]) for f in fast_arms
-        ]
-        amount, bound = crossing(amounts, loss)
-        found.append(((arm.seconds[seed] if seconds else arm.tokens) / amount, opposite[bound]))
-    return Ratio.of(found)
+        points = [(amount_of(other, seed), other.losses[seed]) for other in fast_arms]
+        amount, bound = crossing(points, loss)
+        ratios.append(Bounded(amount_of(arm, seed) / amount, OPPOSITE[bound]))
+    return Ratio.of(ratios)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Every run of the experiment, known before the first."""
+class PlannedArm:
+    """The trials of one arm at one horizon, one for each seed."""
+
+    name: str
+    share: float  # of the horizon
+    trials: list[Trial]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All runs of the experiment, known before the first one."""
 
     config: Config
     seeds: tuple[int, ...]
-    tuning: dict[str, Settings]
+    tuning: dict[str, tuple[Settings, ...]]
 
     def tuning_trials(self, arm: str) -> list[Trial]:
-        """One run for each of an arm's settings."""
-        made = ARMS[arm](self.config)
-        return [
-            Trial(f"tuning-{arm}-" + "-".join(f"{k}={v:g}" for k, v in settings.items()),
-                  fitted(made, TUNED_AT[arm], TUNING_SEED, **settings))
-            for settings in self.tuning[arm]
-        ]  # fmt: skip
+        """Return one trial for each setting to try for an arm."""
+        arm_config = ARMS[arm](self.config)
+        trials = []
+        for settings in self.tuning[arm]:
+            values = "-".join(f"{name}={value:g}" for name, value in settings.items())
+            config = fitted(arm_config, TUNED_AT[arm], TUNING_SEED, **settings)
+            trials.append(Trial(f"tuning-{arm}-{values}", config))
+        return trials
 
-    def arms(self, best: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float, list[Trial]]]:
-        """(arm, share of the horizon, a run for each seed)."""
-        for name, make in ARMS.items():
-            made, tuned = make(self.config), best.get(name, {})
+    def arms(self, best: dict[str, Settings]) -> Iterator[PlannedArm]:
+        """Yield every arm at each of its horizons, with the best settings of the tuned arms."""
+        for name, make_arm in ARMS.items():
+            arm_config = make_arm(self.config)
+            settings = best.get(name, {})
             for share in SHARES if name == "fast" else (1.0,):
-                yield (
-                    name,
-                    share,
-                    [
-                        Trial(f"{name}-{share:g}-seed-{seed}", fitted(made, share, seed, **tuned))
-                        for seed in self.seeds
-                    ],
-                )
+                trials = []
+                for seed in self.seeds:
+                    config = fitted(arm_config, share, seed, **settings)
+                    trials.append(Trial(f"{name}-{share:g}-seed-{seed}", config))
+                yield PlannedArm(name, share, trials)
 
     def run(
-        self, out: Path, stop: StopFlag, loss_of: LossOf, say: Callable[[str], None]
-    ) -> tuple[dict[str, dict[str, Any]], list[Arm]]:
-        """Everything that is not done yet: the best settings of each tuned arm, and every arm at its horizons."""
-        done = 0
+        self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]
+    ) -> tuple[dict[str, Settings], list[Arm]]:
+        """Run what is not complete; return the best settings of the tuned arms, and all arms.
 
-        def told(trial: Trial, end: Ended) -> None:
-            nonlocal done
-            done += 1
+        `loss_of` computes the loss of a complete trial, and `say` receives a line for each.
+        """
+        numbers = itertools.count(1)
+
+        def report(trial: Trial, result: TrialResult) -> None:
             say(
-                f"{done:>3}  {trial.name:<44} {end.tokens:>11,} tokens {end.seconds:>6.0f} s  loss {end.loss:.4f}"
+                f"{next(numbers):>3}  {trial.name:<44} {result.tokens:>11,} tokens "
+                f"{result.seconds:>6.0f} s  loss {result.loss:.4f}"
             )
 
-        tunings = {arm: self.tuning_trials(arm) for arm in self.tuning}
-        ends = run_all([t for trials in tunings.values() for t in trials], out, stop, told)
-        best: dict[str, dict[str, Any]] = {}
-        for arm, trials in tunings.items():
-            found = min(range(len(trials)), key=lambda i: ends[trials[i].name].loss)
-            best[arm] = self.tuning[arm][found]
+        tuning_trials = {arm: self.tuning_trials(arm) for arm in self.tuning}
+        all_tuning_trials = list(itertools.chain(*tuning_trials.values()))
+        results = run_trials(all_tuning_trials, out, stop, report)
+        best: dict[str, Settings] = {}
+        for arm, trials in tuning_trials.items():
+            losses = [results[trial.name].loss for trial in trials]
+            best[arm] = self.tuning[arm][losses.index(min(losses))]
+
         planned = list(self.arms(best))
-        in_turns = [
-            trials[i] for i in range(len(self.seeds)) for _, _, trials in planned
-        ]  # so that a slow hour is nobody's alone
-        ends = run_all(in_turns, out, stop, told)
-        arms: list[Arm] = []
-        for name, _, trials in planned:
-            of_seeds = [ends[t.name] for t in trials]
-            losses = []
-            for end in of_seeds:
-                if stop.is_set():
-                    raise Preempted(
-                        f"stopped before {end.folder.name} was scored; the same command goes on from there."
-                    )
-                losses.append(loss_of(end))
-            arms.append(
-                Arm(
-                    name,
-                    trials[0].config.total_tokens,
-                    tuple(e.seconds for e in of_seeds),
-                    tuple(losses),
-                )
-            )
-        return best, arms
+        # The arms take turns, so that an hour in which the machine is slow affects all of them.
+        turns = zip(*(arm.trials for arm in planned), strict=True)
+        results = run_trials(list(itertools.chain(*turns)), out, stop, report)
+        return best, [_scored(arm, results, stop, loss_of) for arm in planned]
+
+
+def _scored(
+    planned: PlannedArm, results: dict[str, TrialResult], stop: Stop, loss_of: LossOf
+) -> Arm:
+    """Return an arm with the loss of each of its trials. Raises Preempted if `stop` is set."""
+    seconds = []
+    losses = []
+    for trial in planned.trials:
+        if stop.is_set():
+            raise Preempted(f"stopped before {trial.name} was scored; the same command continues.")
+        seconds.append(results[trial.name].seconds)
+        losses.append(loss_of(results[trial.name]))
+    tokens = planned.trials[0].config.total_tokens
+    return Arm(planned.name, tokens, tuple(seconds), tuple(losses))

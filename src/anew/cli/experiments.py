@@ -1,4 +1,7 @@
-"""`anew bench recipe` and `anew bench sweep`: experiments of many runs, which may be stopped anywhere and go on by the same command."""
+"""`anew bench recipe` and `anew bench sweep`: experiments of many runs.
+
+Both can be stopped at any time; the same command continues them.
+"""
 
 import itertools
 import json
@@ -10,91 +13,108 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anew.bench import competitors as rivals
 from anew.bench import time_to_loss
-from anew.bench.sweep import Ended, Trial, alone, limited, run_all
-from anew.bench.time_to_loss import Arm, Plan, Ratio, against
-from anew.checkpoint import folder as checkpoint
+from anew.bench.competitors import exported_loss, is_installed
+from anew.bench.sweep import Trial, TrialResult, run_trials, stop_after
+from anew.bench.time_to_loss import Arm, Bounded, Experiment, Ratio, Settings, against
+from anew.checkpoint.folder import folder_of
 from anew.config.schema import Config
 from anew.config.values import bytes_of
 from anew.errors import UserError
-from anew.report import png as pictures
+from anew.report import png
 from anew.report.run import Run
 from anew.utils.files import write_atomic
 
-NAMES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}
+ARM_TITLES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}
+OVER_EXAMPLE = "--over 'lr=1e-3,2e-3 weight_decay=0,0.1'"
 
 
-def _check(config: Config, a: Any) -> None:
-    """Every run has to end in a validation loss, and must not take the data away from the next."""
+def _check(config: Config, arguments: Any) -> None:
+    """Refuse settings with which the runs could not be compared."""
     if config.data.val_tokens < 2 or config.data.one_batch:
         raise UserError(
-            "runs are compared by their held-out loss; leave out --one-batch, and give --val-tokens."
+            "runs are compared by their held-out loss; "
+            "leave out --one-batch, and give --val-tokens."
         )
     if bytes_of(config.data.disk_budget):
         raise UserError(
-            "with a disk budget the first run would remove the tokens of the next; leave out --disk-budget."
+            "with a disk budget the first run would remove the tokens of the next; "
+            "leave out --disk-budget."
         )
-    if a.minutes < 0:
-        raise UserError(f"--minutes {a.minutes:g} cannot be negative.")
+    if arguments.minutes < 0:
+        raise UserError(f"--minutes {arguments.minutes:g} cannot be negative.")
 
 
-def recipe(config: Config, device: str, a: Any, given: Collection[str] = ()) -> dict[str, Any]:
-    """Time to a loss: the fast recipe against the reference and against tuned AdamW."""
-    _check(config, a)
-    if taken := sorted({*given} & {*time_to_loss.OWNED}):
-        raise UserError(f"--{taken[0].replace('_', '-')} is what the arms differ in; leave it out.")
-    if config.optim.optimizer != "adamw":
-        raise UserError(
-            f"the arms are made from a recipe with AdamW, as gpt2-5m and gpt2-124m are; {config.recipe} has another."
-        )
-    if not rivals.is_installed("transformers"):
-        raise UserError(
-            "losses are those of the exported folders in transformers; install transformers."
-        )
-    if a.seeds < 1:
-        raise UserError(f"--seeds {a.seeds} must be at least 1.")
+def recipe(
+    config: Config, device: str, arguments: Any, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Compare the fast recipe with the reference and with tuned AdamW by their time to a loss."""
+    _check(config, arguments)
+    _check_arms(config, arguments, given)
     out = Path(config.run.out or f"runs/bench-{config.recipe}")
-    plan = Plan(config, tuple(range(1, a.seeds + 1)), time_to_loss.tuning(config))
+    seeds = tuple(range(1, arguments.seeds + 1))
+    experiment = Experiment(config, seeds, time_to_loss.tuning(config))
     print(
-        f"{config.recipe} on {config.data.data}, horizon {config.total_tokens:,} tokens, {a.seeds} seeds, on {device}; runs in {out}\n",
+        f"{config.recipe} on {config.data.data}, horizon {config.total_tokens:,} tokens, "
+        f"{arguments.seeds} seeds, on {device}; runs in {out}\n",
         flush=True,
     )
 
-    def loss_of(end: Ended) -> float:
-        """What transformers finds, once for each run and number of windows."""
-        if math.isinf(end.loss):
-            return end.loss
-        kept = end.folder / f"exported_loss_{config.data.val_tokens}.json"
-        with alone(end.folder / ".exported.lock"):
-            if not kept.is_file():
-                folder = checkpoint.folder_of(end.folder, end.config.run.steps)
-                scored = rivals.exported_loss(
-                    folder, end.config.override(val_tokens=config.data.val_tokens), device
-                )
-                write_atomic(kept, json.dumps(scored))
-        return float(json.loads(kept.read_text()))
+    def loss_of(result: TrialResult) -> float:
+        return _exported_loss(result, config, device)
 
-    with _quiet(), limited(a.minutes) as stop:
-        best, arms = plan.run(out, stop, loss_of, lambda line: print(line, flush=True))
-    facts: dict[str, Any] = json.loads(
-        json.dumps(_table(best, arms)), parse_constant=lambda _: None
-    )  # JSON has no infinity
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    with _quiet_runs(), stop_after(arguments.minutes) as stop:
+        best, arms = experiment.run(out, stop, loss_of, say)
+    facts = _print_verdict(best, arms)
+    # JSON has no infinity, which is the loss of a run that diverged.
+    facts = json.loads(json.dumps(facts), parse_constant=lambda _: None)
     (out / "recipe.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if a.picture:
-        points = [(NAMES[arm.name], arm.tokens, arm.losses) for arm in arms]
-        pictures.time_to_loss(
-            points,
-            f"{config.recipe} on {Path(config.data.data).name}",
-            config.data.unit,
-            Path(a.picture),
-        )
+    if arguments.picture:
+        ends = [(ARM_TITLES[arm.name], arm.tokens, arm.losses) for arm in arms]
+        title = f"{config.recipe} on {Path(config.data.data).name}"
+        png.time_to_loss(ends, title, config.data.unit, Path(arguments.picture))
     return facts
 
 
+def _check_arms(config: Config, arguments: Any, given: Collection[str]) -> None:
+    """Refuse settings with which the arms of the recipe experiment could not be made."""
+    owned = sorted(set(given) & set(time_to_loss.OWNED))
+    if owned:
+        flag = owned[0].replace("_", "-")
+        raise UserError(f"--{flag} is a setting in which the arms differ; leave it out.")
+    if config.optim.optimizer != "adamw":
+        raise UserError(
+            f"the arms are made from a recipe with AdamW, as gpt2-5m and gpt2-124m are; "
+            f"{config.recipe} has another optimizer."
+        )
+    if not is_installed("transformers"):
+        raise UserError("losses are computed by transformers; install transformers.")
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds {arguments.seeds} must be at least 1.")
+
+
+def _exported_loss(result: TrialResult, config: Config, device: str) -> float:
+    """Return the loss that transformers computes, kept in a file for each number of windows."""
+    from filelock import FileLock
+
+    if math.isinf(result.loss):
+        return result.loss
+    val_tokens = config.data.val_tokens
+    stored = result.folder / f"exported_loss_{val_tokens}.json"
+    with FileLock(result.folder / ".exported.lock"):  # several processes may run the experiment
+        if not stored.is_file():
+            folder = folder_of(result.folder, result.config.run.steps)
+            loss = exported_loss(folder, result.config.override(val_tokens=val_tokens), device)
+            write_atomic(stored, json.dumps(loss))
+    return float(json.loads(stored.read_text()))
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """A line for each run on the console; what a run says of itself stands in its own log.txt."""
+def _quiet_runs() -> Iterator[None]:
+    """Show only warnings of the runs on the console; all messages are in each run's log.txt."""
     console = list(logging.getLogger("anew").handlers)
     for handler in console:
         handler.setLevel(logging.WARNING)
@@ -105,123 +125,136 @@ def _quiet() -> Iterator[None]:
             handler.setLevel(logging.NOTSET)
 
 
-def _table(best: dict[str, dict[str, Any]], arms: list[Arm]) -> dict[str, Any]:
-    """The verdict, printed and as figures."""
-    print("\nlosses of the exported folders in transformers, fp32: mean and spread of seeds;")
-    print("seconds compare if all ran on one machine, as many at a time\n")
+def _print_verdict(best: dict[str, Settings], arms: list[Arm]) -> dict[str, Any]:
+    """Print the arms and how the fast recipe compares with each other one; return the figures."""
+    print("\nlosses are computed by transformers in fp32: mean (lowest to highest seed);")
+    print("seconds compare only if all runs were on one machine, equally many at a time\n")
     print("arm                     tokens   seconds  loss")
     for arm in arms:
-        mean = sum(arm.losses) / len(arm.losses)
-        seconds = sum(arm.seconds) / len(arm.seconds)
+        mean_loss = statistics.fmean(arm.losses)
+        mean_seconds = statistics.fmean(arm.seconds)
         print(
-            f"{NAMES[arm.name]:<18} {arm.tokens:>11,} {seconds:>9,.0f}  {mean:.4f} ({min(arm.losses):.4f} to {max(arm.losses):.4f})"
+            f"{ARM_TITLES[arm.name]:<18} {arm.tokens:>11,} {mean_seconds:>9,.0f}  "
+            f"{mean_loss:.4f} ({min(arm.losses):.4f} to {max(arm.losses):.4f})"
         )
     for name, settings in best.items():
-        print(
-            f"best of those tried, {NAMES[name]}: "
-            + ", ".join(f"{key} {value:g}" for key, value in settings.items())
-        )
-    fast = [arm for arm in arms if arm.name == "fast"]
-    facts: dict[str, Any] = {"tuned": best, "arms": [vars(arm) for arm in arms], "against": {}}
-    for arm in (arm for arm in arms if arm.name != "fast"):
-        tokens, time = against(arm, fast), against(arm, fast, seconds=True)
-        speed = Ratio.of([
-            (statistics.mean(f.tokens / f.seconds[i] for f in fast) * arm.seconds[i] / arm.tokens, "") for i in range(len(arm.seconds))
-        ])  # fmt: skip
-        print(f"\nthe fast recipe against {NAMES[arm.name]}, to the same loss:")
-        print(f"  {tokens} times fewer tokens")
-        print(f"  {time} times less time")
-        print(f"  {speed} times the tokens a second")
-        facts["against"][arm.name] = {
-            "tokens": vars(tokens),
-            "time": vars(time),
-            "speed": vars(speed),
+        values = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+        print(f"best settings of {ARM_TITLES[name]}: {values}")
+    fast_arms = [arm for arm in arms if arm.name == "fast"]
+    comparisons: dict[str, Any] = {}
+    for arm in arms:
+        if arm.name == "fast":
+            continue
+        ratios = {
+            "tokens": against(arm, fast_arms),
+            "time": against(arm, fast_arms, seconds=True),
+            "speed": _speed_ratio(arm, fast_arms),
         }
-    return facts
+        print(f"\nthe fast recipe compared with {ARM_TITLES[arm.name]}, to the same loss:")
+        print(f"  {ratios['tokens']} times fewer tokens")
+        print(f"  {ratios['time']} times less time")
+        print(f"  {ratios['speed']} times the tokens a second")
+        comparisons[arm.name] = {name: vars(ratio) for name, ratio in ratios.items()}
+    return {"tuned": best, "arms": [vars(arm) for arm in arms], "against": comparisons}
 
 
-def sweep(config: Config, device: str, a: Any, given: Collection[str] = ()) -> dict[str, Any]:  # noqa: ARG001
-    """The validation loss over a grid of one setting or two; every run keeps its curve."""
-    _check(config, a)
-    axes = _axes(a.over, config)
+def _speed_ratio(arm: Arm, fast_arms: list[Arm]) -> Ratio:
+    """Return how many times as many tokens a second the fast recipe processes."""
+    ratios = []
+    for seed, seconds in enumerate(arm.seconds):
+        fast_speed = statistics.mean(fast.tokens / fast.seconds[seed] for fast in fast_arms)
+        ratios.append(Bounded(fast_speed * seconds / arm.tokens))
+    return Ratio.of(ratios)
+
+
+def sweep(
+    config: Config,
+    device: str,  # noqa: ARG001 (`recipe` has the same parameters)
+    arguments: Any,
+    given: Collection[str] = (),  # noqa: ARG001
+) -> dict[str, Any]:
+    """Print the validation loss over a grid of one setting or two; every run keeps its curve."""
+    _check(config, arguments)
+    axes = _axes(arguments.over, config)
     out = Path(config.run.out or f"runs/sweep-{config.recipe}")
-    names = list(axes)
-    grid = [dict(zip(names, values, strict=True)) for values in itertools.product(*axes.values())]
-    trials = [
-        Trial(",".join(f"{k}={v}" for k, v in point.items()), _at(config, point)) for point in grid
-    ]
-    for trial in trials:
-        _check(trial.config, a)
+    grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    trials = []
+    for point in grid:
+        name = ",".join(f"{key}={value}" for key, value in point.items())
+        trials.append(Trial(name, _config_at(config, point)))
+        _check(trials[-1].config, arguments)
     print(f"{config.recipe}, {len(trials)} runs in {out}\n", flush=True)
-    with _quiet(), limited(a.minutes) as stop:
-        ends = run_all(
-            trials,
-            out,
-            stop,
-            lambda t, e: print(
-                f"{t.name:<40} {e.tokens:>11,} tokens {e.seconds:>6.0f} s  loss {e.loss:.4f}",
-                flush=True,
-            ),
-        )
-    losses = [ends[trial.name].loss for trial in trials]
-    columns = axes[names[1]] if len(names) > 1 else [""]
-    rows = [losses[i : i + len(columns)] for i in range(0, len(losses), len(columns))]
-    over_seeds = names[1:] == ["seed"]  # then settings are compared by their mean
-    marks = [statistics.mean(row) for row in rows] if over_seeds else losses
-    print(
-        f"\nvalidation loss; {names[0]} down" + (f", {names[1]} across" if len(names) > 1 else "")
-    )
-    print(
-        " " * 12
-        + "".join(f"{column!s:>10}" for column in [*columns, *(["mean"] if over_seeds else [])])
-    )
-    for value, row in zip(axes[names[0]], rows, strict=True):
-        shown = [*row, statistics.mean(row)] if over_seeds else row
+
+    def report(trial: Trial, result: TrialResult) -> None:
         print(
-            f"{value!s:>12}"
-            + "".join(f"{loss:>9.4f}{'*' if loss == min(marks) else ' '}" for loss in shown)
+            f"{trial.name:<40} {result.tokens:>11,} tokens {result.seconds:>6.0f} s  "
+            f"loss {result.loss:.4f}",
+            flush=True,
         )
-    best = [end.folder for end in sorted(ends.values(), key=lambda end: end.loss)[:4]]
-    if a.picture:
-        pictures.progress([Run.read(folder) for folder in best], Path(a.picture))
-    print("\ncurves of the best, side by side:\n  anew report " + " ".join(map(str, best)))
+
+    with _quiet_runs(), stop_after(arguments.minutes) as stop:
+        results = run_trials(trials, out, stop, report)
+    losses = [results[trial.name].loss for trial in trials]
+    _print_grid(axes, losses)
+    by_loss = sorted(results.values(), key=lambda result: result.loss)
+    best = [result.folder for result in by_loss[:4]]
+    if arguments.picture:
+        png.progress([Run.read(folder) for folder in best], Path(arguments.picture))
+    print("\nto compare the curves of the best runs:\n  anew report " + " ".join(map(str, best)))
     return {"runs": [{**point, "loss": loss} for point, loss in zip(grid, losses, strict=True)]}
 
 
-def _at(config: Config, point: dict[str, Any]) -> Config:
-    """`config` with these settings; the rate that a schedule ends on keeps its share of the peak."""
-    share = config.optim.min_lr / config.optim.lr
-    ending = {"min_lr": share * point["lr"]} if "lr" in point and "min_lr" not in point else {}
-    return config.override(**ending, **point).check()
+def _print_grid(axes: dict[str, list[Any]], losses: list[float]) -> None:
+    """Print a table of losses and mark the best one; over seeds, mark the best mean instead."""
+    row_name, *column_names = axes
+    columns = axes[column_names[0]] if column_names else [""]
+    width = len(columns)
+    rows = [losses[start : start + width] for start in range(0, len(losses), width)]
+    best = min(losses)
+    if column_names == ["seed"]:
+        columns = [*columns, "mean"]
+        rows = [[*row, statistics.mean(row)] for row in rows]
+        best = min(row[-1] for row in rows)
+    across = f", {column_names[0]} across" if column_names else ""
+    print(f"\nvalidation loss; {row_name} down{across}")
+    print(" " * 12 + "".join(f"{column!s:>10}" for column in columns))
+    for value, row in zip(axes[row_name], rows, strict=True):
+        cells = [f"{loss:>9.4f}{'*' if loss == best else ' '}" for loss in row]
+        print(f"{value!s:>12}" + "".join(cells))
+
+
+def _config_at(config: Config, point: Settings) -> Config:
+    """Return `config` with these settings; `min_lr` keeps its ratio to the peak rate."""
+    settings = dict(point)
+    if "lr" in point and "min_lr" not in point:
+        settings["min_lr"] = config.optim.min_lr / config.optim.lr * point["lr"]
+    return config.override(**settings).check()
 
 
 def _axes(text: str, config: Config) -> dict[str, list[Any]]:
-    """'lr=1e-3,2e-3 weight_decay=0,0.1' as {setting: values}."""
+    """Parse 'lr=1e-3,2e-3 weight_decay=0,0.1' into {setting: values}."""
     axes: dict[str, list[Any]] = {}
     for part in text.split():
         name, _, values = part.partition("=")
         name = name.replace("-", "_")
-        here = next(
-            (
-                getattr(group, name)
-                for group in (config.model, config.data, config.optim, config.run)
-                if hasattr(group, name)
-            ),
-            None,
-        )
-        if not values or here is None:
+        groups = (config.model, config.data, config.optim, config.run)
+        current = next((getattr(group, name) for group in groups if hasattr(group, name)), None)
+        if not values or current is None:
             raise UserError(
-                f"--over {part} is no setting with values; write it as 'lr=1e-3,2e-3 weight_decay=0,0.1'."
+                f"--over {part} is not a setting with values; write it as {OVER_EXAMPLE}."
             )
         try:
-            axes[name] = [type(here)(value) if not isinstance(here, bool) else {"true": True, "false": False}[value.lower()]
-                          for value in values.split(",")]  # fmt: skip
+            axes[name] = [_parse_like(current, value) for value in values.split(",")]
         except (ValueError, KeyError):
-            raise UserError(
-                f"--over {part}: {name} is {type(here).__name__}, and one of these is not."
-            ) from None
+            kind = type(current).__name__
+            raise UserError(f"--over {part}: {name} takes values of type {kind}.") from None
     if not 1 <= len(axes) <= 2:
-        raise UserError(
-            "a sweep is over one setting or two: --over 'lr=1e-3,2e-3 weight_decay=0,0.1'."
-        )
+        raise UserError(f"a sweep is over one setting or two: {OVER_EXAMPLE}.")
     return axes
+
+
+def _parse_like(current: Any, text: str) -> Any:
+    """Return `text` as a value of the same type as `current`."""
+    if isinstance(current, bool):
+        return {"true": True, "false": False}[text.lower()]
+    return type(current)(text)
