@@ -22,7 +22,7 @@ from anew.errors import UserError
 from anew.evaluate import runner
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.tasks.corpora import Corpus
-from anew.evaluate.tasks.table import TASKS, Validation, with_stride
+from anew.evaluate.tasks.table import REMOVED_TASKS, TASKS, Validation, with_stride
 from anew.evaluate.tasks.task import Example, Task
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
@@ -152,6 +152,8 @@ def _names(a: EvaluateArgs) -> list[str]:
     """The tasks asked for; settings that none of them would heed are refused."""
     names = ["val", *TASKS] if a.task == "all" else [name for name in a.task.split(",") if name]
     for name in names:
+        if name in REMOVED_TASKS:
+            raise UserError(REMOVED_TASKS[name])
         if name not in {"val", *TASKS} and not name.startswith("harness:"):
             raise UserError(
                 f"there is no task '{name}'; choose all, val, {', '.join(TASKS)} or harness:NAME."

@@ -61,13 +61,6 @@ FIGURES = (
         "wikitext103", "word_perplexity", _sizes(37.50, 26.37, 22.05, 17.48), PAPER, "3%",
         "de-tokenised, a word, articles apart: 37.37 in huggingface/transformers issue 13761", ("124M",),
     ),
-    Published("ptb", "word_perplexity", _sizes(65.85, 47.33, 40.31, 35.76), PAPER, None, "OpenAI's de-tokeniser is not published"),
-    Published("enwik8", "bits_per_byte", _sizes(1.16, 1.01, 0.97, 0.93), PAPER, None, "the part of the file scored is not published"),
-    Published("text8", "bits_per_byte", _sizes(1.17, 1.06, 1.02, 0.98), PAPER, None, "the part of the file scored is not published"),
-    Published(
-        "cbt_cn", "acc", _sizes(0.8765, 0.9235, 0.9345, 0.9330), PAPER, None, "others get 0.8435: huggingface/transformers issue 13761"
-    ),
-    Published("cbt_ne", "acc", _sizes(0.834, 0.871, 0.88, 0.8905), PAPER, None, "others get 0.7365: huggingface/transformers issue 13761"),
 )  # fmt: skip
 
 

@@ -450,10 +450,9 @@ def test_perplexities_pass_downwards() -> None:
 @pytest.mark.parametrize(("task", "content", "words"), [
     ("hellaswag", "{}\n", "line 1 is not a JSON object"), ("hellaswag", "", "is empty"), ("hellaswag", "A man\n3\n", "is not a JSON"),
     ("hellaswag_harness", "A man\n9\na\nb\nc\nd\n", "is not HellaSwag"), ("lambada", '{"text": "word"}', "no last word"),
-    ("wikitext2", " \n ", "holds no text"), ("cbt_cn", "1 Once.\n", "no questions"),
+    ("wikitext2", " \n ", "holds no text"),
     ("hellaswag", json.dumps({**ROW, "label": ""}), "labelled"), ("hellaswag", json.dumps({**ROW, "ctx": None}), "not in the format"),
     ("hellaswag_harness", json.dumps({**ROW, "ctx_b": 5}), "not in the format"), ("lambada", '{"text": null}', "not in the format"),
-    ("cbt_ne", "21 no tabs here\n", "not in the format"),
 ])  # fmt: skip
 def test_files_that_are_not_the_task_are_refused(
     task: str, content: str, words: str, tmp_path: Path
@@ -462,22 +461,6 @@ def test_files_that_are_not_the_task_are_refused(
     path.write_text(content)
     with pytest.raises(UserError, match=words):
         TASKS[task].examples(path, TOKENIZER, 128)
-
-
-def test_the_childrens_book_test_asks_ten_endings(tmp_path: Path) -> None:
-    path = tmp_path / "cbt.txt"
-    story = "".join(
-        f"{i} The cat -LRB- grey -RRB- did n't sleep , said `` Tom '' .\n" for i in range(1, 21)
-    )
-    words = "a|b|dog|d|e|f|g|h|i|j"
-    path.write_text(f"{story}21 Then the XXXXX barked .\tdog\t\t{words}\n\n" * 2)
-    rows = TASKS["cbt_ne"].examples(path, TOKENIZER, 1024)
-    assert len(rows) == 2
-    assert rows[0].row["label"] == 2
-    assert TOKENIZER.decode(rows[1].question.endings[2]) == " dog barked."
-    assert TOKENIZER.decode(rows[1].question.context).endswith(
-        'The cat (grey) didn\'t sleep, said " Tom ". Then the'
-    )
 
 
 def test_split_pair_moves_the_space_to_the_ending() -> None:

@@ -1,4 +1,4 @@
-"""Tasks that choose: HellaSwag in both scorings, LAMBADA's last word, the Children's Book Test."""
+"""Tasks that choose: HellaSwag in both scorings, LAMBADA's last word."""
 
 import re
 from collections.abc import Sequence
@@ -95,54 +95,6 @@ class HellaSwagHarness(HellaSwag):
         }
 
 
-class ChildrensBook(Task):
-    """Children's Book Test: which of ten words fills the gap, judged by the word and the rest of its sentence.
-
-    GPT-2 124M: 0.8765 common nouns (cbt_cn), 0.834 named entities (cbt_ne); Radford et al. 2019, table 3, with an unpublished clean-up.
-    """
-
-    remote = Remote(
-        "http://www.thespermwhale.com/jaseweston/babi/CBTest.tgz",
-        "932df0cadc1337b2a12b4c696b1041c1d1c6d4b6bd319874c6288f02e4a61e92",
-    )
-
-    def __init__(self, kind: str) -> None:
-        self.name, self.member = f"cbt_{kind.lower()}", f"CBTest/data/cbtest_{kind}_test_2500ex.txt"
-
-    def rows(self, path: Path) -> list[Any]:
-        rows: list[Any] = []
-        story: list[str] = []
-        for line in text_of(path, self.member).split("\n"):
-            number, _, sentence = line.partition(" ")
-            if number == "21":
-                query, answer, _, choices = sentence.split("\t")
-                before, _, after = query.partition("XXXXX")
-                words = choices.strip().split("|")
-                rows.append(
-                    {
-                        "story": " ".join([*story, before]),
-                        "after": after,
-                        "words": words,
-                        "label": words.index(answer),
-                    }
-                )
-            story = [*story, sentence] if number.isdigit() and number != "21" else []
-        if not rows:
-            raise UserError(f"{path} holds no questions of the Children's Book Test.")
-        return rows
-
-    def question(self, row: Any, tokenizer: Tokenizer) -> Question:
-        context = _close_up(row["story"]).rstrip()
-        rest = _close_up(row["after"])
-        return Question(
-            tokenizer.encode(context) or [tokenizer.end_of_text],
-            [tokenizer.encode(f" {word}{rest}") for word in row["words"]],
-        )
-
-    def result(self, row: Any, answer: Sequence[Scored]) -> Result:
-        return {"acc": int(np.argmax([ending.total for ending in answer]) == row["label"])}
-
-
 class Lambada(Task):
     """LAMBADA: the last word of a passage that needs all of it. OpenAI's 5,153 test passages.
 
@@ -195,10 +147,3 @@ def _hellaswag_json(path: Path) -> list[dict[str, Any]]:
 def _clean(text: str) -> str:
     """HellaSwag's WikiHow half carries marks in brackets: a title becomes a new sentence, the others go (lm-evaluation-harness)."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def _close_up(text: str) -> str:
-    """Undo the Children's Book Test's tokenisation: quotes and brackets as characters, no space before punctuation and clitics."""
-    for mark, character in (("-LRB-", "("), ("-RRB-", ")"), ("``", '"'), ("''", '"')):
-        text = text.replace(mark, character)
-    return re.sub(r" ([.,;:!?)]|n't\b|'(?:s|m|d|re|ve|ll)\b)", r"\1", text).replace("( ", "(")

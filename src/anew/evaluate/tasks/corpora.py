@@ -135,7 +135,7 @@ class Corpus(Task):
     """
 
     name: str
-    remote: Remote | None = None
+    remote: Remote
     member: str = ""  # the text's name inside an archive
     documents: Callable[[str], list[str]] = lambda text: [text]
     polish: Callable[[str], str] = lambda text: text
@@ -208,20 +208,6 @@ def wikitext_polish(text: str) -> str:
     return text
 
 
-def ptb_polish(text: str) -> str:
-    """Penn Treebank with its clitics closed up and its sentences as lines."""
-    return (
-        re.sub(r" (n't|'(?:s|m|d|re|ve|ll))\b", r"\1", text)
-        .replace(" \n", "\n")
-        .replace("\n ", "\n")
-    )
-
-
-def last_characters(text: str) -> list[str]:
-    """The last five million characters, the usual test part of enwik8 and text8."""
-    return [text[-5_000_000:]]
-
-
 WIKITEXT = Remote(
     "https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
     "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
@@ -230,14 +216,6 @@ WIKITEXT_TEST = (
     "wikitext-2-raw/wiki.test.raw"  # WikiText-2's test text, which is WikiText-103's too
 )
 WIKITEXT_BYTES = 1_290_590
-ENWIK8 = Remote(
-    "https://mattmahoney.net/dc/enwik8.zip",
-    "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-)
-TEXT8 = Remote(
-    "https://mattmahoney.net/dc/text8.zip",
-    "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
-)
 
 CORPORA = (
     Corpus("wikitext2", WIKITEXT, WIKITEXT_TEST, size=WIKITEXT_BYTES),
@@ -249,7 +227,4 @@ CORPORA = (
         wikitext_polish,
         size=WIKITEXT_BYTES,
     ),
-    Corpus("ptb", polish=ptb_polish),
-    Corpus("enwik8", ENWIK8, "enwik8", last_characters),
-    Corpus("text8", TEXT8, "text8", last_characters),
 )

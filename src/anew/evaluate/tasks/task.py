@@ -54,7 +54,7 @@ class Task:
     """What the runner needs of a task; `name` is what `--task` calls it."""
 
     name: str
-    remote: Remote | None = None
+    remote: Remote
     count: int = 0  # examples in the published measurement; 0: not known
 
     def is_whole(self, examples: Sequence[Example]) -> bool:
@@ -67,8 +67,6 @@ class Task:
             if not Path(file).is_file():
                 raise UserError(f"the file {file} of task {self.name} does not exist.")
             return Path(file)
-        if self.remote is None:
-            raise UserError(f"task {self.name} has no public download; give its text with --file.")
         if self.remote.path.is_file() and sha256_of(self.remote.path) != self.remote.sha256:
             raise UserError(
                 f"{self.remote.path} is not the published file (another sha256); remove it, or give another with --file."
