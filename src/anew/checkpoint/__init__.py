@@ -1,1 +1,1 @@
-"""Models and training state on disk, in this format and in others."""
+"""Models and training state on disk: checkpoint folders, and reading and writing other formats."""

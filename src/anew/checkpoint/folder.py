@@ -1,12 +1,20 @@
-"""One step folder, whole or not at all: write, verify, find the newest good one, prune.
+"""Checkpoint folders of a run: write, verify, find the newest valid one, delete old ones.
 
-    with checkpoint.writing(run, step=500) as folder:       # RUN/checkpoints/step-00000500 appears when the block ends
-        weights.save_model(folder, model, tokenizer)
-    folder, skipped = checkpoint.newest(run)
+    with writing(run, step=500) as folder:      # creates RUN/checkpoints/step-00000500
+        save_model(folder, model, tokenizer)
+    folder, skipped = newest(run)
 
-What is written goes to a temporary folder on the same file system; each file is flushed to disk, `manifest.json` (sha256 and size of
-every other file) comes last, then one rename. A kill at any moment leaves the old checkpoints and at most a leftover that
-`clean` removes. Reading trusts nothing: a file whose hash differs makes the checkpoint bad, and the one before is taken.
+`publish` makes a checkpoint durable, in this order:
+
+1. Every file in the temporary folder is flushed to the disk (fsync).
+2. `manifest.json`, with the SHA-256 and the size of every other file, is written last and flushed.
+3. The temporary folder itself is flushed, so that the names of its files are on the disk.
+4. The temporary folder is renamed to its final name.
+5. The parent folder is flushed, so that the final name is on the disk.
+
+A process that is killed at any moment leaves the earlier checkpoints intact and at most a
+temporary folder, which `clean` removes. A folder with a final name may still be damaged later, so
+`newest` verifies every file against the manifest and skips a checkpoint that differs from it.
 """
 
 import contextlib
@@ -19,25 +27,33 @@ from anew.errors import UserError
 from anew.utils.files import flush_to_disk, rename, sha256_of
 
 MANIFEST = "manifest.json"
+STEP_PREFIX = "step-"
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """RUN/checkpoints/step-00000500."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    """Return the checkpoint folder of a step: RUN/checkpoints/step-00000500."""
+    return run / "checkpoints" / f"{STEP_PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint folder, read from its name."""
+    return int(folder.name.removeprefix(STEP_PREFIX))
 
 
 def steps(run: Path) -> list[Path]:
-    """The step folders of a run, oldest first, verified or not."""
+    """Return the checkpoint folders of a run, oldest first, without verifying them."""
     return sorted(
-        p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()
+        path
+        for path in (run / "checkpoints").glob(f"{STEP_PREFIX}*")
+        if path.is_dir() and path.name.removeprefix(STEP_PREFIX).isdigit()
     )
 
 
 @contextlib.contextmanager
 def writing(run: Path, step: int) -> Iterator[Path]:
-    """A temporary folder to fill; it becomes the checkpoint of `step` when the block ends without an error."""
+    """Give a temporary folder, which becomes the checkpoint if the block ends without an error."""
     final = folder_of(run, step)
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = _temporary_name(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -46,7 +62,8 @@ def writing(run: Path, step: int) -> Iterator[Path]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"the checkpoint of step {step} could not be written, earlier ones are intact: {error.strerror}",
+            f"the checkpoint of step {step} could not be written, earlier checkpoints are intact: "
+            f"{error.strerror}",
             str(final),
         ) from error
     finally:
@@ -54,25 +71,24 @@ def writing(run: Path, step: int) -> Iterator[Path]:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Hash and flush every file, write the manifest, rename."""
+    """Make a filled folder durable and give it its final name, as the module docstring says."""
     files = {}
     for path in sorted(temporary.iterdir()):
         flush_to_disk(path)
         files[path.name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     manifest = temporary / MANIFEST
-    manifest.write_text(
-        json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8"
-    )
+    content = json.dumps({"version": 1, "files": files}, indent=2) + "\n"
+    manifest.write_text(content, encoding="utf-8")
     flush_to_disk(manifest)
     flush_to_disk(temporary)
-    if final.exists():  # a resumed run reached the step of a broken checkpoint again
+    if final.exists():  # A run that resumed before a damaged checkpoint has reached its step again.
         shutil.rmtree(final)
     rename(temporary, final)
     flush_to_disk(final.parent)
 
 
 def verify(folder: Path) -> None:
-    """UserError names the file if anything in `folder` is not what its manifest says."""
+    """Raise UserError, which names the file, if a file in `folder` does not match the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {
@@ -81,52 +97,61 @@ def verify(folder: Path) -> None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read; use an earlier checkpoint."
+            f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read; "
+            "use an earlier checkpoint."
         ) from error
     for name, (sha256, size) in files.items():
-        path = folder / Path(name).name
+        path = folder / Path(name).name  # A manifest cannot name files outside its folder.
         if not path.is_file() or path.stat().st_size != size or sha256_of(path) != sha256:
             raise UserError(
-                f"checkpoint {folder} is damaged: {name} is missing or not what its {MANIFEST} says; use an earlier checkpoint."
+                f"checkpoint {folder} is damaged: {name} is missing or does not match "
+                f"{MANIFEST}; use an earlier checkpoint."
             )
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that verifies, and a line for each newer one that did not."""
+    """Return the newest valid checkpoint, and one message for each newer, damaged one."""
     skipped: list[str] = []
     for folder in reversed(steps(run)):
         try:
             verify(folder)
-            return folder, skipped
         except UserError as error:
             skipped.append(str(error))
+        else:
+            return folder, skipped
     return None, skipped
 
 
 def clean(run: Path) -> list[str]:
-    """Remove what killed writers left behind; the names removed."""
-    leftovers = list((run / "checkpoints").glob(".step-*.tmp"))
+    """Remove the temporary folders of killed processes and return their names."""
+    leftovers = list((run / "checkpoints").glob(f".{STEP_PREFIX}*.tmp"))
     for path in leftovers:
         shutil.rmtree(path)
     return [path.name for path in leftovers]
 
 
 def prune(run: Path, keep: int, keep_every: int = 0) -> None:
-    """Keep the `keep` newest checkpoints that verify (0: all), and each whose step is a multiple of `keep_every`.
+    """Delete all but the `keep` newest valid checkpoints and those at multiples of `keep_every`.
 
-    A damaged one does not count and is never the reason to drop a good one.
+    If `keep` is 0, nothing is deleted. A damaged checkpoint is not counted, so it never causes a
+    valid one to be deleted.
     """
-    good = 0
-    for folder in reversed(steps(run)) if keep else []:
-        if good >= keep:
-            if keep_every and int(folder.name[5:]) % keep_every == 0:
-                continue
-            leftover = folder.with_name(
-                f".{folder.name}.tmp"
-            )  # killed half-way this is for `clean`, and not a damaged checkpoint
+    if keep == 0:
+        return
+    n_valid = 0
+    for folder in reversed(steps(run)):
+        if n_valid < keep:
+            with contextlib.suppress(UserError):
+                verify(folder)
+                n_valid += 1
+        elif keep_every == 0 or step_of(folder) % keep_every != 0:
+            # Renamed first: if the process is killed while it deletes, a temporary folder is left,
+            # which `clean` removes, and not a damaged checkpoint.
+            leftover = _temporary_name(folder)
             rename(folder, leftover)
             shutil.rmtree(leftover)
-            continue
-        with contextlib.suppress(UserError):
-            verify(folder)
-            good += 1
+
+
+def _temporary_name(final: Path) -> Path:
+    """Return the hidden name of a checkpoint folder that is being written or deleted."""
+    return final.with_name(f".{final.name}.tmp")

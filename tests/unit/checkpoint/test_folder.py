@@ -1,51 +1,36 @@
-"""A checkpoint is whole or not there, whatever kills the writer and whatever flips a bit."""
+"""Checkpoint folders are complete or absent, and damage is found."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from anew import UserError
-from anew.checkpoint import folder as checkpoint
-
-WRITER = """
-import os, sys
-from pathlib import Path
-from anew import checkpoint
-run, step = Path(sys.argv[1]), 0
-print("ready", flush=True)
-while True:
-    step += 1
-    with checkpoint.writing(run, step) as folder:
-        for name in "abc":
-            (folder / name).write_bytes(os.urandom(200_000))
-    print(step, flush=True)
-    checkpoint.prune(run, 2)
-"""
+from anew.checkpoint.folder import folder_of, newest, prune, steps, verify, writing
+from anew.utils.files import flush_to_disk, rename
 
 
 def write(run: Path, step: int, content: bytes = b"weights") -> Path:
-    with checkpoint.writing(run, step) as folder:
+    with writing(run, step) as folder:
         (folder / "model").write_bytes(content)
-    return checkpoint.folder_of(run, step)
+    return folder_of(run, step)
 
 
-def test_write_verify_and_find_the_newest(tmp_path: Path) -> None:
+def test_newest_is_the_highest_step(tmp_path: Path) -> None:
     for step in (1, 20, 3):
         write(tmp_path, step)
-    newest, skipped = checkpoint.newest(tmp_path)
-    assert newest is not None
-    assert newest.name == "step-00000020"
+    found, skipped = newest(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000020"
     assert skipped == []
-    assert checkpoint.newest(tmp_path / "nothing") == (None, [])
+
+
+def test_newest_of_a_run_without_checkpoints_is_none(tmp_path: Path) -> None:
+    assert newest(tmp_path / "nothing") == (None, [])
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest", "manifest gone"])
-def test_damage_is_found_named_and_stepped_over(tmp_path: Path, harm: str) -> None:
+def test_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, harm: str) -> None:
     write(tmp_path, 1)
     folder = write(tmp_path, 2, b"x" * 1000)
     model = folder / "model"
@@ -62,62 +47,68 @@ def test_damage_is_found_named_and_stepped_over(tmp_path: Path, harm: str) -> No
     else:
         (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"damaged: .*(model|manifest)"):
-        checkpoint.verify(folder)
-    newest, skipped = checkpoint.newest(tmp_path)
-    assert newest == checkpoint.folder_of(tmp_path, 1)
+        verify(folder)
+    found, skipped = newest(tmp_path)
+    assert found == folder_of(tmp_path, 1)
     assert len(skipped) == 1
     assert "step-00000002" in skipped[0]
 
 
-def test_only_verified_checkpoints_count_for_retention(tmp_path: Path) -> None:
+def test_prune_counts_only_valid_checkpoints(tmp_path: Path) -> None:
     for step in range(1, 6):
         write(tmp_path, step)
-    (checkpoint.folder_of(tmp_path, 5) / "model").write_bytes(b"broken!")
-    checkpoint.prune(tmp_path, 2)
-    assert [p.name[-1] for p in checkpoint.steps(tmp_path)] == ["3", "4", "5"]
-    checkpoint.prune(tmp_path, 0)
-    assert len(checkpoint.steps(tmp_path)) == 3
+    (folder_of(tmp_path, 5) / "model").write_bytes(b"broken!")
+    prune(tmp_path, 2)
+    assert [path.name[-1] for path in steps(tmp_path)] == ["3", "4", "5"]
+    prune(tmp_path, 0)
+    assert len(steps(tmp_path)) == 3
 
 
-def test_an_error_while_writing_leaves_the_old_and_no_leftover(tmp_path: Path) -> None:
+def test_prune_keeps_multiples_of_keep_every(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        write(tmp_path, step)
+    prune(tmp_path, 1, keep_every=3)
+    assert [path.name[-1] for path in steps(tmp_path)] == ["3", "6", "7"]
+
+
+def test_error_while_writing_leaves_earlier_checkpoints_and_no_temporary_folder(
+    tmp_path: Path,
+) -> None:
     write(tmp_path, 1)
-    with pytest.raises(ZeroDivisionError), checkpoint.writing(tmp_path, 2) as folder:
+    with pytest.raises(ZeroDivisionError), writing(tmp_path, 2) as folder:
         (folder / "model").write_bytes(b"half")
         raise ZeroDivisionError
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-def test_a_step_written_again_replaces_the_broken_one(tmp_path: Path) -> None:
+def test_publish_flushes_the_files_before_the_rename_and_the_parent_folder_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def record(action: str, function: Callable[..., None]) -> None:
+        def recorded(path: Path, *rest: Path) -> None:
+            calls.append((action, path.name))
+            function(path, *rest)
+
+        monkeypatch.setattr(f"anew.checkpoint.folder.{function.__name__}", recorded)
+
+    record("flush", flush_to_disk)
+    record("rename", rename)
+    write(tmp_path, 1)
+    temporary = ".step-00000001.tmp"
+    assert calls == [
+        ("flush", "model"),
+        ("flush", "manifest.json"),
+        ("flush", temporary),
+        ("rename", temporary),
+        ("flush", "checkpoints"),
+    ]
+
+
+def test_writing_a_step_again_replaces_the_damaged_checkpoint(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     (folder / "model").write_bytes(b"broken!")
     write(tmp_path, 1, b"whole")
-    checkpoint.verify(folder)
+    verify(folder)
     assert (folder / "model").read_bytes() == b"whole"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
-def test_sigkill_at_any_moment_of_saving_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    chance = random.Random(0)
-    for trial in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        wanted = chance.randint(1, 40)
-        acknowledged = [int(process.stdout.readline()) for _ in range(wanted)]
-        process.send_signal(signal.SIGKILL)  # the writer is somewhere in a later save
-        rest = process.stdout.read().split()
-        process.wait()
-        last = int(rest[-1]) if rest else acknowledged[-1]
-        newest, skipped = checkpoint.newest(tmp_path)
-        assert newest is not None
-        assert int(newest.name[5:]) >= last, f"trial {trial}"
-        assert skipped == []
-        checkpoint.clean(tmp_path)
-        assert not list((tmp_path / "checkpoints").glob(".*"))
-        for folder in checkpoint.steps(tmp_path):
-            checkpoint.verify(folder)
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
