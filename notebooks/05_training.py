@@ -160,10 +160,10 @@ for parts in (1, 2):
 
 # %%
 from anew import recipe
-from anew.optim import build as optim
+from anew.optim.schedule import learning_rate_factor
 
 o = recipe("gpt2-124m").optim
-rates = [o.lr * optim.rate(step, 19073, o) for step in range(19073)]
+rates = [o.lr * learning_rate_factor(step, 19073, o) for step in range(19073)]
 plt.figure(figsize=(6, 2.6))
 plt.plot(rates)
 plt.xlabel("step")

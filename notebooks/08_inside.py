@@ -11,7 +11,8 @@ import torch
 from anew import GPT, GPTConfig, generate
 from anew.config.schema import OptimConfig
 from anew.inference.generate import sample
-from anew.optim import build as optim
+from anew.optim.build import build_optimizers, set_learning_rates
+from anew.optim.schedule import learning_rate_factor
 
 torch.manual_seed(0)
 
@@ -41,11 +42,11 @@ model = GPT(config, seed=1)
 settings = OptimConfig(
     optimizer="muon", muon_lr=0.02, lr=6e-3, min_lr=1e-5, schedule="linear", warmup_steps=50
 )  # AdamW alone has not begun to learn it by step 800
-optimizers = optim.build(model, settings)
+optimizers = build_optimizers(model, settings)
 generator = torch.Generator().manual_seed(1)
 curve, steps = [], 400
 for step in range(steps):
-    optim.set_rate(optimizers, optim.rate(step, steps, settings))
+    set_learning_rates(optimizers, learning_rate_factor(step, steps, settings))
     ids, periods = batch(32, generator)
     targets = ids[:, 1:].clone()
     targets[torch.arange(T) < periods[:, None] - 1] = -100  # the first time round cannot be known

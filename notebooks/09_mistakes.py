@@ -16,7 +16,8 @@ import anew
 from anew import GPT
 from anew.bench import timing as bench
 from anew.config.schema import OptimConfig
-from anew.optim import build as optim
+from anew.optim.build import build_optimizers, set_learning_rates
+from anew.optim.schedule import learning_rate_factor
 from anew.utils import device as runtime
 
 runtime.start(anew.recipe("demo").run)
@@ -44,7 +45,7 @@ Loss = Callable[[GPT, torch.Tensor, torch.Tensor], torch.Tensor]
 def train(
     change: Callable[[GPT], None] = lambda model: None,
     loss_of: Loss = lambda model, x, y: model(x, y),
-    rate: Callable[[int], float] = lambda step: optim.rate(step, STEPS, settings),
+    rate: Callable[[int], float] = lambda step: learning_rate_factor(step, STEPS, settings),
     accumulate: int = 1,
     divide: bool = True,
     scale: float = 1.0,
@@ -55,10 +56,10 @@ def train(
     """Losses and gradient norms of a run, and the loss on held-out text every 25 steps."""
     model = GPT(anew.GPTConfig(**{**config.__dict__, **shape}), dtype, seed=1)
     change(model)
-    optimizers = optim.build(model, settings)
+    optimizers = build_optimizers(model, settings)
     found: dict[str, list[float]] = {"loss": [], "norm": [], "held out": []}
     for step in range(STEPS):
-        optim.set_rate(optimizers, rate(step))
+        set_learning_rates(optimizers, rate(step))
         total = 0.0
         for x, y in zip(*(part.chunk(accumulate) for part in batch(step)), strict=True):
             loss = loss_of(model, x, y) / (accumulate if divide else 1)

@@ -101,7 +101,7 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
     """Return step, loss, gradient norm and learning rate of every step, for exact comparison."""
     return [
         (row["step"], row["train/loss"], row["train/grad_norm"], row["train/lr"])
-        for row in run_log.read(run)
+        for row in run_log.read_metrics(run)
         if "train/loss" in row
     ]
 

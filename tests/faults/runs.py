@@ -167,8 +167,8 @@ class Phase:
 
 PHASES = {
     "start-up": Phase("anew.training.setup.open_data", 1, 3.0),
-    "compile": Phase("anew.training.trainer.train_step", 1, 0.0),
-    "step": Phase("anew.training.trainer.train_step", 8, 0.4),
+    "compile": Phase("anew.training.step.train_step", 1, 0.0),
+    "step": Phase("anew.training.step.train_step", 8, 0.4),
     "evaluation": Phase("anew.training.validation.mean_loss", 2, 0.4),
     "save": Phase("anew.checkpoint.folder.publish", 2, 0.4),
     "wait for data": Phase("anew.data.dataloader.Batches.rows", 12, 0.4),
@@ -283,7 +283,7 @@ def bad_losses(injections: int, rng: random.Random, scratch: Path) -> FaultResul
         result.check("applied=False" in bad.outcome, f"{kind}: {bad.outcome}")
         log = (config.folder / "log.txt").read_text()
         result.check("the step was skipped (sequences" in log, f"{kind}: not reported")
-        last_step = run_log.read(config.folder)[-1]["step"]
+        last_step = run_log.read_metrics(config.folder)[-1]["step"]
         result.check(last_step == 80, f"{kind}: the run ended at step {last_step}")
         result.injections += 1
     return result
@@ -323,7 +323,7 @@ def train_with_bad_loss(config: Config, factor: float, bad_step: int) -> list[St
 def _digest(state: Any) -> str:
     """Return a hash of the weights and of the optimizers' states."""
     digest = hashlib.sha256()
-    tensors = list(state.params)
+    tensors = list(state.parameters)
     for optimizer in state.optimizers:
         for moments in optimizer.state.values():
             tensors += moments.values()

@@ -176,8 +176,8 @@ def test_sagemaker_job_continues_after_a_spot_interruption(
     published = {path.name for path in (base / "model").iterdir()}
     assert {"model.safetensors", "config.json"} <= published
     assert not {"optimizer.safetensors", "manifest.json"} & published
-    rows = run_log.read(base / "output" / "data")
-    assert len(rows) == len(run_log.read(reference.folder))
+    rows = run_log.read_metrics(base / "output" / "data")
+    assert len(rows) == len(run_log.read_metrics(reference.folder))
     assert not (base / "output" / "failure").exists()
     source = io.BytesIO(aws.objects["/mine/anew/shakespeare/source.tar.gz"])
     with tarfile.open(fileobj=source) as tar:

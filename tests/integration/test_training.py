@@ -161,7 +161,7 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
     from anew.checkpoint import huggingface as weights
     from anew.data.dataloader import Batches
     from anew.data.dataset import open_data
-    from anew.optim import build as optim
+    from anew.optim.schedule import learning_rate_factor
 
     train(tiny)
     weights.save_model(tmp_path, anew.GPT(tiny.model, seed=tiny.run.seed), Tokenizer.named("bytes"))
@@ -180,7 +180,7 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in adamw.param_groups:
-            group["lr"] = tiny.optim.lr * optim.rate(step, 12, tiny.optim)
+            group["lr"] = tiny.optim.lr * learning_rate_factor(step, 12, tiny.optim)
         adamw.step()
         adamw.zero_grad()
         assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -46,10 +46,10 @@ from anew.inference.generate import generate
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.setup import training_loss
-from anew.training.train_state import State
-from anew.training.trainer import train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
 from anew.utils.device import Runtime, pick_compile, start
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 SHARD_TOKENS = 100_000_000
@@ -78,8 +78,8 @@ def anew_training(config: Config, device: str) -> Turn:
     """Return a step of the product's own `train_step`."""
     config = config.override(device=device)
     runtime = start(config.run)
-    state = State(config, runtime, "")
-    stop = Stop()
+    state = TrainState(config, runtime, "")
+    stop = StopFlag()
     loss_of = training_loss(state)
     batch = text_batch(config, runtime.device)
     return lambda: train_step(loss_of, state, batch, 1.0, stop)

@@ -25,7 +25,7 @@ from anew.checkpoint.folder import folder_of
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.training import run_log
-from anew.training.setup import settle
+from anew.training.setup import resolve_config
 from anew.training.trainer import train
 from anew.utils.signals import StopFlag, signal_this_process, stop_on_signals
 
@@ -62,8 +62,8 @@ def result_of(trial: Trial, out: Path) -> TrialResult | None:
     folder = out / trial.name
     if not (folder / "config.json").is_file():
         return None
-    config = settle(trial.config.override(out=str(folder)))
-    rows = run_log.read(folder) if (folder / "metrics.jsonl").is_file() else []
+    config = resolve_config(trial.config.override(out=str(folder)))
+    rows = run_log.read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
     if (folder / DIVERGED).is_file():
         return TrialResult(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
     if not rows or not folder_of(folder, config.run.steps).is_dir():
@@ -78,7 +78,7 @@ def result_of(trial: Trial, out: Path) -> TrialResult | None:
 
 
 def run_trials(
-    trials: Sequence[Trial], out: Path, stop: Stop, report: Report
+    trials: Sequence[Trial], out: Path, stop: StopFlag, report: Report
 ) -> dict[str, TrialResult]:
     """Run all trials that are not complete; return the results of all trials by name.
 
@@ -103,7 +103,7 @@ def run_trials(
     return {trial.name: results[trial.name] for trial in trials}
 
 
-def _run(trial: Trial, out: Path, stop: Stop) -> TrialResult:
+def _run(trial: Trial, out: Path, stop: StopFlag) -> TrialResult:
     """Return the result of one trial; run it if it is not complete."""
     found = result_of(trial, out)
     if found is not None:
@@ -126,12 +126,12 @@ def _run(trial: Trial, out: Path, stop: Stop) -> TrialResult:
 
 
 @contextlib.contextmanager
-def stop_after(minutes: float) -> Iterator[Stop]:
-    """Give a Stop that is set by the signals that end a process, and after some minutes (0: never).
+def stop_after(minutes: float) -> Iterator[StopFlag]:
+    """Give a StopFlag that is set by the signals that end a process, and after some minutes (0: never).
 
     When the time is over, this process sends SIGTERM to itself, which the current run receives.
     """
-    with listening() as stop:
+    with stop_on_signals() as stop:
         finished = threading.Event()
 
         def send_signals() -> None:

@@ -256,7 +256,7 @@ class Experiment:
                 yield PlannedArm(name, share, trials)
 
     def run(
-        self, out: Path, stop: Stop, loss_of: LossOf, say: Callable[[str], None]
+        self, out: Path, stop: StopFlag, loss_of: LossOf, say: Callable[[str], None]
     ) -> tuple[dict[str, Settings], list[Arm]]:
         """Run what is not complete; return the best settings of the tuned arms, and all arms.
 
@@ -286,7 +286,7 @@ class Experiment:
 
 
 def _scored(
-    planned: PlannedArm, results: dict[str, TrialResult], stop: Stop, loss_of: LossOf
+    planned: PlannedArm, results: dict[str, TrialResult], stop: StopFlag, loss_of: LossOf
 ) -> Arm:
     """Return an arm with the loss of each of its trials. Raises Preempted if `stop` is set."""
     seconds = []

@@ -31,10 +31,10 @@ from anew.model.flops import flops_per_token
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.setup import training_loss
-from anew.training.train_state import State
-from anew.training.trainer import train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
 from anew.utils.device import Runtime, peak_memory, reset_peak_memory, start
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 
 ATTENTION_SEQUENCES = 4  # batch size of the attention measurement
 
@@ -94,8 +94,8 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
     if matmul:
         torch.set_float32_matmul_precision(matmul)
     reset_peak_memory(runtime.device)
-    state = State(config, runtime, "")
-    stop = Stop()
+    state = TrainState(config, runtime, "")
+    stop = StopFlag()
     loss_of = training_loss(state)
     batch = text_batch(config, runtime.device)
     losses = []

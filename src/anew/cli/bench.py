@@ -22,7 +22,7 @@ from anew.cli.args import changed, flag, parse, read_recipe, recipe_and_flags
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks.table import TASKS
-from anew.model.gpt import flops_per_token
+from anew.model.flops import flops_per_token
 from anew.report import png
 from anew.utils.device import peak_flops, pick_device, start
 

@@ -19,8 +19,8 @@ from anew.config.recipes import RECIPES
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.report.html import write as write_page
-from anew.training.run_log import Row, describe
-from anew.training.trainer import Result, train
+from anew.training.run_log import Row, describe_run
+from anew.training.trainer import TrainResult, train
 
 TRAIN = Command(
     "train",
@@ -48,7 +48,7 @@ def run_train(argv: list[str]) -> None:
     config = _final_config(base, typed)
     if typed.options.dry_run:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        for line in describe(config.check(), ranks):
+        for line in describe_run(config.check(), ranks):
             print(line)
         return
     result = _train(config)
@@ -102,7 +102,7 @@ def _final_config(base: Config, typed: CommandLine) -> Config:
     return config
 
 
-def _train(config: Config) -> Result:
+def _train(config: Config) -> TrainResult:
     """Train with a progress bar. The report is rewritten at each validation and after a failure."""
     # Without a terminal no lines are needed: the trainer logs its own.
     with progress_bar(seconds_between_lines=None) as update:
@@ -131,7 +131,7 @@ def _show_step(update: Update, row: Row, steps: int) -> None:
     update(row["step"] / steps, text)
 
 
-def _print_result(config: Config, result: Result) -> None:
+def _print_result(config: Config, result: TrainResult) -> None:
     print(
         f"\n{config.recipe}: {result.step:,} steps, {result.tokens:,} tokens "
         f"in {result.seconds:.1f} s of training"

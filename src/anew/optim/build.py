@@ -17,7 +17,7 @@ from anew.config.schema import OptimConfig
 from anew.distributed.world import ALONE, World
 from anew.model.gpt import GPT
 from anew.optim.muon import Muon
-from anew.optim.schedule import MUON_MOMENTUM, learning_rate_factor, muon_momentum
+from anew.optim.schedule import MUON_MOMENTUM
 
 
 def build_optimizers(model: GPT, config: OptimConfig, world: World = ALONE) -> list[Optimizer]:
@@ -86,10 +86,3 @@ def set_learning_rates(
             group["lr"] = group["peak_lr"] * factor
             if "momentum" in group:
                 group["momentum"] = momentum
-
-
-# The names of an earlier version, until all callers use the new ones.
-build = build_optimizers
-set_rate = set_learning_rates
-rate = learning_rate_factor
-momentum = muon_momentum

@@ -95,12 +95,12 @@ class Muon(Optimizer):
         Matrices that are sharded over ranks are gathered, and their updates are sharded again.
         """
         stacked = torch.stack(
-            [part for matrix in matrices for part in _square_parts(whole(matrix))],
+            [part for matrix in matrices for part in _square_parts(full_tensor(matrix))],
         )  # (n, rows, columns)
         n_rows = stacked.size(1)
         n_columns = stacked.size(2)
         is_tall = n_rows > n_columns
-        result = self.world.divide(
+        result = self.world.divide_rows(
             stacked.mT if is_tall else stacked,
             lambda share: orthogonalise(share, dtype=self.dtype),
             self.dtype,
@@ -113,7 +113,7 @@ class Muon(Optimizer):
         parts_per_matrix = len(stacked) // len(matrices)
         for matrix, own in zip(matrices, result.split(parts_per_matrix), strict=True):
             update = torch.cat(tuple(own), dim=1)
-            updates.append(cut_like(matrix, update))
+            updates.append(shard_like(matrix, update))
         return updates
 
 

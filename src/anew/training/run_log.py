@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from anew.config.schema import Config
-from anew.errors import Diverged, Preempted
+from anew.errors import Diverged, Preempted, UserError
 from anew.model.flops import count_parameters, flops_per_token
 from anew.utils.files import json_lines, read_json, write_json
 

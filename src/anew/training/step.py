@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from anew.distributed.world import full_tensor
-from anew.optim.build import momentum as muon_momentum
-from anew.optim.build import set_rate as set_learning_rates
+from anew.optim.build import set_learning_rates
+from anew.optim.schedule import muon_momentum
 from anew.training.train_state import TrainState
 from anew.utils.signals import StopFlag
 

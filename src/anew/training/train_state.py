@@ -28,7 +28,7 @@ from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import ALONE, World, full_tensor
 from anew.errors import UserError
 from anew.model.gpt import GPT
-from anew.optim import build as optim
+from anew.optim.build import build_optimizers
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.outlier_detector import OutlierDetector
 from anew.utils.device import Runtime
@@ -72,7 +72,7 @@ class TrainState:
         self.is_sharded = self.config.run.parallel == "fsdp" and self.world.size > 1
         if self.is_sharded:
             fsdp.shard(self.model, self.runtime.dtype)
-        self.optimizers = optim.build(self.model, self.config.optim, self.world)
+        self.optimizers = build_optimizers(self.model, self.config.optim, self.world)
         uses_loss_scale = self.runtime.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=uses_loss_scale)
         self.buckets: GradientBuckets | None = None

@@ -25,7 +25,7 @@ from anew.config.values import bytes_of
 from anew.data.dataloader import prefetch
 from anew.data.dataset import Stopped, remove_used
 from anew.errors import Preempted, UserError
-from anew.optim.build import rate as learning_rate_share
+from anew.optim.schedule import learning_rate_factor
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
 from anew.training.run_log import Row, step_row
@@ -126,7 +126,7 @@ def training_loop(
         for micro_batches in batches_of_steps(run, range(state.step, config.run.steps)):
             with stopwatch.paused():
                 run.validation.run_if_due(state.step)
-            rate = learning_rate_share(state.step, config.run.steps, config.optim)
+            rate = learning_rate_factor(state.step, config.run.steps, config.optim)
             result = train_step(
                 run.loss_of,
                 state,

@@ -1,12 +1,11 @@
-"""Stop a run on SIGTERM, SIGUSR1 or Ctrl-C.
+"""Requests to stop: SIGTERM, SIGUSR1 and Ctrl-C set a flag, which the training loop reads.
 
-    with listening() as stop:
-        with stop.breakable():      # here the first signal raises Interrupted at once
-            compile_for_a_minute()
-        if stop.is_set(): ...       # elsewhere it only sets the flag, which the loop polls
+    with stop_on_signals() as stop:
+        while not stop.is_set():
+            work()
 
-The first signal requests the stop. A second Ctrl-C ends the process at once; nothing that was saved
-is lost, because every save is atomic. A second SIGTERM changes nothing.
+The first signal sets the flag. A second Ctrl-C ends the process at once; nothing that was saved is
+lost, because saves are atomic. A second SIGTERM changes nothing.
 """
 
 import os
@@ -18,103 +17,72 @@ from contextlib import contextmanager
 from typing import Any
 
 
-
-class Interrupted(BaseException):
-    """Raised by a signal inside `Stop.breakable`.
-
-    It is not an Exception, so code that handles errors and goes on does not catch it.
-    """
-
-
-class Stop(threading.Event):
-    """A flag that is set when the run should end."""
+class StopFlag(threading.Event):
+    """An event that signals set between `listen` and `restore`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.may_break = 0  # how many `breakable` blocks are active
-        self.patience: float | None = None
+        self._previous: dict[int, Any] = {}  # signal number: the handler before `listen`
 
-    @contextmanager
-    def breakable(self, patience: float | None = None) -> Iterator[None]:
-        """Inside the block, the first signal raises Interrupted.
+    def listen(self) -> None:
+        """Let signals set this flag. Python delivers signals to the main thread only; elsewhere this does nothing.
 
-        For long work that leaves nothing half done. Python acts on a signal only when a call into
-        C++ returns, and such a call may wait for other machines. With `patience`, a process that
-        is still inside the block that many seconds after a signal is ended.
+        If signals set another flag until now, which is the case when one run starts another, and that
+        flag is set already, this flag is set too.
         """
-        self.may_break += 1
-        self.patience = patience
-        try:
-            if self.is_set():
-                raise Interrupted
-            yield
-        finally:
-            self.may_break -= 1
-            self.patience = None
-
-    def handle(self, number: int, _: Any) -> None:
-        """Handle a signal."""
-        if not self.is_set():
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return
+        for number in stop_signals():
+            self._previous[number] = signal.signal(number, self._handle)
+        outer = self._outer_flag()
+        if outer is not None and outer.is_set():
             self.set()
-            if self.may_break:
-                raise Interrupted
-        elif number == signal.SIGINT:
+
+    def restore(self) -> None:
+        """Give the signals their previous handlers, and pass a request to stop on to an outer flag."""
+        outer = self._outer_flag()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+        if outer is not None and self.is_set():
+            outer.set()
+
+    def _outer_flag(self) -> "StopFlag | None":
+        handler = self._previous.get(signal.SIGTERM)
+        owner = getattr(handler, "__self__", None)
+        return owner if isinstance(owner, StopFlag) else None
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.is_set() and number == signal.SIGINT:
             os._exit(130)
+        self.set()
 
-    def watch(self, arrived: socket.socket) -> None:
-        """Read the numbers of signals as they arrive, and end the process if patience runs out.
 
-        It runs in a thread, which a call into C++ does not block, until the socket is closed.
-        """
-        while arrived.recv(1):
-            if self.patience is None:
-                continue
-            time.sleep(self.patience)
-            is_still_inside = self.patience is not None
-            if is_still_inside:
-                sys.stderr.write(f"anew: {NOTHING_YET}\n")
-                sys.stderr.flush()
-                os._exit(75)
+def stop_signals() -> list[int]:
+    """Return the signals that ask a run to stop; Windows has no SIGUSR1."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGUSR1"):
+        numbers.append(signal.SIGUSR1)
+    return [int(number) for number in numbers]
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Give a flag that signals set while the block runs."""
+    stop = StopFlag()
+    stop.listen()
+    try:
+        yield stop
+    finally:
+        stop.restore()
 
 
 def signal_this_process(number: int) -> None:
-    """Send a signal to this process, from any thread, so that its handler is called.
+    """Send this process a signal that its handler receives, from any thread.
 
-    On Windows, os.kill would end the process instead.
+    On Windows, os.kill would end the process at once.
     """
     if sys.platform == "win32":
         signal.raise_signal(number)
     else:
         os.kill(os.getpid(), number)
-
-
-@contextmanager
-def listening() -> Iterator[Stop]:
-    """Give a Stop that signals set while the block runs.
-
-    Only the main thread can handle signals; in another thread nothing sets the flag.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGUSR1"):
-        numbers.append(signal.SIGUSR1)
-    handlers = {number: signal.signal(number, stop.handle) for number in numbers}
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=stop.watch, args=(reader,), daemon=True, name="signals")
-    watcher.start()
-    try:
-        yield stop
-    finally:
-        signal.set_wakeup_fd(previous_fd)
-        writer.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        # A signal that came too late for this block is passed to the block around it.
-        outer = getattr(handlers[signal.SIGTERM], "__self__", None)
-        if stop.is_set() and isinstance(outer, Stop):
-            outer.set()

@@ -10,12 +10,12 @@ from anew.bench.sweep import stop_after
 from anew.cli import experiments
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.utils.signals import listening
+from anew.utils.signals import stop_on_signals
 
 
 def test_signal_at_the_end_of_a_trial_stops_the_experiment() -> None:
     with stop_after(0) as stop:
-        with listening() as inner:
+        with stop_on_signals() as inner:
             os.kill(os.getpid(), signal.SIGTERM)
         assert inner.is_set()
         assert stop.is_set()

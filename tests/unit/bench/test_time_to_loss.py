@@ -11,7 +11,7 @@ from anew.bench.time_to_loss import Arm, Bounded, Experiment, Ratio, against, cr
 from anew.cli import experiments
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.optim import build
+from anew.optim.schedule import learning_rate_factor
 
 
 @pytest.mark.parametrize(
@@ -79,4 +79,4 @@ def test_protocol_favours_no_arm(tiny: Config, width: int) -> None:
             expected_tokens = arm.share * config.total_tokens
             assert trial.config.total_tokens == pytest.approx(expected_tokens, rel=0.02)
             last_rate = 0.1 if arm.name == "reference" else 0.0
-            assert build.rate(run.steps, run.steps, optim) == pytest.approx(last_rate)
+            assert learning_rate_factor(run.steps, run.steps, optim) == pytest.approx(last_rate)

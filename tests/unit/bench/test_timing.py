@@ -9,10 +9,10 @@ from anew.bench.compare import ratio
 from anew.bench.ladder import BOTTOM
 from anew.bench.timing import at, measure, text_batch
 from anew.cli.main import main
-from anew.training.train_state import State
-from anew.training.trainer import train_step
+from anew.training.step import train_step
+from anew.training.train_state import TrainState
 from anew.utils.device import start
-from anew.utils.signals import Stop
+from anew.utils.signals import StopFlag
 from tests.faults.common import tiny
 
 
@@ -35,10 +35,12 @@ def test_bottom_and_top_of_the_ladder_have_the_same_losses_in_fp32(tmp_path: Pat
 
 def test_unfused_optimizer_keeps_weights_at_a_step_that_is_not_finite(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", fused=False)
-    state = State(config, start(config.run), "")
-    before = [p.detach().clone() for p in state.params]
+    state = TrainState(config, start(config.run), "")
+    before = [p.detach().clone() for p in state.parameters]
     batch = text_batch(config, torch.device("cpu"))
-    outcome = train_step(lambda x, y: state.model(x, y) * float("nan"), state, batch, 1.0, Stop())
+    outcome = train_step(
+        lambda x, y: state.model(x, y) * float("nan"), state, batch, 1.0, StopFlag()
+    )
     assert not outcome.applied
     assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
     assert train_step(state.model, state, batch, 1.0, StopFlag()).applied

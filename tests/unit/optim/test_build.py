@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from anew.config.schema import GPTConfig, OptimConfig
 from anew.model.gpt import GPT
-from anew.optim.build import build, momentum, rate, set_rate
+from anew.optim.build import build_optimizers, set_learning_rates
 from anew.optim.muon import Muon, orthogonalise
+from anew.optim.schedule import learning_rate_factor, muon_momentum
 
 
 def test_the_reference_schedule() -> None:
     o = OptimConfig()
-    lr = [6e-4 * rate(step, 19_073, o) for step in range(19_073)]
+    lr = [6e-4 * learning_rate_factor(step, 19_073, o) for step in range(19_073)]
     assert lr[0] == pytest.approx(6e-4 / 715)
     assert lr[714] == pytest.approx(6e-4)
     assert lr[715] == pytest.approx(6e-4)
@@ -35,12 +36,12 @@ def test_no_rate_is_zero_or_undefined_however_short_the_run(
     steps: int, warmup: int, schedule: str, min_lr: float
 ) -> None:
     o = OptimConfig(warmup_steps=warmup, schedule=schedule, min_lr=min_lr)
-    assert all(0 < rate(step, steps, o) <= 1 for step in range(steps))
+    assert all(0 < learning_rate_factor(step, steps, o) <= 1 for step in range(steps))
 
 
 def test_the_rate_is_constant_and_then_falls() -> None:
     o = OptimConfig(schedule="linear", warmup_steps=10, decay_share=0.4, min_lr=0.0)
-    shares = [rate(step, 110, o) for step in range(110)]
+    shares = [learning_rate_factor(step, 110, o) for step in range(110)]
     assert shares[9:70] == [1.0] * 61
     assert shares[70] == pytest.approx(1.0)
     assert shares[90] == pytest.approx(0.5)
@@ -49,13 +50,18 @@ def test_the_rate_is_constant_and_then_falls() -> None:
 
 def test_muons_momentum_rises_and_stays() -> None:
     o = OptimConfig(muon_warmup=10)
-    assert [round(momentum(step, o), 4) for step in (0, 5, 10, 1000)] == [0.85, 0.9, 0.95, 0.95]
-    assert momentum(0, OptimConfig()) == 0.95
+    assert [round(muon_momentum(step, o), 4) for step in (0, 5, 10, 1000)] == [
+        0.85,
+        0.9,
+        0.95,
+        0.95,
+    ]
+    assert muon_momentum(0, OptimConfig()) == 0.95
 
 
 def test_weight_decay_is_for_matrices_only() -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
-    [adamw] = build(model, OptimConfig())
+    [adamw] = build_optimizers(model, OptimConfig())
     decayed = {
         name for g in adamw.param_groups if g["weight_decay"] > 0 for name in g["param_names"]
     }
@@ -65,8 +71,8 @@ def test_weight_decay_is_for_matrices_only() -> None:
 
 def test_set_rate_keeps_each_groups_own_peak() -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
-    adamw, muon = build(model, OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.02))
-    set_rate([adamw, muon], 0.5)
+    adamw, muon = build_optimizers(model, OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.02))
+    set_learning_rates([adamw, muon], 0.5)
     assert adamw.param_groups[0]["lr"] == pytest.approx(5e-4)
     assert muon.param_groups[0]["lr"] == pytest.approx(0.01)
     assert {p.ndim for p in muon.param_groups[0]["params"]} == {2}
@@ -75,7 +81,7 @@ def test_set_rate_keeps_each_groups_own_peak() -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_that_is_not_finite_changes_nothing(kind: str) -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257))
-    optimizers = build(model, OptimConfig(optimizer=kind))
+    optimizers = build_optimizers(model, OptimConfig(optimizer=kind))
     ids = torch.arange(8)[None]
 
     def step(bad: bool) -> None:
@@ -155,7 +161,7 @@ def test_newton_schulz_takes_bf16_only_where_the_run_does(
 ) -> None:
     """On a processor without bf16 instructions it is thirty times slower than fp32."""
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=64), computes)
-    [_, muon] = build(model, OptimConfig(optimizer="muon", newton_schulz=setting))
+    [_, muon] = build_optimizers(model, OptimConfig(optimizer="muon", newton_schulz=setting))
     assert isinstance(muon, Muon)
     assert muon.dtype == dtype
 
