@@ -223,7 +223,7 @@ def test_the_likeliest_tokens_are_found_inside_the_recording() -> None:
     for top_k in (1, 50, 40, 1):
         logits, top = graphed.step_and_top([11, 12], cache, top_k)
         assert top is not None
-        values, ids = top
+        values, ids = top.logits, top.ids
         assert ids.shape == (2, top_k)
         torch.testing.assert_close(values, logits.topk(top_k).values)
         torch.testing.assert_close(logits.gather(1, ids), values)

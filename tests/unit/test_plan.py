@@ -7,7 +7,7 @@ import pytest
 import anew
 from anew import UserError, plan
 from anew.cli.main import main
-from anew.model.gpt import count_parameters
+from anew.model.flops import count_parameters
 from anew.utils.gpus import GPUS, find, known
 
 

@@ -113,7 +113,14 @@ def _write_samples(model: Any, tokenizer: Tokenizer, prompt: str, a: SampleArgs)
     if a.count == 1:
         print(prompt, end="", flush=True)
     for row_ids in stream(
-        model, [ids] * a.count, a.tokens, a.temperature, a.top_k, a.top_p, a.seed, int8=a.int8
+        model,
+        [ids] * a.count,
+        a.tokens,
+        temperature=a.temperature,
+        top_k=a.top_k,
+        top_p=a.top_p,
+        seed=a.seed,
+        int8=a.int8,
     ):
         for i in sorted(open_rows):
             if row_ids[i] == tokenizer.end_of_text:

@@ -1,1 +1,1 @@
-"""Writing text with a model."""
+"""Generation of text: choosing tokens, decoding with a cache, decoders for CPUs and GPUs."""

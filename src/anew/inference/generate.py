@@ -1,67 +1,91 @@
-"""From a prompt to text: prefill the cache, then one token at a time, drawn by the rules the user sets.
+"""Generate tokens from prompts: read the prompts once, then decode one token of each row at a time.
 
-    for tokens in stream(model, [ids], n_tokens=64, seed=1): ...        # one id a row a step
     rows = generate(model, [ids], n_tokens=64, top_k=50)                # the new ids of each row
+    for ids in stream(model, [ids], n_tokens=64, seed=1): ...           # one new id of each row
 
-Sources of the rules: temperature and top-k as in openai/gpt-2 `src/sample.py`; top-p from Holtzman et al. 2020.
+The weights of the model, its mode and torch's global random numbers are left as they were.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from anew.errors import UserError
-from anew.inference.decoders import Graphed, pack
+from anew.inference.decoders import Decoder, Graphed, pack, torch_step
+from anew.inference.sampling import Likeliest, sample
 from anew.model.gpt import GPT
 from anew.model.kv_cache import Cache
 
 log = logging.getLogger("anew")
-WORTH_PACKING = 16  # tokens: packing the weights of 124M costs as much as five of torch's
+
+# Packing the weights of 124M takes as long as decoding about five tokens with torch.
+PACK_FROM_TOKENS = 16
 
 
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator,
-    top: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """(B, vocabulary) logits -> (B,) ids on the CPU. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep all.
+class Options(TypedDict, total=False):
+    """The options of `stream_with_logits`, which documents them and has their defaults."""
 
-    The likeliest token and the `top_k` likeliest are found on the logits' device, so that no more than those are copied. The draw
-    itself is made on the CPU in fp32, so that a seed means the same choice rule on every device. `top` gives logits and ids of the
-    likeliest tokens where a decoder has found them already: one at temperature 0, else `top_k`.
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    use_cache: bool
+    int8: bool
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    n_tokens: int,
+    stop: int | None = None,
+    **options: Unpack[Options],
+) -> list[list[int]]:
+    """Return the new ids of each prompt (rows of ids, or a (B, T) tensor), up to the id `stop`.
+
+    `stop` itself is left out. The options are those of `stream_with_logits`.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1).cpu() if top is None else top[1][:, 0].cpu()
-    among: Tensor | None = None
-    if 0 < top_k < logits.size(-1):
-        logits, among = logits.topk(top_k) if top is None else top  # each (B, top_k)
-    probabilities = (logits.float().cpu() / temperature).softmax(dim=-1)
-    if top_p < 1:
-        ordered, index = probabilities.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the token that crosses top_p stays
-        probabilities = probabilities.scatter(1, index, ordered.masked_fill(outside, 0.0))
-    choice = torch.multinomial(probabilities, 1, generator=generator)
-    return choice.squeeze(1) if among is None else among.cpu().gather(1, choice).squeeze(1)
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    rows: list[list[int]] = [[] for _ in prompts]
+    for row, token in until_end_of_text(stream(model, prompts, n_tokens, **options), stop):
+        rows[row].append(token)
+    return rows
 
 
 def stream(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    n_tokens: int,
-    *rules: float,
-    **named: float | bool,
+    model: GPT, prompts: Sequence[Sequence[int]], n_tokens: int, **options: Unpack[Options]
 ) -> Iterator[list[int]]:
-    """Yield one new id for each prompt, `n_tokens` times. `rules` are those of `steps`."""
-    return (ids for ids, _ in steps(model, prompts, n_tokens, *rules, **named))  # type: ignore[arg-type]
+    """Yield one new id of each prompt, `n_tokens` times.
+
+    The options are those of `stream_with_logits`.
+    """
+    for ids, _ in stream_with_logits(model, prompts, n_tokens, **options):
+        yield ids
+
+
+def until_end_of_text(
+    steps: Iterable[Sequence[int]], end_of_text: int | None
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, id) for the tokens of each row before its first `end_of_text`.
+
+    `steps` has one id of each row at a time, as `stream` yields them. It is not read any further
+    once every row has ended. With None no row ends.
+    """
+    ended: set[int] = set()
+    for ids in steps:
+        for row, token in enumerate(ids):
+            if token == end_of_text:
+                ended.add(row)
+            if row not in ended:
+                yield row, token
+        if len(ended) == len(ids):
+            return
 
 
 @torch.inference_mode()
-def steps(
+def stream_with_logits(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     n_tokens: int,
@@ -72,105 +96,65 @@ def steps(
     use_cache: bool = True,
     int8: bool = False,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield one new id for each prompt and the logits (B, 50257) it was drawn by, `n_tokens` times. Rows may have different lengths.
+    """Yield one new id of each prompt and the logits (B, 50257) of the step, `n_tokens` times.
 
-    `int8` is `fast_decode`'s, for CPUs.
+    Prompts may have different lengths. The logits are valid until the next step. Temperature 0
+    takes the likeliest token; top_k 0 and top_p 1 keep all tokens. `int8` asks for weights in 8
+    bits, for one prompt on a CPU (see `decoders.pack`). Without `use_cache` the whole text is read
+    for each token.
 
-    A row longer than the model's positions is cropped to their last half and read again, which is said once; nothing ever slides.
-    The model's mode, weights and torch's global random numbers are left as they were.
+    A text longer than the model's positions is cropped to its last half and read again, which is
+    logged once. Raises UserError for options without a meaning.
     """
+    check_options(temperature, top_k, top_p, prompts, n_tokens)
     positions = model.config.n_positions
-    check_rules(temperature, top_k, top_p, prompts, n_tokens)
-    rows = [list(p) for p in prompts]
-    if max(map(len, rows)) > positions:
+    if max(map(len, prompts)) > positions:
         log.warning(
-            f"the prompt has more than the model's {positions} positions; only its last {positions} tokens are read"
+            f"the prompt has more than the model's {positions} positions; "
+            f"only its last {positions} tokens are read"
         )
-        rows = [row[-positions:] for row in rows]
+    rows = [list(prompt[-positions:]) for prompt in prompts]
     generator = torch.Generator().manual_seed(seed)
+    n_likeliest = 1 if temperature == 0 else top_k
+    may_pack = use_cache and (int8 or n_tokens >= PACK_FROM_TOKENS)
+    decoder = pack(model, len(rows), int8) if may_pack else None
     cache: Cache | None = None
-    decoder = (
-        pack(model, len(rows), int8) if use_cache and (int8 or n_tokens >= WORTH_PACKING) else None
-    )
-    graphed = decoder if isinstance(decoder, Graphed) else None
-    cropped = False
+    was_cropped = False
     was_training = model.training
     model.eval()
     try:
-        for written in range(n_tokens):
-            if max(map(len, rows)) > positions:
-                if not cropped:
+        for tokens_left in range(n_tokens, 0, -1):
+            longest = max(map(len, rows))
+            if longest > positions:
+                if not was_cropped:
                     log.warning(
-                        f"past the model's {positions} positions: the text is cropped to its last {positions // 2} tokens and read again"
+                        f"past the model's {positions} positions: the text is cropped to its last "
+                        f"{positions // 2} tokens and read again"
                     )
-                rows, cache, cropped = [row[-max(1, positions // 2) :] for row in rows], None, True
-            top = None
+                was_cropped = True
+                longest = max(1, positions // 2)
+                rows = [row[-longest:] for row in rows]
+                cache = None
             if cache is None:
-                cache, last = _prefill(
-                    model, rows, min(positions, max(map(len, rows)) + n_tokens - written)
-                )
-                logits = model.head(last)
-            elif graphed is not None:
-                logits, top = graphed.step_and_top(
-                    [row[-1] for row in rows], cache, 1 if temperature == 0 else top_k
-                )
-            elif decoder is not None:
-                logits = decoder.step([row[-1] for row in rows], cache)
+                cache, hidden = _prefill(model, rows, min(positions, longest + tokens_left))
+                logits, likeliest = model.head(hidden), None  # (B, 50257)
             else:
-                logits = model.head(
-                    model.hidden(
-                        torch.tensor([[row[-1]] for row in rows], device=cache.lengths.device),
-                        cache,
-                    )[:, -1]
-                )
-            ids = sample(logits, temperature, top_k, top_p, generator, top).tolist()
-            for row, i in zip(rows, ids, strict=True):
-                row.append(i)
+                last_ids = [row[-1] for row in rows]
+                logits, likeliest = _step(model, decoder, last_ids, cache, n_likeliest)
+            ids = sample(logits, temperature, top_k, top_p, generator, likeliest).tolist()
+            for row, token in zip(rows, ids, strict=True):
+                row.append(token)
             yield ids, logits
-            cache = cache if use_cache else None
+            if not use_cache:
+                cache = None
     finally:
         model.train(was_training)
 
 
-def _prefill(model: GPT, rows: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:
-    """Read all rows at once, padded on the right; the cache then forgets the padding. Returns the last hidden state of each row."""
-    device = model.transformer.wte.weight.device
-    lengths = [len(row) for row in rows]
-    ids = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows], device=device)
-    cache = Cache.empty(model, len(rows), capacity)
-    hidden = model.hidden(ids, cache)
-    cache.truncate(lengths)
-    return cache, hidden[
-        torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1
-    ]
-
-
-def generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]] | Tensor,
-    n_tokens: int,
-    stop: int | None = None,
-    **rules: float | int | bool,
-) -> list[list[int]]:
-    """The new ids of each prompt (rows of ids, or a (B, T) tensor), up to and without the id `stop`. `rules` are those of `stream`."""
-    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    rows: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(rows)))
-    for ids in stream(model, prompts, n_tokens, **rules):
-        for i in sorted(open_rows):
-            if ids[i] == stop:
-                open_rows.discard(i)
-            else:
-                rows[i].append(ids[i])
-        if not open_rows:
-            break
-    return rows
-
-
-def check_rules(
+def check_options(
     temperature: float, top_k: int, top_p: float, prompts: Sequence[Sequence[int]], n_tokens: int
 ) -> None:
-    """Refuse sampling settings that mean nothing."""
+    """Raise UserError for sampling options without a meaning."""
     if not temperature >= 0 or temperature == float("inf"):
         raise UserError(f"temperature {temperature} must be 0 (the likeliest token) or above.")
     if not 0 < top_p <= 1:
@@ -181,3 +165,29 @@ def check_rules(
         raise UserError(f"{n_tokens} tokens cannot be sampled; ask for 0 or more.")
     if not prompts or not all(prompts):
         raise UserError("each prompt needs at least one token.")
+
+
+def _prefill(model: GPT, rows: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:
+    """Read all rows at once; return a filled cache and the last hidden state of each row, (B, C).
+
+    Shorter rows are padded on the right; afterwards the padding is removed from the cache.
+    """
+    device = model.transformer.wte.weight.device
+    lengths = [len(row) for row in rows]
+    padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
+    cache = Cache.empty(model, len(rows), capacity)
+    hidden = model.hidden(torch.tensor(padded, device=device), cache)  # (B, T, C)
+    cache.truncate(lengths)
+    every_row = torch.arange(len(rows), device=device)
+    return cache, hidden[every_row, cache.lengths - 1]
+
+
+def _step(
+    model: GPT, decoder: Decoder | None, ids: list[int], cache: Cache, n_likeliest: int
+) -> tuple[Tensor, Likeliest | None]:
+    """Read one more id of each row; return logits (B, 50257), and the likeliest tokens if known."""
+    if decoder is None:
+        return torch_step(model, ids, cache), None
+    if isinstance(decoder, Graphed):
+        return decoder.step_and_top(ids, cache, n_likeliest)
+    return decoder.step(ids, cache), None

@@ -107,7 +107,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # each (B, heads, S, head_dim)
         # Without a mask, the one query behind a cache (S > T) sees every key.
-        causal = mask is None and k.size(2) == T
+        causal = mask is None and (cache is None or k.size(2) == T)
         dropout = config.dropout if self.training else 0.0
         y = attend(
             q,

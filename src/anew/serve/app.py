@@ -29,7 +29,7 @@ from anew.serve.engine import Busy, Engine, Token
 
 log = logging.getLogger("anew")
 T = TypeVar("T")
-HERE = Path(__file__).parent
+STATIC = Path(__file__).parent / "static"
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -45,7 +45,7 @@ def app(engine: Engine, hosts: set[str]) -> Any:
     born = int(time.time())
 
     def page(name: str, kind: str) -> Response:
-        return Response((HERE / name).read_bytes(), media_type=kind)
+        return Response((STATIC / name).read_bytes(), media_type=kind)
 
     for path, (name, kind) in FILES.items():
         api.add_api_route(path, partial(page, name, kind), methods=["GET"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anew.errors import UserError
-from anew.inference.generate import check_rules, steps
+from anew.inference.generate import check_options, stream_with_logits
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 
@@ -97,7 +97,7 @@ class Engine:
 
     def check(self, served: Served, prompts: Sequence[Sequence[int]], rules: Rules) -> None:
         """Refuse what cannot be written: UserError says why."""
-        check_rules(rules.temperature, rules.top_k, rules.top_p, prompts, rules.n_tokens)
+        check_options(rules.temperature, rules.top_k, rules.top_p, prompts, rules.n_tokens)
         positions, longest = served.model.config.n_positions, max(map(len, prompts))
         if len(prompts) > MOST_ROWS:
             raise UserError(
@@ -146,7 +146,7 @@ class Engine:
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
         left = set(range(len(prompts)))
         int8 = self.int8 and len(prompts) == 1
-        drawn = steps(
+        drawn = stream_with_logits(
             served.model,
             prompts,
             rules.n_tokens,

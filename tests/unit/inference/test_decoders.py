@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from anew import GPT, GPTConfig, generate
-from anew.inference.decoders import GROUP, Graphed, Kernel, Packed, Rows, _library, pack, quantised
+from anew.inference.cpu_decoder import GROUP, CpuBatchDecoder, Kernel, load_library, quantize
+from anew.inference.decoders import Graphed, Packed, pack
 from anew.inference.generate import _prefill
 from anew.model.kv_cache import Cache
 
 pytestmark = pytest.mark.skipif(
-    _library() is None, reason="the kernel needs Linux and a C++ compiler"
+    load_library() is None, reason="the kernel needs Linux and a C++ compiler"
 )
 
 
@@ -41,7 +42,7 @@ def reference(model: GPT, int8: bool) -> GPT:
                 continue
             matrix = p if "wte" in name else p.t()
             if int8:
-                values, scales = quantised(matrix.float())
+                values, scales = quantize(matrix.float())
                 matrix = (values.view(len(values), -1, GROUP) * scales[..., None]).reshape(
                     matrix.shape
                 )
@@ -63,7 +64,7 @@ def test_logits_are_those_of_the_stored_weights_in_fp64(
 ) -> None:
     model = model_of(**shape)
     decoder = pack(model, rows, int8)
-    assert isinstance(decoder, Kernel if rows == 1 else Rows)
+    assert isinstance(decoder, Kernel if rows == 1 else CpuBatchDecoder)
     exact = reference(model, int8)
     lookup = exact.transformer.wte.weight.detach().clone()
     with torch.no_grad():
@@ -101,7 +102,7 @@ def test_a_step_of_fixed_shapes_is_the_same_step(lengths: list[int]) -> None:
     graphed = Graphed(model)
     for step in range(3):
         ids = [11, 400 + step, 7]
-        fixed = graphed.fixed(torch.tensor(ids)[:, None], cache.lengths, 32, other)
+        fixed = graphed.fixed_shape_step(torch.tensor(ids)[:, None], cache.lengths, 32, other)
         torch.testing.assert_close(
             fixed, usual.step(ids, cache), rtol=0.02, atol=0.02 * fixed.abs().max().item()
         )
@@ -152,7 +153,7 @@ def test_what_is_packed_where(
     assert pack(model_of().train(), 1) is None, "no second copy of a model in training"
     assert isinstance(pack(model_of(n_embd=36, n_head=2), 1, int8=True), Kernel)
     assert "int8 weights are for one text" in caplog.text
-    monkeypatch.setattr("anew.inference.decoders._library", lambda: None)
+    monkeypatch.setattr("anew.inference.decoders.load_library", lambda: None)
     assert isinstance(pack(model_of(), 1), Packed), "without a compiler"
 
 

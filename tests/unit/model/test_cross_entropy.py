@@ -83,7 +83,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from anew.kernels.cross_entropy import BLOCK, WARPS, _kernel
+from anew.model.kernels.cross_entropy import BLOCK, WARPS, _kernel
 types = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "stride": "i32"}
 fixed = {"VOCABULARY": 50257, "COLUMNS": 50304, "TRAINING": True, "BLOCK": BLOCK}
 for generation in (80, 90, 100):

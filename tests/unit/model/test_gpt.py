@@ -10,8 +10,11 @@ from torch.nn import functional as F
 
 from anew.config.schema import GPTConfig
 from anew.model import loss as head
-from anew.model.attention import TILE, TiledBackward, plain_attention
-from anew.model.gpt import GPT, Cache, count_parameters, flops_per_token, gelu
+from anew.model.attention import plain_attention
+from anew.model.flops import count_parameters, flops_per_token
+from anew.model.gpt import GPT, gelu
+from anew.model.kernels.cpu_attention import TILE, TiledBackward
+from anew.model.kv_cache import Cache
 from anew.utils.device import pick_compile
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=257)
@@ -129,7 +132,8 @@ def test_tiled_backward_is_the_gradient_of_the_formula(dtype: torch.dtype) -> No
     drawn = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(4)]
     ours = [x.to(dtype).requires_grad_() for x in drawn[:3]]
     exact = [x.to(dtype).double().requires_grad_() for x in drawn[:3]]
-    out, expected = TiledBackward.apply(*ours), plain_attention(*exact, None, 0.0, True)
+    out = TiledBackward.apply(*ours)
+    expected = plain_attention(*exact, causal=True, mask=None, dropout=0.0)
     out.backward(drawn[3].to(dtype))
     expected.backward(drawn[3].to(dtype).double())
     tolerance = 1e-10 if dtype == torch.float64 else 1e-2
@@ -157,7 +161,7 @@ def test_compiled_training_takes_the_same_step_as_eager() -> None:
 def test_chunked_loss_and_gradients_are_those_of_float64(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anew.model.loss.CHUNK", 64)
+    monkeypatch.setattr("anew.model.loss.CHUNK_EAGER", 64)
     config = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=rows, vocab_size=300)
     model = GPT(config, seed=1)
     ids, targets = ids_for(config, 1, rows), ids_for(config, 1, rows, 1)

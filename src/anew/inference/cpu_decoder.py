@@ -1,0 +1,345 @@
+"""Decoders for CPUs in bf16. They call decode.cpp, which is compiled at the first use.
+
+    library = load_library()                        # None without Linux and a C++ compiler
+    logits = Kernel(model, library, int8=False).step([id], cache)           # (1, 50257)
+
+Compiling takes two seconds, and the library is kept in the cache folder. With PyTorch, each of the
+200 operations of a token costs some microseconds; all that a token of GPT-2 124M needs is to read
+248 MB of bf16 weights once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from anew.model.gpt import GPT, Block, LayerNorm, Linear
+from anew.model.kv_cache import Cache
+from anew.utils.files import atomic_file, cache_folder
+
+log = logging.getLogger("anew")
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+GROUP = 32  # values that share a scale, as in decode.cpp
+ROWS_EXPECTED = 16  # oneDNN orders weights for about this many rows
+
+POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of decode.cpp."""
+
+    _fields_ = [("values", POINTER), ("scales", POINTER), ("bias", POINTER)]
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of decode.cpp."""
+
+    _fields_ = [
+        ("ln_1_weight", POINTER),
+        ("ln_1_bias", POINTER),
+        ("c_attn", _Matrix),
+        ("attn_c_proj", _Matrix),
+        ("ln_2_weight", POINTER),
+        ("ln_2_bias", POINTER),
+        ("c_fc", _Matrix),
+        ("mlp_c_proj", _Matrix),
+    ]
+
+
+class _Model(ctypes.Structure):
+    """`Model` of decode.cpp."""
+
+    _fields_ = [
+        ("layers", INT64),
+        ("heads", INT64),
+        ("width", INT64),
+        ("capacity", INT64),
+        ("vocabulary", INT64),
+        ("epsilon", ctypes.c_float),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("wte", POINTER),
+        ("wpe", POINTER),
+        ("ln_f_weight", POINTER),
+        ("ln_f_bias", POINTER),
+        ("head", _Matrix),
+    ]
+
+
+# The parameters of the functions of decode.cpp.
+SIGNATURES = {
+    "anew_decode": (ctypes.POINTER(_Model), *[INT64] * 2, *[POINTER] * 4, ctypes.c_int),
+    "anew_attend": (*[POINTER] * 5, *[INT64] * 4, ctypes.c_int),
+    "anew_norm": (*[POINTER] * 4, ctypes.c_float, POINTER, *[INT64] * 2, ctypes.c_int),
+}
+
+
+class Kernel:
+    """Decode one row: a step is one call of decode.cpp.
+
+    With `int8` the matrices are stored in 8 bits with a scale for every 32 values, as in
+    llama.cpp's q8_0. That halves the bytes to read and changes the model a little, so the user has
+    to ask for it.
+    """
+
+    def __init__(self, model: GPT, library: ctypes.CDLL, int8: bool) -> None:
+        self.library = library
+        self.int8 = int8
+        self.kept: list[Tensor] = []  # the tensors whose memory the structures point to
+        config, transformer = model.config, model.transformer
+        self.width = config.n_embd
+        self.vocab_size = config.vocab_size
+        blocks = cast(Iterable[Block], transformer.h)
+        self.layers = (_Layer * config.n_layer)(*map(self._layer, blocks))
+        self.model = _Model(
+            layers=config.n_layer,
+            heads=config.n_head,
+            width=config.n_embd,
+            vocabulary=config.vocab_size,
+            epsilon=config.layer_norm_epsilon,
+            layer=self.layers,
+            wte=self._keep(transformer.wte.weight),
+            wpe=self._keep(transformer.wpe.weight),
+            ln_f_weight=self._keep(transformer.ln_f.weight),
+            ln_f_bias=self._keep(transformer.ln_f.bias),
+            head=self._matrix(transformer.wte.weight[: config.vocab_size]),
+        )
+
+    def step(self, ids: list[int], cache: Cache) -> Tensor:
+        """Read one more id; return logits (1, 50257). The cache is one token longer."""
+        logits = torch.empty(1, self.vocab_size)
+        scratch = torch.empty(9 * self.width)
+        self.model.capacity = cache.keys.size(3)
+        self.library.anew_decode(
+            ctypes.byref(self.model),
+            ids[0],
+            cache.used,
+            cache.keys.data_ptr(),  # (layers, 1, heads, capacity, head_dim)
+            cache.values.data_ptr(),
+            scratch.data_ptr(),
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        cache.lengths = cache.lengths + 1
+        cache.used += 1
+        return logits
+
+    def _layer(self, block: Block) -> _Layer:
+        return _Layer(
+            ln_1_weight=self._keep(block.ln_1.weight),
+            ln_1_bias=self._keep(block.ln_1.bias),
+            c_attn=self._linear(block.attn.c_attn),
+            attn_c_proj=self._linear(block.attn.c_proj),
+            ln_2_weight=self._keep(block.ln_2.weight),
+            ln_2_bias=self._keep(block.ln_2.bias),
+            c_fc=self._linear(block.mlp.c_fc),
+            mlp_c_proj=self._linear(block.mlp.c_proj),
+        )
+
+    def _linear(self, linear: Linear) -> _Matrix:
+        return self._matrix(linear.weight.t(), self._keep(linear.bias))
+
+    def _matrix(self, weight: Tensor, bias: int | None = None) -> _Matrix:
+        """Return a matrix (out, in) in bf16 or int8, with a pointer to its bias."""
+        weight = weight.detach().float()
+        if not self.int8:
+            values = weight.to(torch.bfloat16).contiguous()
+            self.kept.append(values)
+            return _Matrix(values=values.data_ptr(), bias=bias)
+        signed, scales = quantize(weight)
+        values = (signed.short() + 128).to(torch.uint8)  # the CPU multiplies unsigned by signed
+        self.kept += [values, scales]
+        return _Matrix(values=values.data_ptr(), scales=scales.data_ptr(), bias=bias)
+
+    def _keep(self, tensor: Tensor) -> int:
+        """Keep a tensor in fp32, and return a pointer to it."""
+        self.kept.append(tensor.detach().float().contiguous())
+        return self.kept[-1].data_ptr()
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 values (out, in) and fp32 scales (out, in / 32) of an fp32 matrix (out, in).
+
+    The largest absolute value of 32 neighbours becomes 127.
+    """
+    groups = weight.reshape(weight.size(0), -1, GROUP)  # (out, in / 32, 32)
+    scales = groups.abs().amax(-1, keepdim=True) / 127  # (out, in / 32, 1)
+    values = (groups / scales.clamp(min=1e-30)).round().to(torch.int8)
+    return values.reshape(weight.shape).contiguous(), scales.squeeze(-1).contiguous()
+
+
+@dataclass(frozen=True)
+class _BatchLayer:
+    """The weights of one block, in the forms that `CpuBatchDecoder` uses."""
+
+    ln_1: tuple[Tensor, Tensor]  # weight and bias (C,) in fp32
+    c_attn: tuple[Tensor, Tensor]  # weight in oneDNN's order and bias (out,) in bf16
+    attn_c_proj: tuple[Tensor, Tensor]
+    ln_2: tuple[Tensor, Tensor]
+    c_fc: tuple[Tensor, Tensor]
+    mlp_c_proj: tuple[Tensor, Tensor]
+
+
+class CpuBatchDecoder:
+    """Decode several rows: oneDNN computes the matrix products, and decode.cpp the rest.
+
+    Weights are stored in oneDNN's own order.
+    """
+
+    def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.config = model.config
+        transformer = model.transformer
+        self.wte = transformer.wte.weight.detach()
+        self.wpe = transformer.wpe.weight.detach()
+        self.layers = [
+            _BatchLayer(
+                ln_1=_norm_weights(block.ln_1),
+                c_attn=_linear_weights(block.attn.c_attn),
+                attn_c_proj=_linear_weights(block.attn.c_proj),
+                ln_2=_norm_weights(block.ln_2),
+                c_fc=_linear_weights(block.mlp.c_fc),
+                mlp_c_proj=_linear_weights(block.mlp.c_proj),
+            )
+            for block in cast(Iterable[Block], transformer.h)
+        ]
+        self.ln_f = _norm_weights(transformer.ln_f)
+        self.head = _reordered(self.wte[: self.config.vocab_size])
+
+    def step(self, ids: list[int], cache: Cache) -> Tensor:
+        """Read one more id of each row; return logits (B, 50257). The cache is one token longer."""
+        x = self.wte[ids].float() + self.wpe[cache.lengths].float()  # (B, C)
+        added: Tensor | None = None  # what the previous layer adds to x, (B, C)
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            normed = self._add_and_norm(x, added, *layer.ln_1)  # (B, C)
+            qkv = _product(normed, *layer.c_attn)  # (B, 3 C)
+            mixed = self._attend(qkv, keys, values, cache.lengths)  # (B, C)
+            added = _product(mixed, *layer.attn_c_proj)
+            normed = self._add_and_norm(x, added, *layer.ln_2)
+            wide = _product(normed, *layer.c_fc, activation="gelu")  # (B, 4 C)
+            added = _product(wide, *layer.mlp_c_proj)
+        normed = self._add_and_norm(x, added, *self.ln_f)
+        cache.lengths = cache.lengths + 1
+        cache.used += 1
+        return _product(normed, self.head, None)
+
+    def _attend(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """Store new keys and values, and attend to all: (B, 3 C) -> (B, C).
+
+        `keys` and `values` are one layer of the cache, (B, heads, capacity, head_dim).
+        """
+        rows, heads, capacity, head_dim = keys.shape
+        mixed = torch.empty(rows, heads * head_dim, dtype=torch.bfloat16)
+        self.library.anew_attend(
+            qkv.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            lengths.data_ptr(),
+            mixed.data_ptr(),
+            rows,
+            heads,
+            head_dim,
+            capacity,
+            torch.get_num_threads(),
+        )
+        return mixed
+
+    def _add_and_norm(
+        self, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        """Add to x (B, C) in place, and return its layer norm in bf16."""
+        normed = torch.empty(x.shape, dtype=torch.bfloat16)
+        self.library.anew_norm(
+            x.data_ptr(),
+            None if added is None else added.data_ptr(),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            self.config.layer_norm_epsilon,
+            normed.data_ptr(),
+            *x.shape,
+            torch.get_num_threads(),
+        )
+        return normed
+
+
+def _norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    return norm.weight.detach().float(), norm.bias.detach().float()
+
+
+def _linear_weights(linear: Linear) -> tuple[Tensor, Tensor]:
+    return _reordered(linear.weight.detach().t()), linear.bias.detach().bfloat16()
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    """Return a matrix (out, in) in bf16, in the order in which oneDNN multiplies.
+
+    Otherwise PyTorch would bring it into that order for every token.
+    """
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(
+        weight.bfloat16().contiguous(), ROWS_EXPECTED
+    )
+    return reordered
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """Return activation(x W^T + bias): (B, in) -> (B, out)."""
+    approximation = "tanh" if activation == "gelu" else ""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, weight, bias, activation, [], approximation
+    )
+    return product
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """Return decode.cpp as a library; None without Linux and a C++ compiler.
+
+    If compiling fails, the reason is logged and None is returned.
+    """
+    wanted = os.environ.get("CXX", "")
+    compiler = shutil.which(wanted) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.system() != "Linux":
+        return None
+    path = _library_path(compiler)
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or str(error)
+        last_line = reason.strip().splitlines()[-1][:200]
+        log.info(f"decoding with torch, since the kernel could not be compiled: {last_line}")
+        return None
+    for name, parameters in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = parameters
+        function.restype = None
+    return library
+
+
+def _library_path(compiler: str) -> Path:
+    """Return a path that depends on the source, the compiler and the CPU (-march=native)."""
+    cpu_info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    cpu_flags = cpu_info.split("flags", 1)[-1].split("\n", 1)[0]
+    ingredients = SOURCE.read_bytes() + repr((FLAGS, compiler, cpu_flags)).encode()
+    name = hashlib.sha256(ingredients).hexdigest()[:16]
+    return cache_folder() / "kernels" / f"decode-{name}.so"
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
