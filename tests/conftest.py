@@ -1,4 +1,7 @@
-"""What the tests share: tiny text, tiny recipes, and a cache of their own. Nothing here needs the network."""
+"""What the tests share: tiny text, tiny recipes, and a cache of their own.
+
+Nothing here needs the network.
+"""
 
 import dataclasses
 import os
@@ -42,8 +45,29 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(text_file: Path, tmp_path: Path) -> Config:
     """A run of seconds: 2 layers of 32, windows of 16 bytes, fp32, eager."""
-    return dataclasses.replace(Config(), recipe="tiny").override(
-        n_layer=2, n_head=2, n_embd=32, n_positions=16, seq_len=16, vocab_size=257, tokenizer="bytes", data=str(text_file),
-        steps=12, warmup_steps=2, batch_tokens=128, micro_batch=8, lr=3e-3, min_lr=3e-4, precision="fp32", device="cpu", compile="off",
-        evaluate_every=0, save_every=100, out=str(tmp_path / "run"),
-    ).check()  # fmt: skip
+    return (
+        dataclasses.replace(Config(), recipe="tiny")
+        .override(
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            n_positions=16,
+            seq_len=16,
+            vocab_size=257,
+            tokenizer="bytes",
+            data=str(text_file),
+            steps=12,
+            warmup_steps=2,
+            batch_tokens=128,
+            micro_batch=8,
+            lr=3e-3,
+            min_lr=3e-4,
+            precision="fp32",
+            device="cpu",
+            compile="off",
+            evaluate_every=0,
+            save_every=100,
+            out=str(tmp_path / "run"),
+        )
+        .check()
+    )

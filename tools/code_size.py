@@ -2,8 +2,8 @@
 
     python tools/code_size.py [FOLDER]
 
-Comments, docstrings and blank lines do not count. A line counts once, even if a token of it began on
-an earlier line.
+Comments, docstrings and blank lines do not count. A line counts once, even if a token of it began
+on an earlier line.
 """
 
 import ast

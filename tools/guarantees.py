@@ -23,21 +23,26 @@ GUARANTEES = {
     ),
     "resume": (
         "**The step is the only clock.** Tokens, learning rate and random numbers are functions of "
-        "(seed, step). A run resumes bit for bit, and reads the same tokens with any number of ranks "
+        "(seed, step). A run resumes bit for bit, and reads the same tokens with any number of "
+        "ranks "
         "and any micro-batch. On a GPU, equal bits need `--deterministic`."
     ),
     "durable": (
-        "**Nothing is lost.** Checkpoints and data are written beside their place, hashed, flushed and "
-        "renamed. SIGKILL at any moment, a full disk or a flipped bit costs at most the steps since the "
+        "**Nothing is lost.** Checkpoints and data are written beside their place, hashed, "
+        "flushed and "
+        "renamed. SIGKILL at any moment, a full disk or a flipped bit costs at most the steps "
+        "since the "
         "last good checkpoint."
     ),
     "speed": (
-        "**Measured speed.** A ratio to another package is the median of alternating measurements in "
+        "**Measured speed.** A ratio to another package is the median of alternating measurements "
+        "in "
         "one process, and both sides compute the same result."
     ),
     "evidence": (
         "**Evidence.** Evaluation gives the scores of lm-evaluation-harness, example by example; "
-        "evaluating and sampling do not affect training; a verdict needs fp32, the whole task and a "
+        "evaluating and sampling do not affect training; a verdict needs fp32, the whole task and "
+        "a "
         "published figure that others have reproduced."
     ),
 }

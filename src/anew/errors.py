@@ -1,11 +1,15 @@
-"""The exceptions that the package raises on purpose. Each one ends a command with its own exit code."""
+"""The exceptions that the package raises on purpose.
+
+Each one ends a command with its own exit code.
+"""
 
 
 class UserError(ValueError):
-    """Something that the user can correct; the text says in one sentence what is wrong and what to do.
+    """Something that the user can correct; the text says in one sentence what is wrong and what to
+    do.
 
-    The command line prints it without a traceback and exits with code 2. `on_every_rank` says that all
-    processes of a distributed run raise the same error, so that only rank 0 prints it.
+    The command line prints it without a traceback and exits with code 2. `on_every_rank` says that
+    all processes of a distributed run raise the same error, so that only rank 0 prints it.
     """
 
     def __init__(self, text: str, on_every_rank: bool = False) -> None:
@@ -22,4 +26,6 @@ class Diverged(RuntimeError):
 
 
 class LostRank(RuntimeError):
-    """Another process of the run has ended or does not answer, so this one cannot continue (exit code 1)."""
+    """Another process of the run has ended or does not answer, so this one cannot continue (exit
+    code 1).
+    """

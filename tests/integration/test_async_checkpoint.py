@@ -1,4 +1,6 @@
-"""Checkpoints beside training: what is saved is the step it says, when it is due, by one process, and the rest may go."""
+"""Checkpoints beside training: what is saved is the step it says, when it is due, by one process,
+and the rest may go.
+"""
 
 import hashlib
 import importlib
@@ -116,7 +118,9 @@ def test_a_failed_save_stops_the_run_with_its_reason(
 
 
 def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
-    """A second one is refused while the first runs, and may go on once it is gone, however it went."""
+    """A second one is refused while the first runs, and may go on once it is gone, however it
+    went.
+    """
     config = tiny(tmp_path / "run", steps=100_000, save_every=20, log_every=1)
     command = [sys.executable, "-m", "anew", "train", "shakespeare", *flags(config)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:

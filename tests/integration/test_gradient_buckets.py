@@ -41,7 +41,9 @@ def compute_gradients(model: GPT, buckets: GradientBuckets | None, rank: int) ->
 
 
 def mean_gradients_of_a_rank() -> tuple[list[list[float]], list[list[float]]]:
-    """What the buckets make of the gradients, and the mean of what each rank computes without buckets."""
+    """What the buckets make of the gradients, and the mean of what each rank computes without
+    buckets.
+    """
     with joined("cpu", 30) as world:
         model = GPT(SHAPE, seed=2)
         buckets = GradientBuckets(gradient_groups(model), world)
@@ -99,14 +101,19 @@ def started_during_backward(kind: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("kind", ["eager", "blocks"])
 def test_a_bucket_starts_as_soon_as_its_block_is_done(kind: str) -> None:
-    """With the model compiled as one graph, all gradients would become complete together, at the end."""
+    """With the model compiled as one graph, all gradients would become complete together, at the
+    end.
+    """
     found = ok(run_ranks(2, started_during_backward, kind))
     expected = [(bucket, bucket + 1) for bucket in range(SHAPE.n_layer + 1)]
     assert found == [expected, expected]
 
 
 def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[bool, str]]:
-    """Stop rank 1 before its first micro-batch of `step`; (has every parameter a gradient?, its device) when gradients are clipped."""
+    """Stop rank 1 before its first micro-batch of `step`;
+
+    (has every parameter a gradient?, its device) when gradients are clipped.
+    """
     import importlib
 
     module = importlib.import_module("anew.training.trainer")
@@ -144,13 +151,18 @@ def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[b
 
 
 def test_a_rank_that_ran_no_micro_batch_takes_part_with_zero_gradients(tmp_path: Path) -> None:
-    """Without any gradient, the norm would be a zero on the CPU, which CUDA refuses to combine with the loss on the GPU."""
+    """Without any gradient, the norm would be a zero on the CPU, which CUDA refuses to combine
+    with the loss on the GPU.
+    """
     found = ok(run_ranks(2, gradients_when_clipped, 5, tmp_path / "run", "fp32"))
     assert found == [[(True, "cpu")], [(True, "cpu")]]
 
 
 def stopped_at(config: Any, step: int) -> str:
-    """Train, with a SIGTERM to rank 0 before the first micro-batch of `step`. Compiled code is traced, not made into C++."""
+    """Train, with a SIGTERM to rank 0 before the first micro-batch of `step`.
+
+    Compiled code is traced, not made into C++.
+    """
     import functools
     import importlib
 
@@ -174,13 +186,21 @@ def stopped_at(config: Any, step: int) -> str:
     return "complete"
 
 
-@pytest.mark.parametrize("settings", [
-    {"precision": "fp32"}, {"precision": "fp16"}, {"precision": "fp16", "optimizer": "muon"}, {"precision": "bf16", "parallel": "fsdp"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "fp32"},
+        {"precision": "fp16"},
+        {"precision": "fp16", "optimizer": "muon"},
+        {"precision": "bf16", "parallel": "fsdp"},
+    ],
+)
 def test_a_stop_before_the_first_micro_batch_changes_nothing(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Weights, moments and the loss scale are those of a run that was never stopped, and stopping ends in a save."""
+    """Weights, moments and the loss scale are those of a run that was never stopped, and stopping
+    ends in a save.
+    """
     whole, parts = (
         tiny(tmp_path / "whole", steps=9, **settings),
         tiny(tmp_path / "parts", steps=9, **settings),
@@ -224,7 +244,9 @@ def test_compiled_blocks_with_overlap_resume_bit_for_bit_on_three_ranks(tmp_path
 def test_looking_at_a_sharded_model_leaves_the_ranks_in_step(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With FSDP, a forward pass on one rank alone would make it exchange something else than the others in its next step."""
+    """With FSDP, a forward pass on one rank alone would make it exchange something else than the
+    others in its next step.
+    """
     watched = tiny(tmp_path / "watched", steps=6, parallel="fsdp", **settings)
     plain = tiny(tmp_path / "plain", steps=6, parallel="fsdp", compile=watched.run.compile)
     assert ok(run_ranks(2, stopped_at, watched, -1, seconds=150)) == ["complete"] * 2
@@ -258,7 +280,9 @@ def reductions_of_a_step() -> tuple[int, int]:
 
 
 def test_sharded_gradients_are_summed_once_a_step() -> None:
-    """One reduce-scatter for each block and one for the rest, after the last micro-batch and not before."""
+    """One reduce-scatter for each block and one for the rest, after the last micro-batch and not
+    before.
+    """
     assert ok(run_ranks(2, reductions_of_a_step)) == [(0, SHAPE.n_layer + 1)] * 2
 
 

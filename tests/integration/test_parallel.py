@@ -20,7 +20,9 @@ from tests.support.ranks import free_port, run_ranks
 
 
 def trained(config: Config) -> dict[str, Any]:
-    """One rank's part in a run, with a hash of all the sequence ids that it was given and of its final weights."""
+    """One rank's part in a run, with a hash of all the sequence ids that it was given and of its
+    final weights.
+    """
     import importlib
 
     module = importlib.import_module("anew.training.trainer")
@@ -47,11 +49,33 @@ def ok(found: list[tuple[str, Any]]) -> list[dict[str, Any]]:
 def alone(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Config, list[dict[str, Any]]]:
-    config = dataclasses.replace(Config(), recipe="tiny").override(
-        n_layer=2, n_head=2, n_embd=32, n_positions=16, seq_len=16, vocab_size=257, tokenizer="bytes", data=str(text_file),
-        steps=50, warmup_steps=5, batch_tokens=256, micro_batch=2, lr=3e-3, min_lr=3e-4, precision="fp32", device="cpu", compile="off",
-        evaluate_every=20, save_every=20, out=str(tmp_path_factory.mktemp("alone") / "run"), timeout_seconds=30.0,
-    ).check()  # fmt: skip
+    config = (
+        dataclasses.replace(Config(), recipe="tiny")
+        .override(
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            n_positions=16,
+            seq_len=16,
+            vocab_size=257,
+            tokenizer="bytes",
+            data=str(text_file),
+            steps=50,
+            warmup_steps=5,
+            batch_tokens=256,
+            micro_batch=2,
+            lr=3e-3,
+            min_lr=3e-4,
+            precision="fp32",
+            device="cpu",
+            compile="off",
+            evaluate_every=20,
+            save_every=20,
+            out=str(tmp_path_factory.mktemp("alone") / "run"),
+            timeout_seconds=30.0,
+        )
+        .check()
+    )
     return config, ok(run_ranks(1, trained, config))
 
 
@@ -150,7 +174,9 @@ def test_world_size_and_kind_may_change_at_every_resume(
 
 
 def trained_until(config: Config, step: int) -> dict[str, Any]:
-    """As `trained`, but asked to stop (every rank for itself, as a scheduler would) once `step` is saved."""
+    """As `trained`, but asked to stop (every rank for itself, as a scheduler would) once `step` is
+    saved.
+    """
     import importlib
     import signal
 
@@ -215,12 +241,30 @@ def test_three_ranks_resume_bit_for_bit(
         assert (both[0] / name).read_bytes() == (both[1] / name).read_bytes()
 
 
-@pytest.mark.parametrize(("environment", "words"), [
-    ({"WORLD_SIZE": "2"}, "RANK is missing"),
-    ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "start the processes with torchrun"),
-    ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK is 5"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}, "were all ranks started?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is missing"),
+        (
+            {"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "start the processes with torchrun",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "RANK is 5",
+        ),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "1",
+                "LOCAL_RANK": "0",
+            },
+            "were all ranks started?",
+        ),
+    ],
+)
 def test_a_launch_that_cannot_work_is_said(
     environment: dict[str, str], words: str, text_file: Path, tmp_path: Path
 ) -> None:
@@ -265,23 +309,39 @@ def test_ranks_that_differ_are_named(
 
 
 TINY = {
-    "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 8, "seq_len": 8, "steps": 2, "warmup_steps": 1, "precision": "fp32",
-    "compile": "off", "val_tokens": 256, "evaluate_every": 0,
-}  # fmt: skip
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "n_positions": 8,
+    "seq_len": 8,
+    "steps": 2,
+    "warmup_steps": 1,
+    "precision": "fp32",
+    "compile": "off",
+    "val_tokens": 256,
+    "evaluate_every": 0,
+}
 
 
 @pytest.mark.parametrize(("recipe", "ranks", "accumulated", "planned"), [
-    ("gpt2-124m", 4, 8, "19,073 = 10B tokens"),  # 4 GPUs x 16 x 1024, accumulation 8; as many steps as build-nanogpt takes
+    # 4 GPUs x 16 x 1024, accumulation 8; as many steps as build-nanogpt takes.
+    ("gpt2-124m", 4, 8, "19,073 = 10B tokens"),
     ("gpt2-124m-openwebtext", 8, 4, "90,000 = 47.2B tokens"),
 ])  # fmt: skip
 def test_the_runs_of_the_reference_projects(
     recipe: str, ranks: int, accumulated: int, planned: str, text_file: Path, tmp_path: Path
 ) -> None:
-    """Their plan in full, and the same command with two ranks, accumulating as often, at a size for a test. One rank speaks for all."""
+    """Their plan in full, and the same command with two ranks, accumulating as often, at a size
+    for a test. One rank speaks for all.
+    """
     plan = subprocess.run(
         [sys.executable, "-m", "anew", "train", recipe, "--dry-run"],
-        env={**os.environ, "WORLD_SIZE": str(ranks)}, capture_output=True, text=True, timeout=60, check=True,
-    ).stdout  # fmt: skip
+        env={**os.environ, "WORLD_SIZE": str(ranks)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
     assert f"batch: {ranks} ranks x 16 sequences x 1,024 tokens x {accumulated} accumulated" in plan
     assert f"steps: {planned}" in plan
     assert "= 524,288 tokens a step" in plan

@@ -1,4 +1,6 @@
-"""Runs that an earlier version of anew stored (tests/fixtures/stored_runs) load, resume and open in transformers."""
+"""Runs that an earlier version of anew stored (tests/fixtures/stored_runs) load, resume and open
+in transformers.
+"""
 
 import hashlib
 import json
@@ -23,7 +25,9 @@ RUNS = sorted(EXPECTED["runs"])
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the stored runs and of their data, as the current folder: the runs name their data relative to it."""
+    """A copy of the stored runs and of their data, as the current folder: the runs name their data
+    relative to it.
+    """
     copy = tmp_path / "stored_runs"
     shutil.copytree(STORED, copy)
     monkeypatch.chdir(copy)
@@ -70,7 +74,9 @@ def test_stored_checkpoint_opens_here_and_in_transformers_with_equal_logits(
 
 
 def test_run_from_before_recut_keeps_the_windows_of_its_first_epoch(stored: Path) -> None:
-    """The command that began such a run has recut on by default now; the run goes on with the order it has."""
+    """The command that began such a run has recut on by default now; the run goes on with the
+    order it has.
+    """
     assert (
         "recut"
         not in json.loads((stored / "before_recut" / "config.json").read_text(encoding="utf-8"))[

@@ -1,4 +1,6 @@
-"""The promises of training: bit for bit after a stop, the same at any micro-batch, and never disturbed by looking."""
+"""The promises of training: bit for bit after a stop, the same at any micro-batch, and never
+disturbed by looking.
+"""
 
 import contextlib
 import gc
@@ -154,7 +156,9 @@ def test_resume_across_shards_and_epochs(tiny: Config, tmp_path: Path) -> None:
 
 
 def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: Path) -> None:
-    """The same model, tokens, rates and optimizer by other people's code: every loss and the golden ones agree."""
+    """The same model, tokens, rates and optimizer by other people's code: every loss and the
+    golden ones agree.
+    """
     from transformers import AutoModelForCausalLM
 
     from anew import Tokenizer
@@ -288,7 +292,9 @@ def test_a_non_finite_step_is_skipped_and_said(
 def test_rows_that_are_written_late_are_all_written_in_order(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU a row is written while the next step is computed: before anything that is saved, evaluated or ends the run."""
+    """On a GPU a row is written while the next step is computed: before anything that is saved,
+    evaluated or ends the run.
+    """
     module = sys.modules["anew.training.trainer"]
     made = module.DelayedRows.__init__
 
@@ -508,7 +514,8 @@ def test_training_through_python_needs_no_command_line_packages(
 ) -> None:
     script = (
         "import sys\n"
-        "for name in ('tyro', 'rich', 'loguru', 'tensorboard', 'transformers'): sys.modules[name] = None\n"
+        "for name in ('tyro', 'rich', 'loguru', 'tensorboard', 'transformers'): sys.modules[name] "
+        "= None\n"
         "import anew\n"
         "from pathlib import Path\n"
         f"anew.train(anew.Config.read(Path({str(tmp_path / 'config.json')!r})))\n"

@@ -1,7 +1,9 @@
-"""Weights, gradients and optimizer state sharded over the ranks (PyTorch's FSDP2): `--parallel fsdp`.
+"""Weights, gradients and optimizer state sharded over the ranks (PyTorch's FSDP2):
 
-    shard(model, torch.bfloat16)                # each parameter becomes a DTensor; this rank has a part
-    with whole_model(model) as whole:           # whole fp32 weights on every rank, to evaluate with
+`--parallel fsdp`.
+
+    shard(model, torch.bfloat16)            # parameters become DTensors; each rank has a part
+    with whole_model(model) as whole:       # whole fp32 weights on every rank, to evaluate with
         ...
 
 It is for models that do not fit on one GPU. GPT-2 1558M needs 25 GB for fp32 weights, gradients and
@@ -25,9 +27,9 @@ from anew.model.gpt import GPT
 def shard(model: GPT, dtype: torch.dtype) -> None:
     """Shard each block by itself, so that it is gathered only while it computes, and then the rest.
 
-    Blocks are gathered in `dtype`, in which they compute anyway: half the bytes in bf16. Their layer
-    norms therefore see weights rounded to it. The embeddings, whose rows are added in fp32, are
-    gathered in fp32, and all gradients are summed in fp32.
+    Blocks are gathered in `dtype`, in which they compute anyway: half the bytes in bf16. Their
+    layer norms therefore see weights rounded to it. The embeddings, whose rows are added in fp32,
+    are gathered in fp32, and all gradients are summed in fp32.
     """
     # The import takes 0.7 seconds.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -71,8 +73,8 @@ def whole_model(model: GPT) -> Iterator[GPT]:
 
     A sharded model is copied, which costs the memory of a whole model. Inside the block nothing is
     exchanged: FSDP's own modules remember the order of forward passes, so ranks that evaluate
-    different amounts would exchange different tensors in the next step. Compiled blocks run eagerly,
-    because each shape of batch would otherwise be compiled anew.
+    different amounts would exchange different tensors in the next step. Compiled blocks run
+    eagerly, because each shape of batch would otherwise be compiled anew.
     """
     with eager_blocks(model):
         yield copy_with_whole_weights(model) if is_sharded(model) else model

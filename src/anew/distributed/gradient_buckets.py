@@ -70,7 +70,7 @@ class GradientBuckets:
         self.may_start = False
 
     def start_when_ready(self) -> None:
-        """Let the next backward pass, the last of this step, start the buckets that it completes."""
+        """Let the next backward pass, the last of the step, start the buckets it completes."""
         self.missing = [len(group) for group in self.groups]
         self.may_start = True
 

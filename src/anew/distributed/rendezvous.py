@@ -32,11 +32,12 @@ START_UP_TIMEOUT = datetime.timedelta(hours=12)  # to download and tokenise the 
 
 @contextlib.contextmanager
 def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World]:
-    """Give the world that torchrun started while the block runs; a single process is a world of one.
+    """Give the world that torchrun started while the block runs; a single process is a world of
+    one.
 
-    Tensors are exchanged by the backend of their `device` (NCCL for "cuda"), Python values by gloo. A
-    rank for which the others have waited `timeout_seconds` counts as lost. Raises UserError if the
-    ranks do not meet.
+    Tensors are exchanged by the backend of their `device` (NCCL for "cuda"), Python values by
+    gloo. A rank for which the others have waited `timeout_seconds` counts as lost. Raises
+    UserError if the ranks do not meet.
     """
     size = world_size_of_environment()
     if size == 1:
@@ -80,7 +81,10 @@ def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World
 
 
 def world_size_of_environment() -> int:
-    """Return the number of ranks that torchrun has started. Raises UserError if variables are missing."""
+    """Return the number of ranks that torchrun has started.
+
+    Raises UserError if variables are missing.
+    """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         return 1
@@ -94,18 +98,21 @@ def world_size_of_environment() -> int:
         problem = f"RANK is {rank}"
     if problem:
         raise UserError(
-            f"WORLD_SIZE is {size}, and {problem}; start the processes with torchrun, or unset WORLD_SIZE."
+            f"WORLD_SIZE is {size}, and {problem}; start the processes with torchrun, or unset "
+            "WORLD_SIZE."
         )
     return int(size)
 
 
 def store_of_this_start(rank: int, size: int, timeout: datetime.timedelta) -> Store | None:
-    """Return torchrun's store under a prefix of this start of the ranks; None where torch makes a store.
+    """Return torchrun's store under a prefix of this start of the ranks;
 
-    PyTorch 2.13 gives restarted ranks the store of the ranks before them, with the addresses at which
-    the ended processes listened. Rank 0 therefore publishes a new name for each start, and waits until
-    every other rank has answered under that name. A rank that finds an old name does not find itself
-    in the list of that start, and asks again.
+    None where torch makes a store.
+
+    PyTorch 2.13 gives restarted ranks the store of the ranks before them, with the addresses at
+    which the ended processes listened. Rank 0 therefore publishes a new name for each start, and
+    waits until every other rank has answered under that name. A rank that finds an old name does
+    not find itself in the list of that start, and asks again.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc-per-node 8 -m anew train gpt2-124m
 
-Each rank computes its share of every batch. Once a step, the gradients (`gradient_buckets.py`), the
-loss and the requests to stop or to save are summed over all ranks. A single process is a world of one
-rank, which exchanges nothing.
+Each rank computes its share of every batch. Once a step, the gradients (`gradient_buckets.py`),
+the loss and the requests to stop or to save are summed over all ranks. A single process is a world
+of one rank, which exchanges nothing.
 """
 
 import contextlib
@@ -41,7 +41,10 @@ class World:
     )
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its sum over the ranks, the same bits on every rank. Raises LostRank."""
+        """Replace `tensor` by its sum over the ranks, the same bits on every rank.
+
+        Raises LostRank.
+        """
         if self.size == 1:
             return
         with naming_lost_ranks(self.rank):
@@ -50,7 +53,8 @@ class World:
     def divide_rows(
         self, rows: Tensor, work: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> Tensor:
-        """Return `work(rows)`, where each rank computes its share of the rows and receives the others.
+        """Return `work(rows)`, where each rank computes its share of the rows and receives the
+        others.
 
         `work` keeps the shape, treats each row by itself and returns `dtype`. Raises LostRank.
         """
@@ -103,7 +107,10 @@ ALONE = World()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a whole tensor from one that may be sharded over the ranks. Every rank must call this."""
+    """Return a whole tensor from one that may be sharded over the ranks.
+
+    Every rank must call this.
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -126,5 +133,6 @@ def naming_lost_ranks(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise LostRank(
-            f"rank {rank} lost another rank and ends; the run goes on from its last checkpoint ({reason})."
+            f"rank {rank} lost another rank and ends; the run goes on from its last checkpoint "
+            f"({reason})."
         ) from error

@@ -29,7 +29,10 @@ class CheckpointWriter:
         run_state: RunState,
         resumed_step: int,
     ) -> None:
-        """`resumed_step` is the step of the checkpoint that the run was resumed from; 0 if there is none."""
+        """`resumed_step` is the step of the checkpoint that the run was resumed from;
+
+        0 if there is none.
+        """
         self.run = run
         self.config = config
         self.tokenizer = tokenizer

@@ -42,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def choose_micro_batch(state: TrainState) -> tuple[dict[str, Any], str]:
-    """Return what run_state.json shall store about the micro-batch, and the reason for the choice."""
+    """Return what run_state.json stores about the micro-batch, and the reason for it."""
     conditions = micro_batch_conditions(state)
     stored = state.world.gather(stored_micro_batch(state, conditions))[0]
     if stored:
@@ -54,7 +54,7 @@ def choose_micro_batch(state: TrainState) -> tuple[dict[str, Any], str]:
 
 
 def micro_batch_conditions(state: TrainState) -> dict[str, Any]:
-    """Return what the memory of a step depends on, besides the settings that a run cannot change."""
+    """Return what the memory of a step depends on, besides settings that a run cannot change."""
     config = state.config
     environment = device.environment(state.runtime)
     return {
@@ -69,7 +69,10 @@ def micro_batch_conditions(state: TrainState) -> dict[str, Any]:
 
 
 def stored_micro_batch(state: TrainState, conditions: dict[str, Any]) -> int:
-    """Return the micro-batch that an earlier start found under the same conditions; 0 if there is none."""
+    """Return the micro-batch that an earlier start found under the same conditions;
+
+    0 if there is none.
+    """
     stored = read_run_state(state.config.folder).get("micro_batch_found", {})
     micro_batch = int(stored.get("micro_batch", 0))
     if micro_batch == 0 or any(stored.get(name) != value for name, value in conditions.items()):

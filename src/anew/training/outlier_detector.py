@@ -3,8 +3,8 @@
     max_loss, max_norm = detector.limits(z=6.0)
     detector.add(loss, grad_norm)               # of a step that was applied
 
-The mean and the variance are exponential moving averages with a half-life of 35 steps. They are part
-of a checkpoint, so a resumed run makes the same decisions.
+The mean and the variance are exponential moving averages with a half-life of 35 steps. They are
+part of a checkpoint, so a resumed run makes the same decisions.
 """
 
 import math
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 DECAY = 0.98
 WARM_UP_STEPS = 50  # there are no limits before this many steps
-# A standard deviation counts as at least this share of the mean, so that in a very even run ordinary
-# noise is not taken for an outlier.
+# A standard deviation counts as at least this share of the mean, so that in a very even run
+# ordinary noise is not taken for an outlier.
 LEAST_DEVIATION = 0.02
 
 
@@ -26,7 +26,7 @@ class OutlierDetector:
     variance: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def limits(self, z: float) -> tuple[float, float]:
-        """Return the largest loss and the largest norm within `z` standard deviations of the mean."""
+        """Return the largest loss and norm within `z` standard deviations of the mean."""
         if self.steps < WARM_UP_STEPS:
             return math.inf, math.inf
         limits = []

@@ -27,7 +27,10 @@ FULL_COLLECTION_EVERY = 20 * COLLECT_EVERY
 
 @contextlib.contextmanager
 def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Record `steps` steps into `path`, from the third one on. The yielded function follows each step."""
+    """Record `steps` steps into `path`, from the third one on.
+
+    The yielded function follows each step.
+    """
     if steps == 0:
         yield lambda: None
         return
@@ -63,7 +66,9 @@ def log_longest_operations(recorded: Any, steps: int) -> None:
 
 
 def self_time(event: Any) -> float:
-    """Return the microseconds of an operation without those that it calls, on the GPU if there is one."""
+    """Return the microseconds of an operation without those that it calls, on the GPU if there is
+    one.
+    """
     if not torch.cuda.is_available():
         return float(event.self_cpu_time_total)
     # PyTorch has renamed the attribute.

@@ -1,12 +1,13 @@
-"""Writes what happens in a run: metrics.jsonl, samples.jsonl, log.txt, run_state.json and TensorBoard.
+"""Writes what happens in a run: metrics.jsonl, samples.jsonl, log.txt, run_state.json and
+TensorBoard.
 
     with RunLog(run, config, step=0) as run_log:
         run_log.step(step_row(...), applied=True, sequences="sequences 0 to 15")
     rows = read_metrics(run)
 
-metrics.jsonl has one JSON object a line. Each has `step`, `tokens` and `seconds` (of training, without
-validation and saving). A resumed run appends to the file, so a step can occur twice; readers keep the
-value that was written last.
+metrics.jsonl has one JSON object a line. Each has `step`, `tokens` and `seconds` (of training,
+without validation and saving). A resumed run appends to the file, so a step can occur twice;
+readers keep the value that was written last.
 """
 
 import contextlib
@@ -36,7 +37,10 @@ RUN_STATE_FORMAT = 1  # of run_state.json
 
 
 def read_metrics(run: Path) -> list[Row]:
-    """Return the rows of RUN/metrics.jsonl by step. Of several values of a key, the last one counts."""
+    """Return the rows of RUN/metrics.jsonl by step.
+
+    Of several values of a key, the last one counts.
+    """
     rows: dict[int, Row] = {}
     for row in json_lines(run / "metrics.jsonl"):
         rows.setdefault(row["step"], {}).update(row)
@@ -91,7 +95,10 @@ class RunState:
 
 
 class RunLog:
-    """The open log files of one run. Only the rank that `writes` has files; the others count steps."""
+    """The open log files of one run.
+
+    Only the rank that `writes` has files; the others count steps.
+    """
 
     def __init__(self, run: Path, config: Config, step: int, writes: bool = True) -> None:
         self.run = run
@@ -208,11 +215,14 @@ class RunLog:
         if self.skipped_in_a_row >= config.bad_steps:
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row were not finite or spikes; the last good "
-                f"checkpoint is in {self.config.folder}. Lower the learning rate or look at the data."
+                f"checkpoint is in {self.config.folder}. Lower the learning rate or look at the "
+                "data."
             )
 
     def evaluation(self, row: Row) -> None:
-        """Append the figures of an evaluation to metrics.jsonl and, beside the samples, to samples.jsonl."""
+        """Append the figures of an evaluation to metrics.jsonl and, beside the samples, to
+        samples.jsonl.
+        """
         self.row(row)
         if self.writes:
             write_line(self.samples, row)
@@ -226,7 +236,7 @@ class RunLog:
 
 
 def open_for_append(path: Path) -> Any:
-    """Open a file of lines for appending, and end a half line that a killed process may have left."""
+    """Open a file of lines for appending; end a half line left by a killed process."""
     file = path.open("a", encoding="utf-8")
     last_byte = path.read_bytes()[-1:]
     if last_byte not in (b"", b"\n"):
@@ -248,7 +258,10 @@ def finite_or_none(value: Any) -> Any:
 
 
 def open_tensorboard(folder: Path, step: int) -> Any:
-    """Return a SummaryWriter that replaces what follows `step`; None if TensorBoard is not installed."""
+    """Return a SummaryWriter that replaces what follows `step`;
+
+    None if TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -327,7 +340,8 @@ def describe_run(config: Config, ranks: int) -> Iterator[str]:
     warm_up_steps = config.optim.warmup_steps
     warm_up = short_count(warm_up_steps * config.batch_sequences * seq_len)
     yield (
-        f"steps: {config.run.steps:,} = {total} tokens, of which {warm_up_steps:,} = {warm_up} warm up"
+        f"steps: {config.run.steps:,} = {total} tokens, of which {warm_up_steps:,} = {warm_up} "
+        "warm up"
     )
 
 

@@ -139,7 +139,7 @@ def resolve_config(config: Config) -> Config:
     if existing is None:
         return config
     if config.data.recut and not existing.data.recut:
-        # The setting was added later, and is on by default: older runs keep the order they began with.
+        # The setting is newer than such runs, and on by default. They keep their order.
         config = config.override(recut=False)
         log.info("this run keeps the same windows in every epoch, as it began (--no-recut)")
     differences = existing.differences(config)
@@ -165,7 +165,8 @@ def with_shape_of_init(config: Config, existing: Config | None) -> Config:
     seq_len = min(config.data.seq_len, shape.n_positions)
     if seq_len < config.data.seq_len:
         log.info(
-            f"seq_len lowered from {config.data.seq_len} to the {seq_len} positions of {config.run.init}"
+            f"seq_len lowered from {config.data.seq_len} to the {seq_len} positions of "
+            f"{config.run.init}"
         )
     settings = {name: getattr(shape, name) for name in SHAPE}
     return config.override(**settings, tokenizer=tokenizer_name, seq_len=seq_len)
@@ -202,7 +203,7 @@ def open_training_data(
 
 
 def training_loss(state: TrainState) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function of (ids, targets) that gives the mean loss: the model, compiled if the run compiles.
+    """Return the function (ids, targets) -> mean loss: the model, compiled if the run compiles.
 
     A single process compiles the whole model as one graph. The gradients of such a graph all become
     ready at the end of the backward pass, so several ranks could exchange nothing during it. With
@@ -220,7 +221,7 @@ def training_loss(state: TrainState) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def compare_ranks(config: Config, state: TrainState) -> str:
-    """Refuse ranks with different settings, software or data; return a line about their connection."""
+    """Refuse ranks that differ in settings, software or data; return a line about their link."""
     facts = {
         "settings": config.to_json(),
         "torch": torch.__version__,

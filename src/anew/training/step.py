@@ -2,7 +2,8 @@
 
     result = train_step(loss_of, state, micro_batches, rate=0.5, stop=stop)
 
-`train_step` is used by training, by the benchmarks and by the tests; there is no second step function.
+`train_step` is used by training, by the benchmarks and by the tests; there is no second step
+function.
 """
 
 import hashlib
@@ -55,12 +56,13 @@ def train_step(
     limits: tuple[float, float] = NO_LIMITS,
     while_device_works: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Take one optimizer step over this rank's `micro_batches`, at `rate` times the peak learning rate.
+    """Take one optimizer step over this rank's `micro_batches`, at `rate` times the peak learning
+    rate.
 
-    Weights, optimizer state and loss scale stay unchanged if, on any rank, the loss or the gradient
-    norm is not finite or above `limits` (loss, norm), or if any rank was asked to stop. `save` is this
-    rank's request for a checkpoint. `while_device_works` is called once, after the first micro-batch
-    has been submitted to the device.
+    Weights, optimizer state and loss scale stay unchanged if, on any rank, the loss or the
+    gradient norm is not finite or above `limits` (loss, norm), or if any rank was asked to stop.
+    `save` is this rank's request for a checkpoint. `while_device_works` is called once, after the
+    first micro-batch has been submitted to the device.
     """
     local_loss = accumulate_gradients(loss_of, state, micro_batches, stop, while_device_works)
     stop_here = stop.is_set()
@@ -106,7 +108,9 @@ def accumulate_gradients(
 
 
 def all_reduce_gradients(state: TrainState, loss: Tensor, stop: bool, save: bool) -> RankSums:
-    """Average the gradients and the loss over all ranks, and count the requests to stop and to save."""
+    """Average the gradients and the loss over all ranks, and count the requests to stop and to
+    save.
+    """
     if state.buckets is not None:  # FSDP has reduced sharded gradients in the backward pass
         state.buckets.all_reduce()
     shared = torch.zeros(3, device=loss.device)
@@ -139,7 +143,9 @@ def clip_gradients(state: TrainState) -> Tensor:
 
 
 def apply_update(state: TrainState, skip: Tensor, rate: float) -> None:
-    """Update the weights at `rate` times the peak learning rate; leave them unchanged if `skip` is true."""
+    """Update the weights at `rate` times the peak learning rate; leave them unchanged if `skip` is
+    true.
+    """
     config = state.config.optim
     set_learning_rates(state.optimizers, rate, muon_momentum(state.step, config))
     # Fused AdamW and Muon read `found_inf` on the device, so the host need not wait for `skip`.
@@ -159,7 +165,10 @@ def apply_update(state: TrainState, skip: Tensor, rate: float) -> None:
 
 
 def release_gradients(state: TrainState) -> None:
-    """Drop the gradients of a finished step. Gradient buckets keep their memory for the next step."""
+    """Drop the gradients of a finished step.
+
+    Gradient buckets keep their memory for the next step.
+    """
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
 

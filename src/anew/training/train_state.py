@@ -1,4 +1,6 @@
-"""What changes from step to step: weights, optimizer state and counters. A checkpoint holds exactly this.
+"""What changes from step to step: weights, optimizer state and counters.
+
+A checkpoint holds exactly this.
 
 A checkpoint folder is a Hugging Face model folder with two more files:
 
@@ -55,7 +57,10 @@ class Snapshot:
 
 @dataclass
 class TrainState:
-    """The state of a run. It is the same on all ranks, except that sharded weights are distributed."""
+    """The state of a run.
+
+    It is the same on all ranks, except that sharded weights are distributed.
+    """
 
     config: Config
     runtime: Runtime
@@ -137,7 +142,9 @@ class TrainState:
         return {}, []
 
     def _read_checkpoint(self, folder: Path) -> dict[str, Tensor]:
-        """Read a verified checkpoint: take its counters, return weights and optimizer state by name."""
+        """Read a verified checkpoint: take its counters, return weights and optimizer state by
+        name.
+        """
         tensors = self._read_weights(folder)
         try:
             optimizer = load_file(folder / "optimizer.safetensors")
@@ -148,7 +155,8 @@ class TrainState:
             raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder} is a model, but not a checkpoint that training can resume from ({error})."
+                f"{folder} is a model, but not a checkpoint that training can resume from "
+                f"({error})."
             ) from error
         if trainer.get("excluded"):
             raise UserError(
@@ -186,7 +194,7 @@ class TrainState:
             fsdp.fill(self._slot(name, dtype, ndim), tensors.get(name), self.world)
 
     def _slot(self, name: str, dtype: torch.dtype, ndim: int) -> Tensor:
-        """Return the tensor that holds a weight or a piece of optimizer state, created if needed."""
+        """Return the tensor of a weight or of optimizer state, created if needed."""
         parameters = dict(self.model.named_parameters())
         if name in parameters:
             return parameters[name].detach()

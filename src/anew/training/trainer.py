@@ -5,9 +5,9 @@
     torchrun --standalone --nproc-per-node 8 -m anew train gpt2-124m
 
 A run writes a folder with config.json, metrics.jsonl, samples.jsonl, log.txt, tensorboard/ and
-checkpoints/step-N, each of which is a Hugging Face folder. Tokens, learning rate and random numbers
-are functions of (seed, step) alone, so a run that was stopped at any moment continues bit for bit as
-if it had not been stopped.
+checkpoints/step-N, each of which is a Hugging Face folder. Tokens, learning rate and random
+numbers are functions of (seed, step) alone, so a run that was stopped at any moment continues bit
+for bit as if it had not been stopped.
 """
 
 import contextlib
@@ -115,7 +115,10 @@ def training_loop(
     after_step: Callable[[], None],
     progress: ProgressCallback | None,
 ) -> None:
-    """Take the remaining steps. Raises Preempted, on every rank at the same step, if one was asked to stop."""
+    """Take the remaining steps.
+
+    Raises Preempted, on every rank at the same step, if one was asked to stop.
+    """
     config = run.config
     state = run.state
     rows = DelayedRows(run, progress)
@@ -285,7 +288,7 @@ class Stopwatch:
 
 
 def remove_used_shards(run: Run) -> None:
-    """Within a disk budget, remove the shards that even the oldest checkpoint has been trained on."""
+    """Within a disk budget, remove shards that even the oldest checkpoint is past."""
     config = run.config
     growth = run.data.growth
     oldest = checkpoint.steps(config.folder)[:1]

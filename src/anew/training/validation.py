@@ -52,7 +52,8 @@ class Validation:
         self.tokenizer = tokenizer
         self.stop = stop
         self.windows_per_batch, _ = config.micro_batches(state.world.size)
-        # Tasks are read before training, so that a file that cannot be downloaded is reported at once.
+        # Tasks are read before training, so that a file that cannot be downloaded is reported at
+        # once.
         self.tasks = list(self._read_tasks())
 
     def _read_tasks(self) -> Iterator[tuple[Task, list[Example]]]:
@@ -81,7 +82,10 @@ class Validation:
         return self.validates_at(step) or self.samples_at(step)
 
     def run_if_due(self, step: int) -> None:
-        """Validate and sample if they are due at `step`. The checkpoint of the step is saved first."""
+        """Validate and sample if they are due at `step`.
+
+        The checkpoint of the step is saved first.
+        """
         if not self.is_due(step):
             return
         self.checkpoints.save(self.state)
@@ -132,8 +136,8 @@ class Validation:
         figures = {f"{name}/loss": loss, f"{name}/precision": precision}
         self.run_log.evaluation({**self.state.clock(), **figures})
         log.info(
-            f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} bits) "
-            f"a token, {tokens - 1:,} tokens, {precision}"
+            f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} "
+            f"bits) a token, {tokens - 1:,} tokens, {precision}"
         )
         return loss
 
@@ -181,5 +185,5 @@ def evaluating(model: GPT, precision: str) -> Iterator[None]:
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Return whether `step` is one of every `every` steps; step 0 is not, and `every` 0 means never."""
+    """Return whether `step` is a multiple of `every`; step 0 is not, and `every` 0 means never."""
     return every > 0 and step > 0 and step % every == 0

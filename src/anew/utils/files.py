@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent, hashes, versioned JSON and the cache folder.
 
     write_atomic(path, text)                    # readers see the old content or the new content
-    with atomic_folder(path) as temporary:      # `path` appears when the block ends without an error
+    with atomic_folder(path) as temporary:      # `path` appears when the block ends
         (temporary / "part").write_bytes(...)
 
 Everything is written under a temporary name beside its target, flushed to the disk, and renamed. A
@@ -42,7 +42,10 @@ def rename(source: Path, target: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Force a file, or the list of names in a folder, to the disk. Windows cannot flush folders and needs no flush."""
+    """Force a file, or the list of names in a folder, to the disk.
+
+    Windows cannot flush folders and needs no flush.
+    """
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -55,8 +58,9 @@ def flush_to_disk(path: Path) -> None:
 def temporary_name(path: Path, shared: bool = False) -> Path:
     """Return the hidden name beside `path` under which it is written.
 
-    The name is fixed, so that the next write replaces what a killed process has left. If the path is
-    `shared`, which means that several processes may write it at once, it has the process's number.
+    The name is fixed, so that the next write replaces what a killed process has left. If the path
+    is `shared`, which means that several processes may write it at once, it has the process's
+    number.
     """
     suffix = f".{os.getpid()}.tmp" if shared else ".tmp"
     return path.with_name(f".{path.name}{suffix}")
@@ -122,7 +126,8 @@ def write_json(path: Path, content: dict[str, Any], format: int, durable: bool =
 
 
 def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:
-    """Return the JSON object at `path` without its format, and the format; files without one have format 1.
+    """Return the JSON object at `path` without its format, and the format; files without one have
+    format 1.
 
     Raises UserError for a format above `newest_format`, OSError if the file cannot be read and
     ValueError if it is not a JSON object.
@@ -133,7 +138,8 @@ def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:
     format = int(content.pop("format", 1))
     if format > newest_format:
         raise UserError(
-            f"{path} has format {format}, and this version of anew reads formats up to {newest_format}; update anew."
+            f"{path} has format {format}, and this version of anew reads formats up to "
+            f"{newest_format}; update anew."
         )
     return content, format
 
@@ -141,7 +147,8 @@ def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file with one JSON object a line.
 
-    Lines that are not JSON objects are left out: a process that was killed may have written half a line.
+    Lines that are not JSON objects are left out: a process that was killed may have written half a
+    line.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -25,10 +25,12 @@ class StopFlag(threading.Event):
         self._previous: dict[int, Any] = {}  # signal number: the handler before `listen`
 
     def listen(self) -> None:
-        """Let signals set this flag. Python delivers signals to the main thread only; elsewhere this does nothing.
+        """Let signals set this flag.
 
-        If signals set another flag until now, which is the case when one run starts another, and that
-        flag is set already, this flag is set too.
+        Python delivers signals to the main thread only; elsewhere this does nothing.
+
+        If signals set another flag until now, which is the case when one run starts another, and
+        that flag is set already, this flag is set too.
         """
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
@@ -39,7 +41,9 @@ class StopFlag(threading.Event):
             self.set()
 
     def restore(self) -> None:
-        """Give the signals their previous handlers, and pass a request to stop on to an outer flag."""
+        """Give the signals their previous handlers, and pass a request to stop on to an outer
+        flag.
+        """
         outer = self._outer_flag()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,7 @@
-"""The GPU's kernel for the loss, by Triton's interpreter on a CPU, against the formula in fp64. On a GPU the same tests run it for real."""
+"""The GPU's kernel for the loss, by Triton's interpreter on a CPU, against the formula in fp64.
+
+On a GPU the same tests run it for real.
+"""
 
 import importlib
 import os
@@ -20,10 +23,17 @@ BACKEND = (
 kernel: Any = importlib.import_module("anew.model.kernels.cross_entropy")
 
 
-@pytest.mark.parametrize(("vocab_size", "columns", "dtype"), [
-    (50257, 50304, torch.bfloat16), (50257, 50304, torch.float32), (257, 384, torch.float32), (8192, 8192, torch.float16),
-    (8193, 8193, torch.float32), (1, 128, torch.float32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("vocab_size", "columns", "dtype"),
+    [
+        (50257, 50304, torch.bfloat16),
+        (50257, 50304, torch.float32),
+        (257, 384, torch.float32),
+        (8192, 8192, torch.float16),
+        (8193, 8193, torch.float32),
+        (1, 128, torch.float32),
+    ],
+)
 def test_losses_and_gradients_are_those_of_float64(
     vocab_size: int, columns: int, dtype: torch.dtype
 ) -> None:
@@ -77,7 +87,10 @@ def test_the_model_trains_the_same_with_it(compiled: bool, monkeypatch: pytest.M
 
 
 def test_for_a_gpu_it_reads_and_writes_16_bytes_at_a_time() -> None:
-    """Compiled for three generations, on any machine; 2 bytes at a time would be a fifth of the memory's speed."""
+    """Compiled for three generations, on any machine;
+
+    2 bytes at a time would be a fifth of the memory's speed.
+    """
     script = """
 import re
 import triton
@@ -87,7 +100,9 @@ from anew.model.kernels.cross_entropy import BLOCK, WARPS, _kernel
 types = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "stride": "i32"}
 fixed = {"VOCABULARY": 50257, "COLUMNS": 50304, "TRAINING": True, "BLOCK": BLOCK}
 for generation in (80, 90, 100):
-    source = ASTSource(_kernel, types | dict.fromkeys(fixed, "constexpr"), fixed, {(i,): [["tt.divisibility", 16]] for i in range(4)})
+    signature = types | dict.fromkeys(fixed, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+    source = ASTSource(_kernel, signature, fixed, aligned)
     ptx = triton.compile(source, GPUTarget("cuda", generation, 32), {"num_warps": WARPS}).asm["ptx"]
     narrow = re.findall(r"(?:ld|st)\\.global\\.b16", ptx)
     wide = re.findall(r"st\\.global\\.v4\\.b32", ptx)

@@ -1,4 +1,6 @@
-"""The network against transformers, against its own plain formula, and against the definition of causality."""
+"""The network against transformers, against its own plain formula, and against the definition of
+causality.
+"""
 
 import dataclasses
 import math
@@ -55,7 +57,9 @@ def test_compiled_gelu_is_the_tanh_gelu() -> None:
 
 
 def test_a_frequent_token_does_not_overflow_the_heads_gradient_in_fp16() -> None:
-    """2,048 times the same target behind a large hidden state: a chunk adds 82,000 to its row, and fp16 ends at 65,504."""
+    """2,048 times the same target behind a large hidden state: a chunk adds 82,000 to its row, and
+    fp16 ends at 65,504.
+    """
     hidden = torch.full((2048, 8), 80.0, dtype=torch.float16, requires_grad=True)
     wte = torch.zeros(384, 8, requires_grad=True)
     targets = torch.full((2048,), 5)
@@ -75,7 +79,9 @@ def test_a_frequent_token_does_not_overflow_the_heads_gradient_in_fp16() -> None
 def test_the_gpu_forms_are_the_same_function(
     compiled: bool, dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Biases inside the products, and the GELU with its bias's gradient, against fp64; traced as for Inductor."""
+    """Biases inside the products, and the GELU with its bias's gradient, against fp64; traced as
+    for Inductor.
+    """
 
     def gradients(model: GPT, loss_of: Any) -> tuple[float, torch.Tensor]:
         ids = ids_for(SMALL, 2, 24)

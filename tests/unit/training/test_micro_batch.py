@@ -1,4 +1,6 @@
-"""`--micro-batch auto` finds what fits before training, and running out of memory is reported in a sentence."""
+"""`--micro-batch auto` finds what fits before training, and running out of memory is reported in a
+sentence.
+"""
 
 import contextlib
 import os
