@@ -32,8 +32,7 @@ START_UP_TIMEOUT = datetime.timedelta(hours=12)  # to download and tokenise the 
 
 @contextlib.contextmanager
 def joined(device: str = "cpu", timeout_seconds: float = 1800) -> Iterator[World]:
-    """Give the world that torchrun started while the block runs; a single process is a world of
-    one.
+    """Give the world that torchrun has started; a single process is a world of one rank.
 
     Tensors are exchanged by the backend of their `device` (NCCL for "cuda"), Python values by
     gloo. A rank for which the others have waited `timeout_seconds` counts as lost. Raises

@@ -66,9 +66,7 @@ def log_longest_operations(recorded: Any, steps: int) -> None:
 
 
 def self_time(event: Any) -> float:
-    """Return the microseconds of an operation without those that it calls, on the GPU if there is
-    one.
-    """
+    """Return the microseconds of an operation by itself, on the GPU if there is one."""
     if not torch.cuda.is_available():
         return float(event.self_cpu_time_total)
     # PyTorch has renamed the attribute.

@@ -56,8 +56,9 @@ def train_step(
     limits: tuple[float, float] = NO_LIMITS,
     while_device_works: Callable[[], None] | None = None,
 ) -> StepResult:
-    """Take one optimizer step over this rank's `micro_batches`, at `rate` times the peak learning
-    rate.
+    """Take one optimizer step over this rank's `micro_batches`.
+
+    `rate` is the learning rate as a share of its peak.
 
     Weights, optimizer state and loss scale stay unchanged if, on any rank, the loss or the
     gradient norm is not finite or above `limits` (loss, norm), or if any rank was asked to stop.
@@ -108,9 +109,7 @@ def accumulate_gradients(
 
 
 def all_reduce_gradients(state: TrainState, loss: Tensor, stop: bool, save: bool) -> RankSums:
-    """Average the gradients and the loss over all ranks, and count the requests to stop and to
-    save.
-    """
+    """Average gradients and loss over all ranks, and count the requests to stop and to save."""
     if state.buckets is not None:  # FSDP has reduced sharded gradients in the backward pass
         state.buckets.all_reduce()
     shared = torch.zeros(3, device=loss.device)
@@ -143,9 +142,7 @@ def clip_gradients(state: TrainState) -> Tensor:
 
 
 def apply_update(state: TrainState, skip: Tensor, rate: float) -> None:
-    """Update the weights at `rate` times the peak learning rate; leave them unchanged if `skip` is
-    true.
-    """
+    """Update the weights at `rate` of the peak learning rate, unless `skip` is true."""
     config = state.config.optim
     set_learning_rates(state.optimizers, rate, muon_momentum(state.step, config))
     # Fused AdamW and Muon read `found_inf` on the device, so the host need not wait for `skip`.
