@@ -1,4 +1,4 @@
-"""Downloads against a real HTTP server on loopback that misbehaves in the ways real ones do."""
+"""Sources of text, and downloads from a server on loopback with the faults that real ones have."""
 
 import hashlib
 import threading
@@ -9,23 +9,32 @@ from pathlib import Path
 import pytest
 
 from anew import UserError
+from anew.data import prepare, sources
 from anew.data.sources import download
+from anew.utils.files import sha256_of
 
 BODY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 500
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
+    """Answers each request with the next fault of `plan`, and then always with its last one."""
+
     plan: list[str]
     requests: int = 0
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/input.txt"
+
 
 class Handler(BaseHTTPRequestHandler):
+    server: Server
+
     def do_GET(self) -> None:
-        server = self.server
-        assert isinstance(server, Server)
-        fault = server.plan[min(server.requests, len(server.plan) - 1)]
-        server.requests += 1
+        plan = self.server.plan
+        fault = plan[min(self.server.requests, len(plan) - 1)]
+        self.server.requests += 1
         if fault.isdigit():
             self.send_error(int(fault))
             return
@@ -34,9 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault != "no length":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(
-            body[: len(body) // 2] if fault.startswith("cut") or fault == "no length" else body
-        )
+        if fault in ("cut", "no length"):
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -45,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
     server.shutdown()
@@ -57,39 +66,61 @@ def server() -> Iterator[Server]:
     "faults",
     [["ok"], ["503", "429", "ok"], ["cut", "ok"], ["no length", "cut", "error page", "ok"]],
 )
-def test_passing_faults_are_outlasted(server: Server, tmp_path: Path, faults: list[str]) -> None:
+def test_download_is_tried_again_after_temporary_faults(
+    server: Server, tmp_path: Path, faults: list[str]
+) -> None:
     server.plan = faults
-    download(
-        f"http://127.0.0.1:{server.server_port}/input.txt",
-        tmp_path / "a" / "input.txt",
-        SHA256,
-        pause_seconds=0,
-    )
-    assert (tmp_path / "a" / "input.txt").read_bytes() == BODY
+    path = tmp_path / "a" / "input.txt"
+    download(server.url, path, SHA256, pause_seconds=0)
+    assert path.read_bytes() == BODY
     assert server.requests == len(faults)
 
 
-@pytest.mark.parametrize(("fault", "words", "requests"), [
-    ("404", "answered 404", 1), ("503", "answered 503", 4), ("error page", "another sha256", 4), ("cut", "Incomplete", 4),
-    ("no length", "another sha256", 4),
-])  # fmt: skip
-def test_lasting_faults_leave_no_file_and_say_what_to_do(
+@pytest.mark.parametrize(
+    ("fault", "words", "requests"),
+    [
+        ("404", "answered 404", 1),
+        ("503", "answered 503", 4),
+        ("error page", "another sha256", 4),
+        ("cut", "Incomplete", 4),
+        ("no length", "another sha256", 4),
+    ],
+)
+def test_download_with_a_lasting_fault_leaves_no_file_and_says_what_to_do(
     server: Server, tmp_path: Path, fault: str, words: str, requests: int
 ) -> None:
     server.plan = [fault]
     with pytest.raises(UserError, match=f"{words}.*pass the file with --data"):
-        download(
-            f"http://127.0.0.1:{server.server_port}/input.txt",
-            tmp_path / "input.txt",
-            SHA256,
-            pause_seconds=0,
-        )
+        download(server.url, tmp_path / "input.txt", SHA256, pause_seconds=0)
     assert list(tmp_path.iterdir()) == []
     assert server.requests == requests
 
 
-def test_nobody_listening(tmp_path: Path) -> None:
+def test_download_without_a_server_is_refused(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/input.txt"
     with pytest.raises(UserError, match="could not be downloaded"):
-        download(
-            "http://127.0.0.1:9/input.txt", tmp_path / "x", SHA256, attempts=2, pause_seconds=0
-        )
+        download(url, tmp_path / "x", SHA256, attempts=2, pause_seconds=0)
+
+
+def test_folder_source_skips_hidden_and_binary_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / "b.bin").write_bytes(b"\0\1")
+    (tmp_path / "invalid.txt").write_bytes(b"\xff\xfe caf\xe9")
+    folder_names = [path.name for path in sources.find(str(tmp_path)).files]
+    glob_names = [path.name for path in sources.find(str(tmp_path / "*.txt")).files]
+    assert folder_names == glob_names == ["a.txt", "invalid.txt"]
+    data = prepare.prepare(sources.find(str(tmp_path)), prepare.Settings("gpt2"), tmp_path / "data")
+    assert data.n_tokens("train") + data.n_tokens("val") > 4
+
+
+def test_glob_that_matches_only_folders_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="there is no data at"):
+        sources.find(str(tmp_path / "*"))
+
+
+def test_sha256_of_abc_is_the_published_one(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    published = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "x") == published

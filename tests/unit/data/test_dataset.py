@@ -1,0 +1,39 @@
+"""Opening what `--data` names."""
+
+from pathlib import Path
+
+import pytest
+
+from anew import UserError
+from anew.data.dataset import open_data
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is empty"),
+        ('{"text": 3}\n', "line 1"),
+        ('{"text": "ok"}\nnot json\n', "line 2"),
+        ('["text"]\n', "line 1"),
+    ],
+)
+def test_bad_file_is_refused_with_its_line(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        open_data(str(path), "bytes")
+
+
+def test_data_is_prepared_once_and_found_again(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANEW_CACHE", str(tmp_path))
+    first = open_data(str(text_file), "gpt2")
+    written = (first.path / "index.json").stat().st_mtime_ns
+    second = open_data(str(text_file), "gpt2")
+    assert (second.path / "index.json").stat().st_mtime_ns == written
+    assert open_data(str(first.path), "gpt2").n_tokens("train") == first.n_tokens("train")
+    with pytest.raises(UserError, match="--tokenizer gpt2"):
+        open_data(str(first.path), "bytes")
+    with pytest.raises(UserError, match="no data at 'nowhere'"):
+        open_data("nowhere", "gpt2")
