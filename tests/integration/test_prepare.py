@@ -252,7 +252,7 @@ def test_hub_that_stops_answering_is_tried_again_and_then_a_user_error(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"the hub cannot be reached .* run the same command again"):
         hub_datasets.fetch(file, tmp_path)
-    assert len(pauses) == hub_datasets.ATTEMPTS - 1
+    assert pauses.count(hub_datasets.PAUSE_SECONDS) == hub_datasets.ATTEMPTS - 1
 
 
 def test_unknown_dataset_and_unknown_name_are_refused(hub: Hub) -> None:
