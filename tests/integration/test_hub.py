@@ -1,4 +1,7 @@
-"""Hub downloads end to end: the real huggingface_hub in a process of its own, against a small hub on loopback that can misbehave."""
+"""Downloads from the hub with the real huggingface_hub in its own process.
+
+A small server on the loopback interface acts as the hub and can fail in several ways.
+"""
 
 import hashlib
 import json
@@ -14,19 +17,40 @@ from pathlib import Path
 import pytest
 
 from anew import GPT, GPTConfig, Tokenizer
-from anew.checkpoint import hub
-from anew.checkpoint import huggingface as weights
+from anew.checkpoint.hub import OPENAI_MODELS
+from anew.checkpoint.huggingface import save_model
 from tests.support import ROOT
 
-COMMIT = hub.NAMES["gpt2"][1]
+COMMIT = OPENAI_MODELS["gpt2"][1]
+REPOSITORIES = {"somebody/small-gpt2", *(repository for repository, _ in OPENAI_MODELS.values())}
+
+
+# Prints a hash of the weights, or the error as the command line does.
+PROGRAM = """
+import hashlib, sys
+import anew
+try:
+    gpt = anew.GPT.from_pretrained(sys.argv[1])
+except anew.UserError as error:
+    print(error)
+    sys.exit(2)
+content = b"".join(parameter.detach().numpy().tobytes() for parameter in gpt.parameters())
+print(hashlib.sha256(content).hexdigest())
+"""
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` of any repository at COMMIT, in the protocol that huggingface_hub speaks; `faults` says what goes wrong, in order."""
+    """Serves `files` as each of REPOSITORIES at COMMIT, in the protocol of huggingface_hub.
+
+    `faults` lists what goes wrong in the next downloads of weights: "cut", "wrong body" or an HTTP
+    status. `seen` lists the method, the file and the byte range of every request.
+    """
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.seen = files, [], []  # type: ignore[var-annotated]
+        self.files = files
+        self.faults: list[str] = []
+        self.seen: list[tuple[str, str, str]] = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -42,26 +66,26 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, Hub)
         match = re.fullmatch(r"/([\w./-]+)/resolve/([^/]+)/(.+)", self.path)
-        if not match:  # huggingface_hub asks for other things too, and lives without them
+        if not match:  # huggingface_hub asks for other things too, but does not need them.
             return self.fail(404, "")
         repository, revision, name = match.groups()
         server.seen.append((self.command, name, self.headers.get("Range", "")))
         if revision not in (COMMIT, "main"):
             return self.fail(404, "RevisionNotFound")
-        if repository not in {*(r for r, _ in hub.NAMES.values()), "somebody/small-gpt2"}:
+        if repository not in REPOSITORIES:
             return self.fail(404, "RepoNotFound")
         if name not in server.files:
             return self.fail(404, "EntryNotFound")
-        fault = (
-            server.faults.pop(0) if server.faults and body and name.endswith(".safetensors") else ""
-        )
+        is_download_of_weights = body and name.endswith(".safetensors")
+        fault = server.faults.pop(0) if server.faults and is_download_of_weights else ""
         if fault.isdigit():
             return self.fail(int(fault), "")
         content = server.files[name]
         digest = hashlib.sha256(content).hexdigest()
         if fault == "wrong body":
             content = bytes(len(content))
-        start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
+        byte_range = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(byte_range[1]) if byte_range else 0
         self.send_response(206 if start else 200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{digest}"')
@@ -95,11 +119,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("model")
-    weights.save_model(
-        out,
-        GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32), seed=4),
-        Tokenizer.named("gpt2"),
-    )
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32)
+    save_model(out, GPT(config, seed=4), Tokenizer.named("gpt2"))
     return out
 
 
@@ -119,17 +140,18 @@ def server(folder: Path) -> Iterator[Hub]:
 def load(
     server: Hub | None, cache: Path, model: str = "gpt2", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """`GPT.from_pretrained(model)` as a user's program runs it; prints a hash of the weights, or leaves as the command line would."""
-    program = (
-        "import sys, hashlib, anew\n"
-        "try: gpt = anew.GPT.from_pretrained(sys.argv[1])\n"
-        "except anew.UserError as error: print(error); sys.exit(2)\n"
-        "print(hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in gpt.parameters())).hexdigest())\n"
-    )
+    """Run PROGRAM to load `model` from `server`; without one, the hub cannot be reached."""
+    port = server.server_port if server else 9
     env = {
-        **os.environ, "HF_HOME": str(cache), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port if server else 9}",
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-    } | environment  # fmt: skip
+        **os.environ,
+        "HF_HOME": str(cache),
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        **environment,
+    }
     for name in (
         "http_proxy",
         "https_proxy",
@@ -140,7 +162,7 @@ def load(
     ):
         env.pop(name, None)
     return subprocess.run(
-        [sys.executable, "-c", program, model],
+        [sys.executable, "-c", PROGRAM, model],
         env=env,
         cwd=ROOT,
         capture_output=True,
@@ -150,33 +172,39 @@ def load(
 
 
 def fingerprint(folder: Path) -> str:
+    """Return the hash that PROGRAM prints for the model in `folder`."""
     parameters = GPT.from_pretrained(str(folder)).parameters()
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parameters)).hexdigest()
+    content = b"".join(parameter.detach().numpy().tobytes() for parameter in parameters)
+    return hashlib.sha256(content).hexdigest()
 
 
-def test_download_then_cache_then_offline(server: Hub, folder: Path, tmp_path: Path) -> None:
+def test_second_load_and_offline_load_use_the_cache(
+    server: Hub, folder: Path, tmp_path: Path
+) -> None:
     first = load(server, tmp_path)
     assert first.stdout.strip() == fingerprint(folder), first.stderr
     assert {name for _, name, _ in server.seen} == {"config.json", "model.safetensors"}
-    asked = len(server.seen)
+    n_requests = len(server.seen)
     assert load(server, tmp_path).stdout == first.stdout
-    assert len(server.seen) == asked, "a pinned revision in the cache needs no request"
+    assert len(server.seen) == n_requests, "a pinned revision in the cache needs no request"
     assert load(None, tmp_path, HF_HUB_OFFLINE="1").stdout == first.stdout
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2-xl", "somebody/small-gpt2", "somebody/small-gpt2@" + COMMIT]
-)
-def test_other_names(server: Hub, folder: Path, tmp_path: Path, name: str) -> None:
-    if name == "gpt2-xl":  # pinned to a commit that this hub does not have
-        outcome = load(server, tmp_path, name)
-        assert outcome.returncode == 2
-        assert "no revision" in outcome.stdout
-    else:
-        assert load(server, tmp_path, name).stdout.strip() == fingerprint(folder)
+@pytest.mark.parametrize("name", ["somebody/small-gpt2", "somebody/small-gpt2@" + COMMIT])
+def test_models_of_other_owners_are_downloaded(
+    server: Hub, folder: Path, tmp_path: Path, name: str
+) -> None:
+    assert load(server, tmp_path, name).stdout.strip() == fingerprint(folder)
 
 
-def test_weights_in_several_files(server: Hub, folder: Path, tmp_path: Path) -> None:
+def test_unknown_revision_is_refused(server: Hub, tmp_path: Path) -> None:
+    # gpt2-xl is pinned to a commit that this hub does not have.
+    outcome = load(server, tmp_path, "gpt2-xl")
+    assert outcome.returncode == 2
+    assert "no revision" in outcome.stdout
+
+
+def test_weights_in_several_files_are_downloaded(server: Hub, folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save
 
     tensors = load_file(folder / "model.safetensors")
@@ -191,11 +219,13 @@ def test_weights_in_several_files(server: Hub, folder: Path, tmp_path: Path) -> 
     assert load(server, tmp_path).stdout.strip() == fingerprint(folder)
 
 
-def test_a_cut_download_goes_on_where_it_was(server: Hub, folder: Path, tmp_path: Path) -> None:
+def test_interrupted_download_resumes_where_it_stopped(
+    server: Hub, folder: Path, tmp_path: Path
+) -> None:
     server.faults = ["cut"]
     outcome = load(server, tmp_path)
-    if outcome.returncode == 2:  # a version of huggingface_hub that does not try again by itself
-        assert "goes on where it was" in outcome.stdout
+    if outcome.returncode == 2:  # Some versions of huggingface_hub do not try again by themselves.
+        assert "resumes where it stopped" in outcome.stdout
         outcome = load(server, tmp_path)
     assert outcome.stdout.strip() == fingerprint(folder), outcome.stdout + outcome.stderr
     assert any(byte_range for _, _, byte_range in server.seen), (
@@ -203,27 +233,29 @@ def test_a_cut_download_goes_on_where_it_was(server: Hub, folder: Path, tmp_path
     )
 
 
-def test_a_wrong_body_is_refused_and_removed(server: Hub, folder: Path, tmp_path: Path) -> None:
+def test_weights_with_a_wrong_sha256_are_refused_and_removed(
+    server: Hub, folder: Path, tmp_path: Path
+) -> None:
     server.faults = ["wrong body"]
     outcome = load(server, tmp_path)
     assert outcome.returncode == 2
-    assert "another sha256" in outcome.stdout
+    assert "SHA-256 is not the one" in outcome.stdout
     assert load(server, tmp_path).stdout.strip() == fingerprint(folder)
 
 
-@pytest.mark.parametrize(
-    ("status", "words"), [("404", "404"), ("429", "429"), ("503", "503"), ("403", "403")]
-)
-def test_a_server_that_refuses(server: Hub, tmp_path: Path, status: str, words: str) -> None:
+@pytest.mark.parametrize("status", ["404", "429", "503", "403"])
+def test_http_errors_are_reported_with_their_status(
+    server: Hub, tmp_path: Path, status: str
+) -> None:
     server.faults = [status] * 20
     outcome = load(server, tmp_path)
     assert outcome.returncode == 2, outcome.stdout + outcome.stderr
-    assert words in outcome.stdout
+    assert status in outcome.stdout
     assert "Traceback" not in outcome.stderr
 
 
-def test_what_is_not_there(server: Hub, tmp_path: Path) -> None:
-    assert "no public model on the hub" in load(server, tmp_path, "somebody/else").stdout
+def test_missing_models_and_files_are_reported(server: Hub, tmp_path: Path) -> None:
+    assert "nor a public model on the hub" in load(server, tmp_path, "somebody/else").stdout
     del server.files["model.safetensors"]
     assert "only safetensors" in load(server, tmp_path).stdout
     assert "hub's cache" in load(None, tmp_path / "empty", HF_HUB_OFFLINE="1").stdout

@@ -18,8 +18,8 @@ CLI = {
 }
 OWNERS = {
     "tyro": CLI, "rich": CLI, "loguru": CLI, "tensorboard": {"training.run_log"}, "tiktoken": {"tokenizer.bpe"},
-    "huggingface_hub": {"checkpoint.hub", "data.hub_datasets", "utils.hub_errors"}, "tokenizers": {"tokenizer.learn"}, "pyarrow": {"data.readers"},
-    "filelock": {"data.prepare", "training.setup", "bench.sweep", "cli.experiments"}, "gguf": {"checkpoint.export"}, "onnx": {"checkpoint.export"},
+    "huggingface_hub": {"checkpoint.hub", "data.hub_datasets"}, "tokenizers": {"tokenizer.learn"}, "pyarrow": {"data.readers"},
+    "filelock": {"data.prepare", "training.setup", "bench.sweep"}, "gguf": {"checkpoint.gguf"}, "onnx": {"checkpoint.onnx"},
     "lm_eval": {"evaluate.harness"}, "triton": {"model.kernels.cross_entropy"}, "llama_cpp": {"bench.competitors"},
     "transformers": {"bench.competitors"}, "matplotlib": {"report.png"}, "datasets": set(), "openai": set(),
     "fastapi": {"serve.app"}, "starlette": {"serve.app"}, "uvicorn": {"cli.serve"},

@@ -1,19 +1,21 @@
-"""OpenAI's weights, and any other GPT-2, from the Hugging Face hub into its own cache: safetensors only, checked before they are used.
+"""Download GPT-2 models from the Hugging Face hub into its cache, and check their weights.
 
-    folder = hub.download("gpt2")                       # OpenAI's 124M, at a revision that never changes
-    folder = hub.download("distilbert/distilgpt2")      # any GPT-2; its newest revision, which is logged
+    folder = download("gpt2")                     # OpenAI's 124M, always the same revision
+    folder = download("distilbert/distilgpt2")    # any GPT-2; logs the revision, the newest one
 
-huggingface_hub does the transfer: it resumes what was cut, honours HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and tokens, and shares its cache
-with transformers. It does not hash what it received; here the weights must have the sha256 that the hub announced for them.
+The package huggingface_hub transfers the files: it resumes interrupted downloads, honours
+HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and access tokens, and shares its cache with transformers. It
+does not verify what it received, so this module compares the SHA-256 of the weights with the one
+that the hub announced. Only safetensors weights are downloaded.
 """
 
 import contextlib
+import functools
 import json
 import logging
-import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from anew.data.hub_datasets import is_network_error
 from anew.errors import UserError
@@ -21,64 +23,78 @@ from anew.utils.files import sha256_of
 
 log = logging.getLogger("anew")
 
-# OpenAI's four releases: repository and commit.
-NAMES = {
+# OpenAI's four models: repository and commit.
+OPENAI_MODELS = {
     "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
     "gpt2-medium": ("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
     "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
 }
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def is_name(model: str) -> bool:
-    """Could `model` be on the hub: one of OpenAI's four, or owner/name, with @revision if wanted?"""
-    return model in NAMES or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model) is not None
+class _MissingFileError(UserError):
+    """The repository exists and does not have the file."""
+
+
+def is_hub_name(model: str) -> bool:
+    """Return whether `model` is one of OpenAI's four, owner/name or owner/name@revision."""
+    return model in OPENAI_MODELS or OWNER_AND_NAME.fullmatch(model) is not None
 
 
 def download(model: str) -> Path:
-    """The folder of `model` in the hub's cache, downloaded if it is not there; the cache alone is enough once it is.
+    """Return the folder of `model` in the hub's cache, after downloading what the cache lacks.
 
-    UserError says what failed: no such model, no network, a server that refuses, a body that is not what was announced.
+    Raises UserError if there is no such model, if the hub cannot be reached or refuses, and if a
+    file is not the one that the hub announced.
     """
     repository, _, revision = model.partition("@")
-    repository, revision = NAMES.get(repository, (repository, revision or "main"))
-    config = _fetch(model, repository, "config.json", revision)
-    revision = (
-        config.parent.name
-    )  # the commit that a branch stands for: all files from the same one
-    if model not in NAMES:
-        log.info(f"{model}: revision {revision}")
+    revision = revision or "main"
+    if model in OPENAI_MODELS:
+        repository, revision = OPENAI_MODELS[model]
+    config = _fetch(model, repository, revision, "config.json")
+    # All other files come from the same commit, even if the branch moves meanwhile.
+    commit = config.parent.name
+    if model not in OPENAI_MODELS:
+        log.info(f"{model}: revision {commit}")
+    fetch = functools.partial(_fetch, model, repository, commit)
     try:
-        _fetch(model, repository, WEIGHTS, revision)
-    except _MissingError:
-        index = _fetch(model, repository, INDEX, revision)
-        try:
-            shards = sorted(
-                {
-                    str(name)
-                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                }
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{model}: its {INDEX} cannot be read ({error!r}).") from error
-        for shard in shards:
-            _fetch(model, repository, shard, revision)
-    if model not in NAMES:  # OpenAI's are gpt2's, which is built in
+        fetch(WEIGHTS)
+    except _MissingFileError:
+        for shard in _shards(model, index=fetch(INDEX)):
+            fetch(shard)
+    if model not in OPENAI_MODELS:  # Their tokenizer is part of this package.
         for name in TOKENIZER_FILES:
-            with contextlib.suppress(_MissingError):
-                _fetch(model, repository, name, revision)
+            with contextlib.suppress(_MissingFileError):
+                fetch(name)
     return config.parent
 
 
-class _MissingError(UserError):
-    pass
+def _shards(model: str, index: Path) -> list[str]:
+    """Return the names of the weights files that an index lists."""
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the {INDEX} of {model} cannot be read ({error!r}).") from error
+    return sorted({str(name) for name in files})
 
 
-def _fetch(model: str, repository: str, name: str, revision: str) -> Path:
-    """One file of one revision, in the cache and verified."""
+def _fetch(model: str, repository: str, revision: str, file: str) -> Path:
+    """Return the path of a verified file in the cache, after downloading it if necessary."""
     from huggingface_hub import hf_hub_download
+
+    with _hub_errors(model, revision, file):
+        path = Path(hf_hub_download(repository, file, revision=revision))
+    _verify(model, path)
+    return path
+
+
+@contextlib.contextmanager
+def _hub_errors(model: str, revision: str, file: str) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into a UserError."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -88,49 +104,51 @@ def _fetch(model: str, repository: str, name: str, revision: str) -> Path:
     )
 
     try:
-        path = Path(hf_hub_download(repository, name, revision=revision))
+        yield
     except RepositoryNotFoundError as error:
-        raise UserError(f"{model} is no folder here and no public model on the hub.") from error
+        raise UserError(
+            f"{model} is neither a local folder nor a public model on the hub; check the name."
+        ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{model} has no revision {revision} on the hub.") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{model} is no folder here, it is not in the hub's cache, and the hub cannot be reached; pass the path of its folder."
+            f"{model} is neither a local folder nor in the hub's cache, and the hub cannot be "
+            "reached; pass the path of its folder, or try again with a network connection."
         ) from error
     except EntryNotFoundError as error:
-        raise _MissingError(
-            f"{model} on the hub has no {name}; only safetensors weights are downloaded."
+        raise _MissingFileError(
+            f"{model} has no {file} on the hub; only safetensors weights are downloaded."
         ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
         raise UserError(
-            f"{model} could not be downloaded: the hub answered {status}; try again later, it goes on where it was."
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was."
+            f"{model} could not be downloaded: the hub answered {status}; try again later, the "
+            "download resumes where it stopped."
         ) from error
     except Exception as error:
-        if not is_network_error(error):
+        if not (isinstance(error, OSError | ValueError | RuntimeError) or is_network_error(error)):
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{model} could not be downloaded ({_first_line(error)}); try again, it goes on where it was."
+            f"{model} could not be downloaded ({reason}); try again, the download resumes where it "
+            "stopped."
         ) from error
-    _verify(model, path)
-    return path
 
 
 def _verify(model: str, path: Path) -> None:
-    """In the cache a large file is called by its announced sha256 (but on Windows without symlinks); it must have it, or it is removed."""
-    blob = path.resolve()
-    announced = blob.name
-    if re.fullmatch(r"[0-9a-f]{64}", announced) and sha256_of(blob) != announced:
-        os.unlink(path)
-        blob.unlink(missing_ok=True)
+    """Remove a downloaded file and raise UserError if its SHA-256 is not the announced one.
+
+    The cache names a large file after its announced SHA-256 and gives `path` as a link to it. On
+    Windows without symbolic links it does not, and files are not verified.
+    """
+    stored = path.resolve()
+    announced = stored.name
+    is_sha256 = re.fullmatch(r"[0-9a-f]{64}", announced) is not None
+    if is_sha256 and sha256_of(stored) != announced:
+        path.unlink()
+        stored.unlink(missing_ok=True)
         raise UserError(
-            f"{model}: the {path.name} received is not what the hub announced (another sha256); it was removed, try again."
+            f"the downloaded {path.name} of {model} is damaged: its SHA-256 is not the one that "
+            "the hub announced. It was removed; try again."
         )
-
-
-def _first_line(error: Any) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

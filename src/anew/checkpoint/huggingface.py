@@ -1,21 +1,24 @@
-"""Model folders in and out. A folder is a Hugging Face `GPT2LMHeadModel`: config.json, model.safetensors, tokenizer files.
+"""Find, read and write models. A model folder is a Hugging Face `GPT2LMHeadModel`.
 
-    model = load_model("runs/demo")             # a run (its newest verified checkpoint), a checkpoint, or any GPT-2 folder
-    model = load_model("gpt2-xl")               # OpenAI's, from the hub or its cache (hub.py)
-    model = load_model("out/ckpt.pt")           # nanoGPT's, build-nanogpt's, OpenAI's TensorFlow release (foreign.py)
-    save_model(folder, model, tokenizer)        # `transformers` opens it with no export step
+    model = load_model("runs/demo")         # a run: its newest valid checkpoint
+    model = load_model("path/to/gpt2")      # a checkpoint, or any GPT-2 in Hugging Face's format
+    model = load_model("gpt2-xl")           # OpenAI's, from the hub or its cache (hub.py)
+    model = load_model("out/ckpt.pt")       # nanoGPT's and build-nanogpt's (nanogpt.py)
+    model = load_model("models/124M")       # OpenAI's TensorFlow release (tensorflow.py)
+    save_model(folder, model, tokenizer)    # config.json, model.safetensors and the tokenizer files
 
-Reading is strict: a missing, extra, misshapen or non-finite tensor is refused by name, since a model that loads with one wrong tensor
-speaks well enough for nobody to notice. The padding rows of `wte` are storage and never written.
+Reading is strict: a tensor that is missing, unknown, of the wrong shape or not finite is refused by
+name, because the text of a model with one wrong tensor looks almost normal. The padding rows of
+`wte` exist only in memory; they are never written.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anew.checkpoint import folder as checkpoint
-from anew.checkpoint import hub
-from anew.checkpoint import nanogpt as foreign
+from anew.checkpoint import hub, nanogpt, tensorflow
+from anew.checkpoint.folder import MANIFEST, newest, verify
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
 from anew.model.flops import count_parameters
@@ -36,9 +38,14 @@ from anew.utils.files import sha256_of
 
 log = logging.getLogger("anew")
 
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # lists the files of weights that are stored in several
+PICKLED = "pytorch_model.bin"
 WTE = "transformer.wte.weight"
-WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-# What a GPT-2 must say in config.json if it says it at all; anything else computes another function.
+SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+# Values that config.json must have for these keys, if it has the keys. With any other value the
+# model computes another function.
 ARITHMETIC = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -48,180 +55,193 @@ ARITHMETIC = {
     "add_cross_attention": False,
     "quantization_config": None,
 }
-# Heads leave no trace in the tensors' shapes, so for OpenAI's own shapes they are known here: (n_layer, n_embd) -> n_head.
-HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
-SHAPE = "anew"  # the key of the safetensors header under which our own files say how many heads they have
+# No tensor's shape depends on the number of heads, so a wrong n_head would not be noticed.
+# Therefore our files have it in the header of the weights, as JSON under HEADER_KEY. For OpenAI's
+# shapes it is known: (n_layer, n_embd) -> n_head.
+HEADER_KEY = "anew"
+OPENAI_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+
+
+# --- Find -----------------------------------------------------------------------------------------
 
 
 def find(model: str) -> Path:
-    """The folder or .pt file that MODEL means: for a run, its newest checkpoint that verifies; a named checkpoint must verify."""
+    """Return the folder or the .pt file of a model. A model on the hub is downloaded.
+
+    For a run, this is the newest valid checkpoint. A checkpoint folder is verified.
+    """
     path = Path(model).expanduser()
     if (path / "checkpoints").is_dir():
-        newest, skipped = checkpoint.newest(path)
-        for line in skipped if newest else ():
-            log.warning(f"an older checkpoint is taken: {line}")
-        if newest is None:
-            raise UserError(" ".join(skipped) or f"run {path} has no checkpoint yet.")
-        return newest
-    if (path / "manifest.json").is_file():
-        checkpoint.verify(path)
-    if (path / "config.json").is_file() or foreign.is_foreign(path):
+        return _newest_checkpoint(path)
+    if (path / MANIFEST).is_file():
+        verify(path)
+    if path.is_file() or (path / CONFIG).is_file() or tensorflow.is_release(path):
         return path
-    if not path.exists() and hub.is_name(model):
+    if not path.exists() and hub.is_hub_name(model):
         return hub.download(model)
-    raise UserError(
-        f"{model} is not a model: there is no folder of that name with a config.json in it."
-    )
+    raise UserError(f"{model} is not a model: it is neither a file nor a folder with a {CONFIG}.")
 
 
-def read_config(path: Path) -> GPTConfig:
-    """The shape of the model at `path`. What is not a GPT-2, or computes something else, is refused."""
-    config = foreign.read_config(path) if foreign.is_foreign(path) else _hf_config(path)
-    sizes = {
-        key: getattr(config, key)
-        for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    }
-    if min(sizes.values()) < 1 or config.n_embd % config.n_head:
-        raise UserError(f"the config of {path} describes no GPT-2: {sizes}.")
-    heads = _written_heads(path) or HEADS.get((config.n_layer, config.n_embd), config.n_head)
-    if heads != config.n_head:
-        raise UserError(
-            f"{path}: its config says n_head {config.n_head}, and these weights were made with {heads}."
-        )
-    return config
+def _newest_checkpoint(run: Path) -> Path:
+    checkpoint, skipped = newest(run)
+    if checkpoint is None:
+        raise UserError(" ".join(skipped) or f"run {run} has no checkpoint yet.")
+    for message in skipped:
+        log.warning(f"using {checkpoint.name}, because a newer checkpoint is damaged: {message}")
+    return checkpoint
 
 
-def _hf_config(path: Path) -> GPTConfig:
-    """The shape in a Hugging Face folder's config.json."""
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        for key, value in ARITHMETIC.items():
-            if raw.get(key, value) != value:
-                raise UserError(
-                    f"{path} is not a GPT-2 as OpenAI released it: its config.json has {key} {raw[key]!r} instead of {value!r}."
-                )
-        if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
-            raise UserError(
-                f"{path} has n_inner {raw['n_inner']}, and GPT-2's is 4 x n_embd = {4 * raw['n_embd']}."
-            )
-        sizes = {
-            key: int(raw[key])
-            for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-        }
-        return GPTConfig(**sizes)  # type: ignore[arg-type]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a GPT-2 model: its config.json cannot be used ({error!r})."
-        ) from error
-
-
-def _written_heads(path: Path) -> int | None:
-    """n_head as the header of our own weights files keeps it; None for other writers' files."""
-    if not (path / WEIGHTS).is_file():
-        return None
-    with _reading(path, WEIGHTS), safe_open(path / WEIGHTS, "pt") as file:
-        return int(json.loads((file.metadata() or {}).get(SHAPE, "{}")).get("n_head", 0)) or None
-
-
-def sha256(path: Path) -> str:
-    """What identifies the model at `path`: a hash over its shape and the hashes of its weights files."""
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.iterdir() if p.name.startswith("model") or p.name == PICKLED)
-    )
-    hashes = [sha256_of(file) for file in files if file.is_file()]
-    return hashlib.sha256(repr((read_config(path), hashes)).encode()).hexdigest()
+# --- Read -----------------------------------------------------------------------------------------
 
 
 def load_model(
     model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> GPT:
-    """The model in a run, a checkpoint, a Hugging Face folder, a foreign checkpoint or on the hub, for use and not for training.
+    """Return a model for inference, which computes in `dtype`; its matrices are cast once, here.
 
-    It computes in `dtype`; matrices are cast once, here. A Path is what `find` gave: it is not looked up and verified again.
+    A string is looked up with `find`. A Path must come from `find` and is not verified again.
     """
     path = find(model) if isinstance(model, str) else model
-    config, tensors = read_config(path), read_tensors(path)
-    described, held = count_parameters(config), sum(tensor.numel() for tensor in tensors.values())
-    if (
-        described > 2 * held + 1_000_000
-    ):  # before memory is asked for: a config.json may say a billion layers
+    config = read_config(path)
+    tensors = read_tensors(path)
+    n_described = count_parameters(config)
+    n_stored = sum(tensor.numel() for tensor in tensors.values())
+    # Checked before memory is allocated, because a config.json may describe a billion layers.
+    if n_described > 2 * n_stored + 1_000_000:
         raise UserError(
-            f"{path} describes a model of {described:,} parameters in its config.json, and its weights are {held:,}."
+            f"the {CONFIG} of {path} describes a model of {n_described:,} parameters, and its "
+            f"weights have {n_stored:,}."
         )
     gpt = GPT(config, compute_dtype=dtype, seed=None)
     load_into(gpt, tensors, path)
     if dtype != torch.float32:
+        gpt.transformer.wte.to(dtype)
         for module in gpt.modules():
             if isinstance(module, Linear):
                 module.to(dtype)
-        gpt.transformer.wte.to(dtype)
     return gpt.to(device).eval()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors at `path` under their full names; never through pickle's code execution."""
-    if foreign.is_foreign(path):
-        return foreign.read_tensors(path)
-    if (path / WEIGHTS).is_file():
-        raw = _load(path, WEIGHTS)
-    elif (path / INDEX).is_file():
-        raw = _load_sharded(path)
-    elif (path / PICKLED).is_file():
-        raw = _load(path, PICKLED)
+def read_config(path: Path) -> GPTConfig:
+    """Return the sizes of the model at `path`; refuse what is not a GPT-2 as OpenAI released it."""
+    if path.is_file():
+        config = nanogpt.read_config(path)
+    elif tensorflow.is_release(path):
+        config = tensorflow.read_config(path)
     else:
-        raise UserError(f"{path} holds no {WEIGHTS}; there are no weights to load.")
+        config = _read_config_json(path)
+    sizes = {name: getattr(config, name) for name in SIZES}
+    if min(sizes.values()) < 1 or config.n_embd % config.n_head != 0:
+        raise UserError(f"the config of {path} does not describe a GPT-2: {sizes}.")
+    openai_heads = OPENAI_HEADS.get((config.n_layer, config.n_embd))
+    trained_heads = _n_head_in_header(path) or openai_heads or config.n_head
+    if config.n_head != trained_heads:
+        raise UserError(
+            f"the config of {path} has n_head {config.n_head}, and its weights were trained with "
+            f"{trained_heads}."
+        )
+    return config
+
+
+def _read_config_json(path: Path) -> GPTConfig:
+    try:
+        raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        for key, value in ARITHMETIC.items():
+            if raw.get(key, value) != value:
+                raise UserError(
+                    f"{path} is not a GPT-2 as OpenAI released it: its {CONFIG} has {key} "
+                    f"{raw[key]!r} instead of {value!r}."
+                )
+        n_inner = 4 * raw["n_embd"]
+        if raw.get("n_inner") not in (None, n_inner):
+            raise UserError(
+                f"{path} has n_inner {raw['n_inner']}, and GPT-2 has 4 x n_embd = {n_inner}."
+            )
+        sizes = {name: int(raw[name]) for name in SIZES}
+        return GPTConfig(**sizes)  # type: ignore[arg-type]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a GPT-2 model: its {CONFIG} cannot be used ({error!r})."
+        ) from error
+
+
+def _n_head_in_header(path: Path) -> int | None:
+    """Return n_head from the header of the weights; None if another program wrote them."""
+    if not (path / WEIGHTS).is_file():
+        return None
+    with _reading_errors(path, WEIGHTS), safe_open(path / WEIGHTS, "pt") as file:
+        metadata = file.metadata() or {}
+        shape = json.loads(metadata.get(HEADER_KEY, "{}"))
+        return int(shape.get("n_head", 0)) or None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of the model at `path` under their full names; never run pickled code."""
+    if path.is_file():
+        return nanogpt.read_tensors(path)
+    if tensorflow.is_release(path):
+        return tensorflow.read_tensors(path)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in raw.items():
-        if name.endswith(
-            (".attn.bias", ".attn.masked_bias")
-        ):  # buffers of old transformers versions, not weights
+    for stored_name, tensor in _read_weights(path).items():
+        if stored_name.endswith(nanogpt.CAUSAL_MASKS):
             continue
-        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if full in tensors:
-            raise UserError(f"{path} holds {full} twice, with the prefix and without.")
-        tensors[full] = tensor
+        is_full = stored_name.startswith(("transformer.", "lm_head."))
+        name = stored_name if is_full else f"transformer.{stored_name}"
+        if name in tensors:
+            raise UserError(f"{path} has {name} twice, with and without its prefix.")
+        tensors[name] = tensor
     return tensors
 
 
-def _load(path: Path, name: str) -> dict[str, Tensor]:
-    with _reading(path, name):
-        raw = (
-            load_file(path / name)
-            if name != PICKLED
-            else torch.load(path / name, map_location="cpu", weights_only=True)
-        )
-    if not isinstance(raw, dict) or not all(isinstance(t, Tensor) for t in raw.values()):
-        raise UserError(f"{path}/{name} is no plain file of tensors.")
-    return raw
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in the first format that the folder has, under their stored names."""
+    if (path / WEIGHTS).is_file():
+        return _read_weights_file(path, WEIGHTS)
+    if (path / INDEX).is_file():
+        return _read_sharded_weights(path)
+    if (path / PICKLED).is_file():
+        return _read_weights_file(path, PICKLED)
+    raise UserError(f"{path} has no weights: it has no {WEIGHTS}.")
 
 
-def _load_sharded(path: Path) -> dict[str, Tensor]:
-    """Weights in several files, as transformers writes large models: the index must name every tensor's file and no other."""
-    with _reading(path, INDEX):
-        files = {
-            str(key): Path(name).name
-            for key, name in json.loads((path / INDEX).read_text(encoding="utf-8"))[
-                "weight_map"
-            ].items()
-        }
-    if lacking := sorted(name for name in set(files.values()) if not (path / name).is_file()):
-        raise UserError(f"{path} lacks {lacking[0]}, one of the files its {INDEX} names.")
+def _read_weights_file(path: Path, name: str) -> dict[str, Tensor]:
+    with _reading_errors(path, name):
+        if name == PICKLED:
+            tensors = torch.load(path / name, map_location="cpu", weights_only=True)
+        else:
+            tensors = load_file(path / name)
+    is_dict = isinstance(tensors, dict)
+    if not is_dict or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}/{name} is not a plain file of tensors.")
+    return tensors
+
+
+def _read_sharded_weights(path: Path) -> dict[str, Tensor]:
+    """Return weights in several files; the index must name the right file of every tensor."""
+    with _reading_errors(path, INDEX):
+        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        # Only the last part of each path, so that an index cannot name files outside the folder.
+        file_of = {str(name): Path(file).name for name, file in weight_map.items()}
+    files = sorted(set(file_of.values()))
+    for file in files:
+        if not (path / file).is_file():
+            raise UserError(f"{path} lacks {file}, one of the files that its {INDEX} names.")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
-        part = _load(path, name)
-        if wrong := part.keys() ^ {key for key, file in files.items() if file == name}:
-            raise UserError(f"{path}: {min(wrong)} is not where {INDEX} says it is.")
+    for file in files:
+        part = _read_weights_file(path, file)
+        expected = {name for name in file_of if file_of[name] == file}
+        misplaced = part.keys() ^ expected
+        if misplaced:
+            raise UserError(f"{path}: {min(misplaced)} is not in the file that {INDEX} names.")
         tensors |= part
     return tensors
 
 
-@contextmanager
-def _reading(path: Path, name: str) -> Iterator[None]:
-    """What goes wrong in reading a weights file, in words."""
+@contextlib.contextmanager
+def _reading_errors(path: Path, name: str) -> Iterator[None]:
+    """Turn the errors of reading a file of weights into a UserError."""
     try:
         yield
     except (
@@ -235,51 +255,150 @@ def _reading(path: Path, name: str) -> Iterator[None]:
         AttributeError,
     ) as error:
         raise UserError(
-            f"the weights in {path} cannot be read ({name}: {error}); the file is damaged or no weights file."
+            f"the weights in {path} cannot be read ({name}: {error}); the file is damaged or not "
+            "a file of weights."
         ) from error
-    except Exception as error:  # pickle's own errors share no base class
-        if (
-            "pickle" not in type(error).__module__.lower()
-            and "Unpickling" not in type(error).__name__
-        ):
+    except Exception as error:
+        # The errors of pickle and of torch's own unpickler have no common base class.
+        kind = type(error)
+        if "pickle" not in kind.__module__.lower() and "Unpickling" not in kind.__name__:
             raise
-        raise UserError(f"{path}/{name} is no plain file of tensors ({error}).") from error
+        raise UserError(f"{path}/{name} is not a plain file of tensors ({error}).") from error
 
 
 def load_into(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy `tensors` into `model`, all of them and nothing else."""
+    """Copy `tensors`, read from `path`, into `model`; both must have the same names and shapes."""
     head = tensors.pop("lm_head.weight", None)
     if head is not None and (WTE not in tensors or not torch.equal(head, tensors[WTE])):
         raise UserError(
             f"{path}: lm_head.weight differs from wte.weight, and in GPT-2 they are one tensor."
         )
-    own = dict(model.named_parameters())
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise UserError(
-            f"{path} is not the model its config.json describes: "
-            + "; ".join(
-                f"{word} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
-                for word, names in (("it lacks", missing), ("it has an unknown", extra))
-                if names
-            )
-            + "."
-        )
+    parameters = dict(model.named_parameters())
+    _check_names(path, expected=parameters.keys(), stored=tensors.keys())
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             target = parameter[: model.config.vocab_size] if name == WTE else parameter
             tensor = tensors[name]
             if tensor.shape != target.shape:
                 raise UserError(
-                    f"{path}: {name} has shape {tuple(tensor.shape)}, and its config.json needs {tuple(target.shape)}."
+                    f"{path}: {name} has shape {tuple(tensor.shape)}, and its {CONFIG} needs "
+                    f"{tuple(target.shape)}."
                 )
             if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                raise UserError(f"{path}: {name} holds values that are not finite numbers.")
+                raise UserError(f"{path}: {name} has values that are not finite numbers.")
             target.copy_(tensor)
 
 
+def _check_names(path: Path, expected: Set[str], stored: Set[str]) -> None:
+    differences = []
+    for words, names in (
+        ("it lacks", sorted(expected - stored)),
+        ("it has an unknown", sorted(stored - expected)),
+    ):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            differences.append(f"{words} {names[0]}{others}")
+    if differences:
+        raise UserError(
+            f"{path} is not the model that its {CONFIG} describes: {'; '.join(differences)}."
+        )
+
+
+def sha256(path: Path) -> str:
+    """Return a hash that identifies the model at `path`: of its sizes and its files of weights."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.iterdir()
+            if file.is_file() and (file.name.startswith("model") or file.name == PICKLED)
+        )
+    hashes = [sha256_of(file) for file in files]
+    return hashlib.sha256(repr((read_config(path), hashes)).encode()).hexdigest()
+
+
+# --- Write ----------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Write `model` and its tokenizer into `folder` in Hugging Face's format."""
+    tensors = {
+        name: unpadded(name, parameter, model.config)
+        for name, parameter in model.named_parameters()
+    }
+    write_model(folder, tensors, model.config, tokenizer)
+
+
+def save_for_sharing(folder: Path, model: GPT, tokenizer: Tokenizer, readme: str) -> None:
+    """Write `model` as `save_model` does, with a README.md and the settings of `generate`."""
+    save_model(folder, model, tokenizer)
+    end = tokenizer.end_of_text
+    _write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
+    )
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def write_model(
+    folder: Path, tensors: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer
+) -> None:
+    """Write `tensors` into `folder` in Hugging Face's format.
+
+    They are all tensors of a model, without padding rows, as `unpadded` returns them.
+    """
+    header = {"format": "pt", HEADER_KEY: json.dumps({"n_head": config.n_head})}
+    write_tensors(folder / WEIGHTS, tensors, header)
+    _sort_metadata(folder / WEIGHTS)
+    _write_json(folder / CONFIG, hf_config(config))
+    tokenizer.save(folder, config.n_positions)
+
+
+def unpadded(name: str, tensor: Tensor, config: GPTConfig, copy: bool = False) -> Tensor:
+    """Return `tensor` as it is stored: contiguous, on the CPU, and `wte` without its padding rows.
+
+    Names that end with the name of `wte` are those of its optimizer state. With `copy`, the result
+    never shares memory with `tensor`.
+    """
+    tensor = tensor.detach()
+    if name.endswith(WTE) and tensor.ndim > 0:
+        tensor = tensor[: config.vocab_size]
+    return tensor.to("cpu", copy=copy).contiguous()
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file. Raises OSError for errors of the system, such as a full disk."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        match = re.search(r"os error (\d+)", str(error))
+        if match is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file.
+
+    The library writes it in random order, and equal models must give equal files. The header is
+    padded with spaces, so the position of the tensors does not change.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the header grew"
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
 def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """config.json of a Hugging Face GPT-2 with this shape."""
+    """Return the content of Hugging Face's config.json for a model of these sizes."""
+    end_of_text = config.vocab_size - 1
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -293,67 +412,15 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         "n_inner": None,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": 0.02,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "bos_token_id": config.vocab_size - 1,
-        "eos_token_id": config.vocab_size - 1,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
     }
 
 
-def unpadded(name: str, tensor: Tensor, config: GPTConfig, copy: bool = False) -> Tensor:
-    """`tensor` as it is stored: contiguous, on the CPU, and for `wte` (or its optimizer state) without the padding rows."""
-    rows = config.vocab_size if name.endswith(WTE) else None
-    return (
-        (tensor.detach()[:rows] if tensor.ndim else tensor.detach())
-        .to("cpu", copy=copy)
-        .contiguous()
-    )
-
-
-def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write `model` into `folder` as a Hugging Face GPT-2."""
-    write_model(
-        folder,
-        {name: unpadded(name, p, model.config) for name, p in model.named_parameters()},
-        model.config,
-        tokenizer,
-    )
-
-
-def write_model(
-    folder: Path, tensors: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer
-) -> None:
-    """Write `tensors` (all of a model's, without padding rows) into `folder` as a Hugging Face GPT-2."""
-    write_tensors(
-        folder / WEIGHTS, tensors, {"format": "pt", SHAPE: json.dumps({"n_head": config.n_head})}
-    )
-    _sort_metadata(folder / WEIGHTS)
-    (folder / "config.json").write_text(
-        json.dumps(hf_config(config), indent=2) + "\n", encoding="utf-8"
-    )
-    tokenizer.save(folder, config.n_positions)
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """A safetensors file; OSError where the library has an error of its own for a full disk."""
-    try:
-        save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:
-        if (number := re.search(r"os error (\d+)", str(error))) is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put a safetensors header's metadata in order: the library writes it in a random one, and equal models shall be equal files."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, "the header grew"
-        file.seek(8)
-        file.write(text.ljust(length))
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

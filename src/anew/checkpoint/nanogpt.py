@@ -1,91 +1,89 @@
-"""Other projects' GPT-2 checkpoints as ours: OpenAI's TensorFlow release, and the .pt files of nanoGPT and build-nanogpt.
+"""Read the .pt checkpoints of nanoGPT and build-nanogpt.
 
-    tensors = foreign.read_tensors(Path("out/ckpt.pt"))         # Hugging Face's names, OpenAI's (in, out) layout
+    config = read_config(Path("out/ckpt.pt"))
+    tensors = read_tensors(Path("out/ckpt.pt"))     # our names, matrices (in, out)
 
-| what | how it is known | what is changed |
-|---|---|---|
-| openai/gpt-2 `models/124M/` | a folder with hparams.json | renamed; the leading 1 of a convolution's shape dropped |
-| nanoGPT `ckpt.pt` | "model" and "model_args" | matrices transposed; missing biases are zeros; padding rows dropped |
-| build-nanogpt `model_*.pt` | "model" and a pickled GPTConfig | the same |
+Both store "model", a dictionary of tensors. nanoGPT describes its shape in "model_args", and
+build-nanogpt in "config", a pickled object. Reading transposes the matrices, adds zeros for biases
+that the model was trained without, and drops the padding rows of the vocabulary.
 
-A .pt file is opened with `weights_only=True`: it can hold tensors and plain values, and build-nanogpt's config is read as a bag of values.
+Files are opened with `weights_only=True`, so they can contain tensors and plain values but no code;
+build-nanogpt's pickled object is read as its attributes only.
 """
 
-import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anew.checkpoint import tensorflow as tf_checkpoint
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
 
 log = logging.getLogger("anew")
 
+# Weights that nn.Linear stores as (out, in), and GPT-2 as (in, out).
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-GPT2_VOCAB, PADDED_VOCAB = 50257, 50304
+# Causal masks that older versions of nanoGPT and transformers stored beside the weights.
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
+VOCABULARY_TENSORS = ("transformer.wte.weight", "lm_head.weight")
+GPT2_VOCAB = 50257
+PADDED_VOCAB = 50304
 
 
-class _Values:
-    """What a pickled `GPTConfig` becomes: its attributes and no behaviour."""
+class _Attributes:
+    """Stands for a pickled GPTConfig: the attributes of the object, without its class."""
 
 
+# The modules in which build-nanogpt and scripts derived from it define GPTConfig.
 CONFIG_CLASSES = [
-    (_Values, f"{module}.GPTConfig") for module in ("__main__", "model", "train_gpt2")
+    (_Attributes, "__main__.GPTConfig"),
+    (_Attributes, "model.GPTConfig"),
+    (_Attributes, "train_gpt2.GPTConfig"),
 ]
 
 
-def is_foreign(path: Path) -> bool:
-    """Is `path` one of the above rather than a Hugging Face folder?"""
-    return path.is_file() or (path / "hparams.json").is_file()
-
-
 def read_config(path: Path) -> GPTConfig:
-    """The model's shape."""
-    return _tf_config(path) if path.is_dir() else _pt_config(path, _load_pt(path))
+    """Return the sizes of the model in the file `path`."""
+    return _config_of(_load(path), path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The model's tensors. What had to be changed in meaning is logged."""
-    if path.is_dir():
-        named = tf_checkpoint.read(path / "model.ckpt")
-        return {
-            _from_tf(name): torch.from_numpy(value.squeeze(0) if value.ndim == 3 else value)
-            for name, value in named.items()
-        }
-    checkpoint = _load_pt(path)
-    return _pt_tensors(path, checkpoint, _pt_config(path, checkpoint))
+    """Return the tensors of the model in the file `path`, and log what reading changed."""
+    checkpoint = _load(path)
+    config = _config_of(checkpoint, path)
+    tensors = {}
+    has_padding = False
+    for stored_name, tensor in checkpoint["model"].items():
+        name = _without_wrappers(stored_name)
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: {name} is not a tensor.")
+        if name.endswith(CAUSAL_MASKS):
+            continue
+        if name.endswith(MATRICES) and tensor.ndim == 2:
+            tensor = tensor.t().contiguous()
+        if name in VOCABULARY_TENSORS and config.vocab_size == GPT2_VOCAB:
+            is_padded = tensor.shape[:1] == (PADDED_VOCAB,)
+            has_padding = has_padding or is_padded
+            tensor = tensor[:GPT2_VOCAB] if is_padded else tensor
+        tensors[name] = tensor
+    model_args = checkpoint.get("model_args")
+    if model_args is not None:
+        log.info(
+            f"{path.name}: nanoGPT trains with the exact GELU, and GPT-2 uses its tanh "
+            "approximation; they differ by up to 4.7e-4"
+        )
+        if model_args.get("bias") is False:
+            log.info(f"{path.name}: trained without biases; adding zeros, which computes the same")
+            _add_zero_biases(tensors)
+    if has_padding:
+        log.info(f"{path.name}: dropping the padding rows of the vocabulary above {GPT2_VOCAB:,}")
+    return tensors
 
 
-def _from_tf(name: str) -> str:
-    """model/h0/attn/c_attn/w -> transformer.h.0.attn.c_attn.weight."""
-    parts = name.removeprefix("model/").split("/")
-    layer = re.fullmatch(r"h(\d+)", parts[0])
-    parts[:1] = ["h", layer[1]] if layer else parts[:1]
-    if len(parts) > 1:
-        parts[-1] = {"w": "weight", "g": "weight", "b": "bias"}.get(parts[-1], parts[-1])
-    else:
-        parts.append("weight")  # wte and wpe
-    return ".".join(["transformer", *parts])
-
-
-def _tf_config(path: Path) -> GPTConfig:
-    try:
-        raw = json.loads((path / "hparams.json").read_text(encoding="utf-8"))
-        sizes = {
-            ours: int(raw[theirs])
-            for ours, theirs in (("n_positions", "n_ctx"), ("vocab_size", "n_vocab"))
-        }
-        return GPTConfig(**sizes, **{key: int(raw[key]) for key in ("n_embd", "n_head", "n_layer")})  # type: ignore[arg-type]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}/hparams.json does not describe a GPT-2 ({error!r}).") from error
-
-
-def _load_pt(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint; its tensors are mapped from the file, not read yet."""
     try:
         with torch.serialization.safe_globals(CONFIG_CLASSES):  # type: ignore[arg-type]
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -93,83 +91,48 @@ def _load_pt(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]})."
         ) from error
-    except Exception as error:  # pickle's own errors share no base class
+    except Exception as error:
+        # The errors of pickle and of torch's own unpickler have no common base class.
         if "pickl" not in type(error).__name__.lower():
             raise
         raise UserError(
-            f"{path} holds more than tensors and plain values, so it is not opened: {str(error).splitlines()[0]}"
+            f"{path} contains more than tensors and plain values and is not loaded: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise UserError(
-            f"{path} is no checkpoint of nanoGPT or build-nanogpt: it has no 'model' in it."
+            f"{path} is not a checkpoint of nanoGPT or build-nanogpt: it has no 'model' in it."
         )
     return checkpoint
 
 
-def _pt_config(path: Path, checkpoint: dict[str, Any]) -> GPTConfig:
+def _config_of(checkpoint: dict[str, Any], path: Path) -> GPTConfig:
+    """Return the sizes that nanoGPT's "model_args" or build-nanogpt's "config" describe."""
     raw = checkpoint.get("model_args") or getattr(checkpoint.get("config"), "__dict__", None)
     try:
-        assert raw is not None
-        vocab = int(raw["vocab_size"])
-        vocab = GPT2_VOCAB if vocab == PADDED_VOCAB else vocab
-        sizes = {key: int(raw[key]) for key in ("n_layer", "n_head", "n_embd")}
-        return GPTConfig(**sizes, n_positions=int(raw["block_size"]), vocab_size=vocab)  # type: ignore[arg-type]
-    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        vocab_size = int(raw["vocab_size"])  # type: ignore[index]
+        return GPTConfig(
+            n_layer=int(raw["n_layer"]),  # type: ignore[index]
+            n_head=int(raw["n_head"]),  # type: ignore[index]
+            n_embd=int(raw["n_embd"]),  # type: ignore[index]
+            n_positions=int(raw["block_size"]),  # type: ignore[index]
+            vocab_size=GPT2_VOCAB if vocab_size == PADDED_VOCAB else vocab_size,
+        )
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} does not say which shape its model has (nanoGPT's 'model_args', build-nanogpt's 'config')."
+            f"{path} does not describe the shape of its model, which nanoGPT stores as "
+            "'model_args' and build-nanogpt as 'config'."
         ) from error
 
 
-def _pt_tensors(path: Path, checkpoint: dict[str, Any], config: GPTConfig) -> dict[str, Tensor]:
-    tensors, padded = {}, False
-    for name, tensor in checkpoint["model"].items():
-        name = name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod.")
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {name} is not a tensor.")
-        if name.endswith(
-            (".attn.bias", ".attn.masked_bias")
-        ):  # the causal mask, kept by versions without flash attention
-            continue
-        if name in ("transformer.wte.weight", "lm_head.weight") and (
-            len(tensor),
-            config.vocab_size,
-        ) == (PADDED_VOCAB, GPT2_VOCAB):
-            tensor = tensor[:GPT2_VOCAB]
-            padded = True
-        tensors[name] = (
-            tensor.t().contiguous() if name.endswith(MATRICES) and tensor.ndim == 2 else tensor
-        )
-    args = checkpoint.get("model_args")
-    if args is not None:
-        log.info(
-            f"{path.name}: nanoGPT trains with the exact GELU and GPT-2 has the tanh form; they are up to 4.7e-4 apart"
-        )
-        if args.get("bias") is False:
-            log.info(
-                f"{path.name}: trained without biases; they are zeros now, which computes the same"
-            )
-            _add_zero_biases(tensors, config)
-    if padded:
-        log.info(
-            f"{path.name}: rows of the vocabulary behind {GPT2_VOCAB:,} are padding and left out"
-        )
-    return tensors
+def _without_wrappers(name: str) -> str:
+    """Remove the prefixes that torch.compile and DistributedDataParallel add, in either order."""
+    return name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod.")
 
 
-def _add_zero_biases(tensors: dict[str, Tensor], config: GPTConfig) -> None:
-    C = config.n_embd
-    widths = {
-        "ln_1": C,
-        "ln_2": C,
-        "attn.c_attn": 3 * C,
-        "attn.c_proj": C,
-        "mlp.c_fc": 4 * C,
-        "mlp.c_proj": C,
-    }
-    names = {
-        f"transformer.h.{i}.{part}.bias": n
-        for i in range(config.n_layer)
-        for part, n in widths.items()
-    }
-    for name, n in (names | {"transformer.ln_f.bias": C}).items():
-        tensors.setdefault(name, torch.zeros(n))
+def _add_zero_biases(tensors: dict[str, Tensor]) -> None:
+    """Add a bias of zeros for every matrix and every LayerNorm that has none."""
+    for name, weight in list(tensors.items()):
+        if name.startswith(("transformer.h.", "transformer.ln_f.")):
+            bias = name.replace(".weight", ".bias")
+            tensors.setdefault(bias, torch.zeros(weight.shape[-1:]))

@@ -1,183 +1,289 @@
-"""Read a TensorFlow checkpoint (`model.ckpt.index` and its data files) without TensorFlow, every checksum checked.
+"""Read OpenAI's original release of GPT-2, a TensorFlow checkpoint, without TensorFlow.
 
-    tensors = read(Path("models/124M/model.ckpt"))          # {"model/wte": array (50257, 768), ...}
+    config = read_config(Path("models/124M"))
+    tensors = read_tensors(Path("models/124M"))             # {"transformer.wte.weight": ..., ...}
+    arrays = read_arrays(Path("models/124M/model.ckpt"))    # {"model/wte": array (50257, 768), ...}
 
-The format: the index is a sorted string table (LevelDB's: blocks of prefix-compressed keys, a footer that points to the block of blocks)
-whose values are protocol buffers that say where in which data file a tensor lies. Only whole float tensors, as OpenAI released them.
-Sources: tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto, google/leveldb doc/table_format.md.
+The release is a folder with `hparams.json` and a TensorFlow checkpoint, which is an index
+(`model.ckpt.index`) and data files. The index is a sorted table in LevelDB's format: blocks of
+prefix-compressed keys, and a footer that points to a block that lists the blocks. Its values are
+protocol buffers that say where in which data file a tensor lies. Every checksum is verified. Only
+whole floating-point tensors are supported, which is what OpenAI released.
+
+Sources: tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto,
+google/leveldb doc/table_format.md.
 """
 
+import functools
+import io
+import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from anew.config.schema import GPTConfig
 from anew.errors import UserError
 
-MAGIC = 0xDB4775248B80FB57
-DTYPES = {1: "<f4", 14: "bf16", 19: "<f2"}  # tensorflow/core/framework/types.proto
-LANES = 4096
+# Substitutions that turn OpenAI's name of a parameter into ours, applied in order:
+# model/h0/attn/c_attn/w -> transformer.h.0.attn.c_attn.weight, model/wte -> transformer.wte.weight.
+RENAMING = [
+    (r"^(model/)?", "transformer/"),
+    (r"/h(\d+)/", r"/h/\1/"),
+    (r"^(transformer/\w+)$", r"\1/w"),  # wte and wpe
+    (r"/[wg]$", "/weight"),
+    (r"/b$", "/bias"),
+    (r"/", "."),
+]
+# Our name of a size -> the name in hparams.json.
+HPARAMS = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_positions": "n_ctx",
+    "vocab_size": "n_vocab",
+}
+
+TABLE_MAGIC = 0xDB4775248B80FB57
+FOOTER_BYTES = 48
+# Numbers of the fields of BundleHeaderProto, BundleEntryProto, TensorShapeProto and its dimensions.
+N_SHARDS = 1
+DTYPE, SHAPE, SHARD, OFFSET, SIZE, CHECKSUM, SLICES = range(1, 8)
+DIMENSION = 2
+LENGTH = 1
+# TensorFlow's numbers of its types (tensorflow/core/framework/types.proto) -> numpy's. numpy has no
+# bf16, which is read as the upper half of fp32.
+FLOAT_TYPES = {1: "<f4", 14: "<u2", 19: "<f2"}
+BF16 = 14
+
+CRC32C_POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
+CRC_PARTS = 4096
 
 
-class _BadError(ValueError):
-    pass
+def is_release(path: Path) -> bool:
+    """Return whether `path` is a folder in the format of OpenAI's release."""
+    return (path / "hparams.json").is_file()
 
 
-def read(prefix: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint by its TensorFlow name. A damaged or foreign file is a UserError."""
+def read_config(path: Path) -> GPTConfig:
+    """Return the sizes of the model in the release folder `path`."""
+    try:
+        hparams = json.loads((path / "hparams.json").read_text(encoding="utf-8"))
+        sizes = {ours: int(hparams[theirs]) for ours, theirs in HPARAMS.items()}
+        return GPTConfig(**sizes)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}/hparams.json does not describe a GPT-2 ({error!r}).") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of the release folder `path` under our names; matrices are (in, out)."""
+    tensors = {}
+    for name, array in read_arrays(path / "model.ckpt").items():
+        # Matrices are stored as convolutions of width 1: (1, in, out).
+        matrix = array.squeeze(0) if array.ndim == 3 else array
+        tensors[_our_name(name)] = torch.from_numpy(matrix)
+    return tensors
+
+
+def _our_name(name: str) -> str:
+    for pattern, replacement in RENAMING:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def read_arrays(prefix: Path) -> dict[str, np.ndarray]:
+    """Return every tensor of a TensorFlow checkpoint, as fp32, under its TensorFlow name.
+
+    Raises UserError if the checkpoint is damaged or in another format.
+    """
     index = prefix.with_name(prefix.name + ".index")
     try:
-        return dict(_tensors(prefix, index.read_bytes()))
-    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
-        raise UserError(
-            f"the TensorFlow checkpoint {index} cannot be read ({error or type(error).__name__})."
-        ) from error
+        entries = dict(_read_table(index.read_bytes()))
+        header = dict(_read_message(entries.pop(b"")))
+        n_shards = header.get(N_SHARDS, 1)
+
+        @functools.cache
+        def shard(number: int) -> np.ndarray:
+            path = prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{n_shards:05d}")
+            # Copy-on-write, because torch.from_numpy warns about arrays that are not writable.
+            return np.memmap(path, np.uint8, mode="c")
+
+        arrays = {}
+        for key, value in entries.items():
+            name = key.decode()
+            entry = dict(_read_message(value))
+            arrays[name] = _read_array(name, entry, shard(entry.get(SHARD, 0)))
+        return arrays
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, struct.error) as error:
+        raise UserError(f"the TensorFlow checkpoint {index} cannot be read ({error}).") from error
 
 
-def _tensors(prefix: Path, index: bytes) -> Iterator[tuple[str, np.ndarray]]:
-    if len(index) < 48 or struct.unpack("<Q", index[-8:])[0] != MAGIC:
-        raise _BadError("it is no table of tensors")
-    footer = _varints(index[-48:-8], 4)
-    shards: dict[int, np.ndarray] = {}
-    n_shards = 0
-    for _, handle in _block(index, footer[2], footer[3]):
-        offset, size = _varints(handle, 2)
-        for key, value in _block(index, offset, size):
-            fields = dict(_message(value))
-            if key == b"":
-                n_shards = int(fields.get(1, 1))
-                continue
-            shard = int(fields.get(3, 0))
-            if shard not in shards:
-                path = prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{n_shards:05d}")
-                shards[shard] = np.memmap(
-                    path, np.uint8, mode="c"
-                )  # writable in memory only, so that tensors may be made of it
-            yield key.decode(), _tensor(key.decode(), fields, shards[shard])
+def _read_array(name: str, entry: dict[int, Any], shard: np.ndarray) -> np.ndarray:
+    """Return the tensor that an entry of the index describes, as fp32."""
+    dtype = entry.get(DTYPE, 0)
+    if dtype not in FLOAT_TYPES or SLICES in entry:
+        raise ValueError(f"{name} is not a whole floating-point tensor")
+    shape = [
+        dict(_read_message(dimension)).get(LENGTH, 0)
+        for field, dimension in _read_message(entry.get(SHAPE, b""))
+        if field == DIMENSION
+    ]
+    offset = entry.get(OFFSET, 0)
+    size = entry.get(SIZE, 0)
+    content = shard[offset : offset + size]
+    stored_type = np.dtype(FLOAT_TYPES[dtype])
+    if len(content) != size or size != stored_type.itemsize * np.prod(shape, dtype=np.int64):
+        raise ValueError(f"{name} is truncated")
+    if _masked(crc32c(content)) != entry.get(CHECKSUM):
+        raise ValueError(f"{name} is damaged: its checksum differs")
+    values = content.view(stored_type)
+    if dtype == BF16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False).reshape(shape)
 
 
-def _tensor(name: str, fields: dict[int, Any], data: np.ndarray) -> np.ndarray:
-    dtype = DTYPES.get(fields.get(1, 0))
-    if dtype is None or 7 in fields:
-        raise _BadError(f"{name} is not a whole float tensor")
-    shape: list[int] = []
-    for field, dimension in _message(fields.get(2, b"")):
-        if field == 2:
-            shape.append(dict(_message(dimension)).get(1, 0))
-    offset, size = int(fields.get(4, 0)), int(fields.get(5, 0))
-    content = data[offset : offset + size]
-    width = 4 if dtype == "<f4" else 2
-    if len(content) != size or size != width * int(np.prod(shape, dtype=np.int64)):
-        raise _BadError(f"{name} is cut short")
-    if _masked(crc32c(content)) != fields.get(6):
-        raise _BadError(f"{name} is damaged: its checksum differs")
-    if dtype == "bf16":
-        return (content.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    return content.view(dtype).astype(np.float32, copy=False).reshape(shape)
+# --- LevelDB's table and protocol buffers ---------------------------------------------------------
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+def _read_table(table: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the keys and values of a table, in order."""
+    footer = table[-FOOTER_BYTES:]
+    if len(footer) < FOOTER_BYTES or struct.unpack("<Q", footer[-8:])[0] != TABLE_MAGIC:
+        raise ValueError("it is not a table of tensors")
+    stream = io.BytesIO(footer)
+    _read_handle(stream)  # the meta index, which TensorFlow does not use
+    for _, handle in _read_block(table, *_read_handle(stream)):
+        yield from _read_block(table, *_read_handle(io.BytesIO(handle)))
 
 
-def _varints(data: bytes, count: int) -> list[int]:
-    values, at = [], 0
-    for _ in range(count):
-        value, at = _varint(data, at)
-        values.append(value)
-    return values
+def _read_handle(stream: BinaryIO) -> tuple[int, int]:
+    """Return the offset and the size of a block."""
+    return _read_varint(stream), _read_varint(stream)
 
 
-def _message(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer: (number, value)."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        value: Any
-        if kind == 0:
-            value, at = _varint(data, at)
-        elif kind == 2:
-            size, at = _varint(data, at)
-            value, at = data[at : at + size], at + size
-        elif kind == 5:
-            value, at = struct.unpack("<I", data[at : at + 4])[0], at + 4
+def _read_block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the keys and values of one block.
+
+    After the block come one byte for the compression and the checksum of both. A block is a list of
+    entries, offsets of some entries ("restart points", not needed here) and their number. Each key
+    is stored as the number of bytes that it shares with the key before, and the other bytes.
+    """
+    end = offset + size
+    block = table[offset:end]
+    compression, checksum = struct.unpack("<BI", table[end : end + 5])
+    if compression != 0:
+        raise ValueError("its index is compressed, which TensorFlow's checkpoints are not")
+    if _masked(crc32c(block + bytes([compression]))) != checksum:
+        raise ValueError("its index is damaged: a checksum differs")
+    n_restarts = struct.unpack("<I", block[-4:])[0]
+    end_of_entries = len(block) - 4 * (n_restarts + 1)
+    stream = io.BytesIO(block)
+    key = b""
+    while stream.tell() < end_of_entries:
+        n_shared = _read_varint(stream)
+        n_other = _read_varint(stream)
+        n_value = _read_varint(stream)
+        key = key[:n_shared] + stream.read(n_other)
+        yield key, stream.read(n_value)
+
+
+def _read_message(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each field of a protocol buffer."""
+    stream = io.BytesIO(message)
+    while stream.tell() < len(message):
+        tag = _read_varint(stream)
+        wire_type = tag & 7
+        value: int | bytes
+        if wire_type == 0:
+            value = _read_varint(stream)
+        elif wire_type == 2:
+            value = stream.read(_read_varint(stream))
+        elif wire_type == 5:
+            value = struct.unpack("<I", stream.read(4))[0]
         else:
-            raise _BadError("an entry has an unknown kind of field")
+            raise ValueError("an entry has a field of an unknown type")
         yield tag >> 3, value
 
 
-def _block(index: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of one block: each key is given as what it shares with the one before and the rest."""
-    block, trailer = index[offset : offset + size], index[offset + size : offset + size + 5]
-    if trailer[0] != 0:
-        raise _BadError("its index is compressed, which TensorFlow's checkpoints are not")
-    if _masked(crc32c(block + trailer[:1])) != struct.unpack("<I", trailer[1:])[0]:
-        raise _BadError("its index is damaged: a checksum differs")
-    end = len(block) - 4 * (
-        struct.unpack("<I", block[-4:])[0] + 1
-    )  # the restart points behind the entries
-    at, key = 0, b""
-    while at < end:
-        shared, at = _varint(block, at)
-        rest, at = _varint(block, at)
-        length, at = _varint(block, at)
-        key = key[:shared] + block[at : at + rest]
-        yield key, block[at + rest : at + rest + length]
-        at += rest + length
+def _read_varint(stream: BinaryIO) -> int:
+    """Read an integer: seven bits a byte, lowest first; the highest bit is 0 in the last byte."""
+    value = 0
+    shift = 0
+    while True:
+        byte = stream.read(1)[0]
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value
 
 
-def _table() -> np.ndarray:
-    table: np.ndarray = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> 1) ^ np.where(
-            table & 1, np.uint32(0x82F63B78), np.uint32(0)
-        )  # Castagnoli's polynomial, reflected
-    return table
-
-
-TABLE = _table()
+# --- Checksums ------------------------------------------------------------------------------------
 
 
 def crc32c(data: bytes | np.ndarray) -> int:
-    """CRC-32C of `data`, on 4,096 stretches of it at once, which are then joined: a CRC is linear over GF(2).
+    """Return the CRC-32C of `data`.
 
-    32 more lanes carry one bit each through as many zero bytes: what a register becomes while the next stretch is read.
+    One byte after another would take minutes for 500 MB in Python. So the data is cut into
+    CRC_PARTS parts of equal length, which are processed at the same time; bytes that are left over
+    are processed one after another.
     """
-    length = len(data) // LANES
-    lanes = (
-        np.frombuffer(data[: length * LANES], np.uint8).reshape(LANES, length).T
-        if length
-        else np.empty((0, LANES), np.uint8)
-    )
-    state = np.concatenate(
-        [np.zeros(LANES, np.uint32), np.uint32(1) << np.arange(32, dtype=np.uint32)]
-    )
-    column = np.zeros(LANES + 32, np.uint32)
-    for row in np.ascontiguousarray(lanes):
-        column[:LANES] = row
-        state = TABLE[(state ^ column) & 255] ^ (state >> 8)
-    images = state[LANES:].tolist()
+    length = len(data) // CRC_PARTS
+    end_of_parts = length * CRC_PARTS
     register = 0xFFFFFFFF
-    for lane in state[:LANES].tolist() if length else ():
-        moved = 0
-        for bit in range(32):
-            if register >> bit & 1:
-                moved ^= images[bit]
-        register = moved ^ lane
-    for byte in bytes(data[length * LANES :]):
-        register = int(TABLE[(register ^ byte) & 255]) ^ (register >> 8)
+    if length > 0:
+        parts = np.frombuffer(data[:end_of_parts], np.uint8).reshape(CRC_PARTS, length)
+        register = _crc_of_parts(register, parts)
+    table = _crc_table().tolist()
+    for byte in bytes(data[end_of_parts:]):
+        register = table[(register ^ byte) & 255] ^ (register >> 8)
     return register ^ 0xFFFFFFFF
 
 
+def _crc_of_parts(register: int, parts: np.ndarray) -> int:
+    """Return the CRC register after `parts`, uint8 (parts, length).
+
+    A CRC is linear over GF(2). So the register after a part is the XOR of two: the register that
+    the part gives from zero, and what the register before the part becomes by reading as many zero
+    bytes. The latter is the XOR of what its single bits become, which 32 further registers compute.
+    """
+    table = _crc_table()
+    n_parts = len(parts)
+    single_bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    registers = np.concatenate([np.zeros(n_parts, np.uint32), single_bits])
+    next_bytes = np.zeros(n_parts + 32, np.uint32)
+    for column in np.ascontiguousarray(parts.T):
+        next_bytes[:n_parts] = column
+        registers = table[(registers ^ next_bytes) & 255] ^ (registers >> 8)
+    after_parts = registers[:n_parts].tolist()
+    after_bits = registers[n_parts:].tolist()
+    for after_part in after_parts:
+        moved = 0
+        for bit in range(32):
+            if register >> bit & 1:
+                moved ^= after_bits[bit]
+        register = moved ^ after_part
+    return register
+
+
+@functools.cache
+def _crc_table() -> np.ndarray:
+    """Return what each value of the lowest byte adds to the register, uint32 (256)."""
+    table: np.ndarray = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        is_odd = table & 1
+        table = (table >> 1) ^ (is_odd * np.uint32(CRC32C_POLYNOMIAL))
+    return table
+
+
 def _masked(crc: int) -> int:
-    """A CRC as it is stored beside data that may itself hold CRCs."""
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    """Return a CRC as TensorFlow stores it: rotated and with a constant added.
+
+    Stored data may contain CRCs itself, and the CRC of data with its own CRC is a weak checksum.
+    """
+    rotated = (crc >> 15) | (crc << 17)
+    return (rotated + 0xA282EAD8) & 0xFFFFFFFF
