@@ -359,7 +359,7 @@ def test_evaluate_prints_a_table_and_one_json_line(
         "--json",
     )
     assert json.loads(again[1].splitlines()[-1])["tasks"] == result["tasks"]
-    assert "20 of them kept from before" in again[2]
+    assert "20 of them kept from an earlier evaluation" in again[2]
     rows = [
         json.loads(line) for line in (model / "evaluations.jsonl").read_text().splitlines() if line
     ]
@@ -397,7 +397,7 @@ def test_all_tasks_say_which_could_not_be_run(
     ("--task nothing", "there is no task 'nothing'"), ("--task ptb", "task ptb no longer exists"), ("--task ,", "names no task"), ("--task val --limit -1", "must be 0 or above"),
     ("--file {passages}", "--file is the data of one task"), ("--task lambada --stride 4", "--stride is for tasks of running text"),
     ("--task harness:x --fresh", "tasks of the harness take neither"), ("--task lambada --file nowhere", "does not exist"),
-    ("--task wikitext2 --file {passages} --against {other}", "figures a token cannot be compared"),
+    ("--task wikitext2 --file {passages} --against {other}", "figures per token cannot be compared"),
 ])  # fmt: skip
 def test_wishes_that_evaluate_refuses(
     capsys: pytest.CaptureFixture[str],
@@ -435,7 +435,7 @@ def test_val_is_the_text_of_the_run_and_no_other(
     shutil.copytree(newest, stray)
     code, _, err = run(capsys, "evaluate", stray, "--task", "val")
     assert code == 2
-    assert "nobody knows its validation text" in err
+    assert "its validation text is not known" in err
     story = tmp_path / "changed.txt"
     story.write_text(Path(tiny.data.data).read_text())
     train(tiny.override(data=str(story), out=str(tmp_path / "changed")))

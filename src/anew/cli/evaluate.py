@@ -1,5 +1,6 @@
-"""`anew evaluate MODEL`: every task, beside what was published for GPT-2 of the same size."""
+"""`anew evaluate MODEL`: score a model in tasks, beside the published figures of GPT-2."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -13,28 +14,35 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from anew.checkpoint import huggingface as weights
+from anew.checkpoint import huggingface
 from anew.config.schema import Config
 from anew.data.dataset import open_data
-from anew.distributed import rendezvous as parallel
-from anew.distributed.world import World
+from anew.distributed.world import World, joined
 from anew.errors import UserError
-from anew.evaluate import runner
 from anew.evaluate.published import Comparison, compare, size_of
-from anew.evaluate.tasks.corpora import Corpus
-from anew.evaluate.tasks.table import REMOVED_TASKS, TASKS, Validation, with_stride
+from anew.evaluate.runner import Progress, Report, compile_blocks, evaluation_key, run
+from anew.evaluate.tasks.table import TASKS, removed_task
 from anew.evaluate.tasks.task import Example, Task
+from anew.evaluate.tasks.validation import Validation
+from anew.evaluate.tasks.wikitext import WikiText
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils import device as runtime
+from anew.utils.device import DTYPES, MATMUL, pick_device, pick_precision
 from anew.utils.files import cache_folder
 
 log = logging.getLogger("anew")
 
+HARNESS = "harness:"  # the prefix of tasks of lm-evaluation-harness
+TASK_NAMES = f"val, {', '.join(TASKS)}"
+STRIDE_TASKS = [name for name, task in TASKS.items() if isinstance(task, WikiText)]
+
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Measure a model, beside GPT-2's published figures. Example: anew evaluate gpt2 --task hellaswag,lambada --precision bf16"""
+    """Score a model in tasks, beside the published figures of GPT-2.
+
+    Example: anew evaluate gpt2 --task hellaswag,lambada --precision bf16
+    """
 
     model: Annotated[
         str,
@@ -43,42 +51,48 @@ class EvaluateArgs:
     ]
     task: Annotated[
         str,
-        tyro.conf.arg(
-            help=f"all, or some of val, {', '.join(TASKS)}, harness:NAME; separated by commas"
-        ),
+        tyro.conf.arg(help=f"all, or some of {TASK_NAMES}, harness:NAME; separated by commas"),
     ] = "all"
     file: Annotated[
-        str, tyro.conf.arg(help="read the task's data from this file (val: from this data folder)")
+        str,
+        tyro.conf.arg(help="read the task's data from this file (val: from this data folder)"),
     ] = ""
-    limit: Annotated[int, tyro.conf.arg(help="only the first N examples of each task; 0: all")] = 0
+    limit: Annotated[
+        int,
+        tyro.conf.arg(help="score only the first N examples of each task; 0: all"),
+    ] = 0
     stride: Annotated[
         int,
         tyro.conf.arg(
-            help="running text: predict N tokens a window behind full context; 0: whole windows"
+            help=f"{', '.join(STRIDE_TASKS)}: tokens predicted per window, behind as much context as "
+            "fits; 0: as many tokens as fit"
         ),
     ] = 0
     against: Annotated[
-        str, tyro.conf.arg(help="score this model too, on the same examples, e.g. gpt2")
+        str,
+        tyro.conf.arg(help="score this model too, on the same examples, e.g. gpt2"),
     ] = ""
     precision: Annotated[
         Literal["auto", "fp32", "tf32", "bf16", "fp16"],
-        tyro.conf.arg(help="fp32 for verdicts; bf16 is several times faster"),
+        tyro.conf.arg(help="verdicts need fp32; bf16 is several times faster"),
     ] = "fp32"
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps", "xpu"],
         tyro.conf.arg(help="auto: the accelerator that torch finds, else cpu"),
     ] = "auto"
     fresh: Annotated[
-        bool, tyro.conf.arg(help="score everything again, also what an earlier evaluation has kept")
+        bool,
+        tyro.conf.arg(help="score all examples again; do not use results of earlier evaluations"),
     ] = False
     json: Annotated[
-        bool, tyro.conf.arg(help="the last line of standard output is one JSON object")
+        bool,
+        tyro.conf.arg(help="print one JSON object as the last line of standard output"),
     ] = False
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to evaluate and what identifies it."""
+    """A model to evaluate."""
 
     name: str
     path: Path
@@ -87,215 +101,246 @@ class Subject:
     sha256: str
 
 
-def run_evaluate(argv: list[str]) -> None:
-    """Measure a model on HellaSwag, LAMBADA, WikiText and more, beside GPT-2's published figures."""
-    a = tyro.cli(EvaluateArgs, args=argv, prog="anew evaluate")
-    names = _names(a)
-    with parallel.joined() as world:
-        device = runtime.pick_device(a.device)
-        precision, _ = runtime.pick_precision(a.precision, device)
-        torch.set_float32_matmul_precision(runtime.MATMUL[precision])
-        subject = _subject(a.model, device, precision)
-        against = _subject(a.against, device, precision) if a.against else None
-        if against and against.tokenizer.name != subject.tokenizer.name:
-            raise UserError(f"{a.against} has the tokenizer {against.tokenizer.name} and {a.model} has {subject.tokenizer.name}; figures a "
-                            "token cannot be compared.")  # fmt: skip
-        outcome: dict[str, Any] = {
-            "model": a.model, "precision": precision, "device": device.type, "limit": a.limit, "stride": a.stride, "file": a.file,
-            "tasks": {}, "against": {}, "comparisons": [], "not_run": {},
-        }  # fmt: skip
-        lines: list[list[str]] = []
-        for name in names:
-            if name.startswith("harness:"):
-                from anew.evaluate.harness import run_harness  # lm-eval is an extra
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: its settings, its models and what it has found."""
 
-                found = run_harness(
-                    subject.model, subject.tokenizer, name.removeprefix("harness:"), a.limit, world
-                )
-                outcome["tasks"][name] = found
-                lines += [
-                    [name, figure, _show(value), "", "", ""] for figure, value in found.items()
-                ]
-                continue
-            opened, problem = _open_everywhere(name, a, subject, against, world)
-            if opened is None:
-                if a.task != "all":
-                    raise UserError(problem)
-                outcome["not_run"][name] = problem
-                continue
-            task, examples = opened
-            report = _report(task, examples, subject, precision, device, world, a.fresh)
-            outcome["tasks"][name] = {**report.figures, "examples": report.examples}
-            theirs = (
-                _report(task, examples, against, precision, device, world, a.fresh)
-                if against
-                else None
-            )
-            if theirs:
-                outcome["against"][name] = theirs.figures
-            whole = precision == "fp32" and task.is_whole(examples)
-            compared = compare(
-                name, report.figures, size_of(subject.model.config), report.examples, whole
-            )
-            outcome["comparisons"] += [_as_json(c) for c in compared]
-            lines += _lines(name, report, theirs, compared)
+    args: EvaluateArgs
+    world: World
+    device: torch.device
+    precision: str
+    subject: Subject
+    against: Subject | None
+    outcome: dict[str, Any]  # what --json prints
+    table_rows: list[list[str]]
+
+    @property
+    def size(self) -> str | None:
+        """Return which of GPT-2's sizes the model has, such as "124M", or None."""
+        return size_of(self.subject.model.config)
+
+
+def run_evaluate(argv: list[str]) -> None:
+    """Score a model in HellaSwag, LAMBADA and WikiText, beside GPT-2's published figures."""
+    args = tyro.cli(EvaluateArgs, args=argv, prog="anew evaluate")
+    names = _task_names(args)
+    with joined() as world:
+        evaluation = _open_models(args, world)
+        for name in names:
+            if name.startswith(HARNESS):
+                _run_harness_task(evaluation, name)
+            else:
+                _run_task(evaluation, name)
+        outcome = evaluation.outcome
         if not outcome["tasks"]:
             raise UserError("no task could be run: " + " ".join(outcome["not_run"].values()))
         if world.rank == 0:
-            _print(outcome, lines, size_of(subject.model.config), a.against)
-            if a.json:
+            _print(evaluation)
+            if args.json:
                 print(json.dumps(outcome))
-            _remember(subject, outcome)
+            _append_to_run(evaluation)
 
 
-def _names(a: EvaluateArgs) -> list[str]:
-    """The tasks asked for; settings that none of them would heed are refused."""
-    names = ["val", *TASKS] if a.task == "all" else [name for name in a.task.split(",") if name]
+def _task_names(args: EvaluateArgs) -> list[str]:
+    """Return the tasks asked for. Flags that none of them uses are refused."""
+    names = [name for name in args.task.split(",") if name]
+    if args.task == "all":
+        names = ["val", *TASKS]
     for name in names:
-        if name in REMOVED_TASKS:
-            raise UserError(REMOVED_TASKS[name])
-        if name not in {"val", *TASKS} and not name.startswith("harness:"):
-            raise UserError(
-                f"there is no task '{name}'; choose all, val, {', '.join(TASKS)} or harness:NAME."
-            )
+        if sentence := removed_task(name):
+            raise UserError(sentence)
+        if name != "val" and name not in TASKS and not name.startswith(HARNESS):
+            raise UserError(f"there is no task '{name}'; choose all, {TASK_NAMES} or harness:NAME.")
     if not names:
         raise UserError("--task names no task.")
-    if a.limit < 0 or a.stride < 0:
+    if args.limit < 0 or args.stride < 0:
         raise UserError("--limit and --stride must be 0 or above.")
-    if a.file and len(names) > 1:
+    if args.file and len(names) > 1:
         raise UserError("--file is the data of one task; name that one with --task.")
-    if a.stride and not any(isinstance(TASKS.get(name), Corpus) for name in names):
-        raise UserError(
-            f"--stride is for tasks of running text: {', '.join(n for n, t in TASKS.items() if isinstance(t, Corpus))}."
-        )
-    if any(name.startswith("harness:") for name in names) and (
-        a.file or a.stride or a.against or a.fresh
-    ):
+    if args.stride and not set(names) & set(STRIDE_TASKS):
+        raise UserError(f"--stride is for tasks of running text: {', '.join(STRIDE_TASKS)}.")
+    has_harness_task = any(name.startswith(HARNESS) for name in names)
+    if has_harness_task and (args.file or args.stride or args.against or args.fresh):
         raise UserError(
             "tasks of the harness take neither --file, --stride, --against nor --fresh."
         )
     return names
 
 
-def _subject(name: str, device: torch.device, precision: str) -> Subject:
-    path = weights.find(name).resolve()
-    model = weights.load_model(path, device, runtime.DTYPES[precision])
-    return Subject(
-        name, path, model, Tokenizer.of_model(path, model.config.vocab_size), weights.sha256(path)
-    )
-
-
-def _open_everywhere(
-    name: str, a: EvaluateArgs, subject: Subject, against: Subject | None, world: World
-) -> tuple[tuple[Task, list[Example]] | None, str]:
-    """The task and its examples in every process, or in none, and why. Rank 0 goes first: what it fetches or prepares, the others find."""
-    opened: tuple[Task, list[Example]] | None = None
-    problem = ""
-    for turn in (True, False):
-        if turn == (world.rank == 0):
-            try:
-                opened = _open(name, a, subject, against)
-            except UserError as error:
-                problem = str(error)
-        if problems := [p for p in world.gather(problem) if p]:
-            return None, problems[0]
-    return opened, ""
-
-
-def _open(
-    name: str, a: EvaluateArgs, subject: Subject, against: Subject | None
-) -> tuple[Task, list[Example]]:
-    """The task and its examples, which fit both models."""
-    positions = min(s.model.config.n_positions for s in (subject, against or subject))
-    if name == "val":
-        task: Task = _validation(a.file, subject)
-        path = Path()
-    else:
-        task = with_stride(TASKS[name], a.stride)
-        path = task.fetch(a.file)
-    return task, task.examples(path, subject.tokenizer, positions)[: a.limit or None]
-
-
-def _validation(file: str, subject: Subject) -> Validation:
-    """The validation split of the data folder `file`, else of what the model's run was trained on."""
-    run = _run_of(subject.path)
-    if not file and run is None:
+def _open_models(args: EvaluateArgs, world: World) -> Evaluation:
+    """Load the models onto the device."""
+    device = pick_device(args.device)
+    precision, _ = pick_precision(args.precision, device)
+    torch.set_float32_matmul_precision(MATMUL[precision])
+    subject = _load(args.model, device, precision)
+    against = _load(args.against, device, precision) if args.against else None
+    if against is not None and against.tokenizer.name != subject.tokenizer.name:
         raise UserError(
-            f"{subject.name} is not a run, so nobody knows its validation text; name a data folder with --task val --file DIR."
+            f"{args.against} has the tokenizer {against.tokenizer.name} and {args.model} has "
+            f"{subject.tokenizer.name}; figures per token cannot be compared."
         )
-    config = Config.read(run / "config.json") if run else Config()
-    learnt = not file and config.data.tokenizer.startswith(
-        "train:"
-    )  # then the prepared text is found under that name
-    folder = open_data(
-        file or config.data.data, config.data.tokenizer if learnt else subject.tokenizer
+    outcome = {
+        "model": args.model,
+        "precision": precision,
+        "device": device.type,
+        "limit": args.limit,
+        "stride": args.stride,
+        "file": args.file,
+        "tasks": {},
+        "against": {},
+        "comparisons": [],
+        "not_run": {},
+    }
+    return Evaluation(args, world, device, precision, subject, against, outcome, table_rows=[])
+
+
+def _load(name: str, device: torch.device, precision: str) -> Subject:
+    path = huggingface.find(name).resolve()
+    model = huggingface.load_model(path, device, DTYPES[precision])
+    tokenizer = Tokenizer.of_model(path, model.config.vocab_size)
+    return Subject(name, path, model, tokenizer, huggingface.sha256(path))
+
+
+def _run_harness_task(evaluation: Evaluation, name: str) -> None:
+    """Run a task of lm-evaluation-harness and record its figures."""
+    from anew.evaluate.harness import run_harness  # needs an optional package
+
+    figures = run_harness(
+        evaluation.subject.model,
+        evaluation.subject.tokenizer,
+        name.removeprefix(HARNESS),
+        evaluation.args.limit,
+        evaluation.world,
     )
+    evaluation.outcome["tasks"][name] = figures
+    for figure, value in figures.items():
+        evaluation.table_rows.append([name, figure, _format(value), "", "", ""])
+
+
+def _run_task(evaluation: Evaluation, name: str) -> None:
+    """Run a task and record its figures, or why it cannot be run if all tasks are asked for."""
+    outcome = evaluation.outcome
+    try:
+        # Rank 0 opens the task first, so that the other ranks find what it downloads or prepares.
+        task, examples = evaluation.world.everywhere(
+            lambda: _open_task(evaluation, name), lambda world: world.rank == 0
+        )
+    except UserError as error:
+        if evaluation.args.task != "all":
+            raise
+        outcome["not_run"][name] = str(error)
+        return
+    report = _score(evaluation, evaluation.subject, task, examples)
+    outcome["tasks"][name] = {**report.figures, "examples": report.examples}
+    against_figures = None
+    if evaluation.against is not None:
+        against_figures = _score(evaluation, evaluation.against, task, examples).figures
+        outcome["against"][name] = against_figures
+    is_whole = evaluation.precision == "fp32" and task.is_whole(examples)
+    comparisons = compare(name, report.figures, evaluation.size, report.examples, is_whole)
+    outcome["comparisons"] += [_as_json(comparison) for comparison in comparisons]
+    evaluation.table_rows.extend(_table_rows(name, report.figures, against_figures, comparisons))
+
+
+def _open_task(evaluation: Evaluation, name: str) -> tuple[Task, list[Example]]:
+    """Return the task and its examples, which fit both models."""
+    args = evaluation.args
+    n_positions = evaluation.subject.model.config.n_positions
+    if evaluation.against is not None:
+        n_positions = min(n_positions, evaluation.against.model.config.n_positions)
+    path = Path()
+    if name == "val":
+        task: Task = _open_validation(args.file, evaluation.subject)
+    else:
+        task = TASKS[name]
+        path = task.fetch(args.file)
+        if isinstance(task, WikiText):
+            task = dataclasses.replace(task, stride=args.stride)
+    examples = task.examples(path, evaluation.subject.tokenizer, n_positions)
+    return task, examples[: args.limit or None]
+
+
+def _open_validation(file: str, subject: Subject) -> Validation:
+    """Return the validation split of the data folder `file`, or of the data of the model's run."""
+    run_folder = _run_folder(subject.path)
+    if not file and run_folder is None:
+        raise UserError(
+            f"{subject.name} is not a checkpoint of a run, so its validation text is not known; "
+            "name a data folder with --task val --file DIR."
+        )
+    config = Config.read(run_folder / "config.json") if run_folder else Config()
+    source = file or config.data.data
+    tokenizer: str | Tokenizer = subject.tokenizer
+    if not file and config.data.tokenizer.startswith("train:"):
+        # Data for a learned tokenizer is prepared, and found again, under this setting.
+        tokenizer = config.data.tokenizer
+    folder = open_data(source, tokenizer)
     if folder.tokenizer != subject.tokenizer.name:
         raise UserError(
-            f"{folder.path} has the tokenizer {folder.tokenizer}, and {subject.name} has {subject.tokenizer.name}."
+            f"{folder.path} has the tokenizer {folder.tokenizer}, and {subject.name} has "
+            f"{subject.tokenizer.name}; give data that was prepared for that one."
         )
-    if not file and (subject.path / "trainer.json").is_file():
-        trained_on = json.loads((subject.path / "trainer.json").read_text(encoding="utf-8"))[
-            "data_revision"
-        ]
+    trainer_file = subject.path / "trainer.json"
+    if not file and trainer_file.is_file():
+        trained_on = json.loads(trainer_file.read_text(encoding="utf-8"))["data_revision"]
         if trained_on != folder.identity:
             raise UserError(
-                f"the text in {config.data.data} is no longer the one that {subject.name} was trained on."
+                f"the text in {source} is no longer the one that {subject.name} was trained on."
             )
     return Validation(folder, config.data.seq_len, config.data.val_tokens)
 
 
-def _run_of(path: Path) -> Path | None:
-    """The run folder that a checkpoint stands in."""
-    run = path.parent.parent
-    return run if path.parent.name == "checkpoints" and (run / "config.json").is_file() else None
+def _run_folder(checkpoint: Path) -> Path | None:
+    """Return the run folder that a checkpoint is in, if it is in one."""
+    folder = checkpoint.parent.parent
+    if checkpoint.parent.name == "checkpoints" and (folder / "config.json").is_file():
+        return folder
+    return None
 
 
-def _report(
-    task: Task,
-    examples: list[Example],
-    subject: Subject,
-    precision: str,
-    device: torch.device,
-    world: World,
-    fresh: bool,
-) -> runner.Report:
-    kind = precision + " compiled" * runner.compile_blocks(subject.model, examples)
-    store = (
-        cache_folder()
-        / "evaluations"
-        / runner.key(task.name, subject.sha256, kind, device.type, examples)
-    )
-    if fresh and world.rank == 0:
+def _score(evaluation: Evaluation, subject: Subject, task: Task, examples: list[Example]) -> Report:
+    """Score examples, except those whose results are in the cache."""
+    world = evaluation.world
+    arithmetic = evaluation.precision
+    if compile_blocks(subject.model, examples):
+        arithmetic += " compiled"
+    key = evaluation_key(task.name, subject.sha256, arithmetic, evaluation.device.type, examples)
+    store = cache_folder() / "evaluations" / key
+    if evaluation.args.fresh and world.rank == 0:
         for path in store.glob("*.jsonl"):
             path.unlink()
-    world.gather(None)  # nobody reads what rank 0 may be removing
+    world.gather(None)  # wait, so that no rank reads a file that rank 0 removes
     with _progress(f"{task.name} {subject.name}"[:30], world) as progress:
-        report = runner.run(subject.model, task, examples, world, store, progress)
+        report = run(subject.model, task, examples, world, store, progress)
     if world.rank == 0:
-        kept = report.examples - report.scored
-        rate = f", {report.scored / report.seconds:.1f} a second" if report.scored else ""
-        log.info(
-            f"{task.name}: {report.examples:,} examples{rate}"
-            + (f", {kept:,} of them kept from before" if kept else "")
-        )
+        stored = report.examples - report.scored
+        line = f"{task.name}: {report.examples:,} examples"
+        if report.scored:
+            line += f", {report.scored / report.seconds:.1f} a second"
+        if stored:
+            line += f", {stored:,} of them kept from an earlier evaluation"
+        log.info(line)
     return report
 
 
 @contextmanager
-def _progress(title: str, world: World) -> Iterator[runner.Progress | None]:
-    """A bar on a terminal, a line every tenth elsewhere, nothing on other ranks."""
+def _progress(title: str, world: World) -> Iterator[Progress | None]:
+    """Give a function that shows progress: a bar on a terminal, else a line every tenth.
+
+    Ranks other than 0 show nothing.
+    """
     if world.rank != 0:
         yield None
-    elif sys.stderr.isatty():
+        return
+    if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
-            Progress,
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.progress import Progress as Bar
 
         columns = (
             TextColumn("{task.description}"),
@@ -303,115 +348,118 @@ def _progress(title: str, world: World) -> Iterator[runner.Progress | None]:
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title)
             yield lambda done, total: bar.update(task, completed=done, total=total)
-    else:
-        tenth = 0
+        return
+    shown_tenth = 0
 
-        def say(done: int, total: int) -> None:
-            nonlocal tenth
-            if 10 * done // total > tenth:
-                tenth = 10 * done // total
-                log.info(f"{title}: {done:,} of {total:,}")
+    def log_progress(done: int, total: int) -> None:
+        nonlocal shown_tenth
+        tenth = 10 * done // total
+        if tenth > shown_tenth:
+            shown_tenth = tenth
+            log.info(f"{title}: {done:,} of {total:,}")
 
-        yield say
+    yield log_progress
 
 
-def _lines(
-    name: str, report: runner.Report, theirs: runner.Report | None, compared: list[Comparison]
+def _table_rows(
+    name: str,
+    figures: dict[str, Any],
+    against: dict[str, Any] | None,
+    comparisons: list[Comparison],
 ) -> list[list[str]]:
-    published = {c.published.figure: c for c in compared}
-    lines: list[list[str]] = []
-    for figure, value in report.figures.items():
+    """Return a row for each figure that is a number. Only the first one has the task's name."""
+    published = {comparison.published.figure: comparison for comparison in comparisons}
+    rows: list[list[str]] = []
+    for figure, value in figures.items():
         if not isinstance(value, float):
             continue
-        beside = theirs.figures[figure] if theirs else None
-        c = published.get(figure)
-        lines.append(
-            [
-                name if not lines else "",
-                figure,
-                _show(value),
-                *([_show(beside)] if beside is not None else []),
-                *([_show(c.theirs), f"{c.ours - c.theirs:+.4g}", c.verdict] if c else ["", "", ""]),
-            ]
-        )
-    return lines
+        row = ["" if rows else name, figure, _format(value)]
+        if against is not None:
+            row.append(_format(against[figure]))
+        if figure in published:
+            found = published[figure]
+            difference = f"{found.ours - found.theirs:+.4g}"
+            row += [_format(found.theirs), difference, found.verdict]
+        else:
+            row += ["", "", ""]
+        rows.append(row)
+    return rows
 
 
-def _show(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
-def _as_json(c: Comparison) -> dict[str, Any]:
+def _as_json(comparison: Comparison) -> dict[str, Any]:
     return {
-        "task": c.published.task,
-        "figure": c.published.figure,
-        "ours": c.ours,
-        "published": c.theirs,
-        "allowed": c.allowed,
-        "verdict": c.verdict,
-        "source": c.published.source,
-        "note": c.published.note,
+        "task": comparison.published.task,
+        "figure": comparison.published.figure,
+        "ours": comparison.ours,
+        "published": comparison.theirs,
+        "allowed": comparison.allowed,
+        "verdict": comparison.verdict,
+        "source": comparison.published.source,
+        "note": comparison.published.note,
     }
 
 
-def _print(outcome: dict[str, Any], lines: list[list[str]], size: str | None, against: str) -> None:
+def _print(evaluation: Evaluation) -> None:
+    """Print the table of figures and the notes that belong to it."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=False)
-    table = Table(
-        box=None,
-        pad_edge=False,
-        title=f"{outcome['model']}, {outcome['precision']} on {outcome['device']}",
-        title_justify="left",
-    )
-    for heading in (
-        "task",
-        "figure",
-        "here",
-        *([against] if against else []),
-        f"GPT-2 {size}" if size else "published",
-        "differs",
-        "",
-    ):
-        table.add_column(
-            heading,
-            justify="left" if heading in ("task", "figure", "") else "right",
-            overflow="fold",
-        )
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    console.print(_table(evaluation))
+    outcome = evaluation.outcome
     for name, figures in outcome["tasks"].items():
         if "loss_by_position" in figures:
-            by_position = "  ".join(
-                f"{edge}+: {loss:.2f}" for edge, loss in figures["loss_by_position"].items()
-            )
+            losses = figures["loss_by_position"].items()
+            by_position = "  ".join(f"{edge}+: {loss:.2f}" for edge, loss in losses)
             console.print(f"{name}, loss by tokens seen: {by_position}")
-    for comparison in outcome["comparisons"]:
-        worse = comparison["allowed"]
-        rule = f"passes if at most {worse:.3g} worse" if worse is not None else "no verdict"
+    comparisons = outcome["comparisons"]
+    for comparison in comparisons:
+        rule = "no verdict"
+        if comparison["allowed"] is not None:
+            rule = f"passes if at most {comparison['allowed']:.3g} worse"
         note = f"; {comparison['note']}" if comparison["note"] else ""
-        console.print(
-            f"{comparison['task']} {comparison['figure']}: {comparison['source']}; {rule}{note}."
-        )
-    if outcome["comparisons"] and not any(c["verdict"] for c in outcome["comparisons"]):
+        figure = f"{comparison['task']} {comparison['figure']}"
+        console.print(f"{figure}: {comparison['source']}; {rule}{note}.")
+    if comparisons and not any(comparison["verdict"] for comparison in comparisons):
         console.print("Verdicts need --precision fp32 and the whole task as it was published.")
-    if size is None:
+    if evaluation.size is None:
         console.print("No GPT-2 of this shape was published, so there is nothing to pass or fail.")
     for name, reason in outcome["not_run"].items():
         console.print(f"{name} not run: {reason}")
 
 
-def _remember(subject: Subject, outcome: dict[str, Any]) -> None:
-    """A run keeps the evaluations of its checkpoints, for its model card and its report."""
-    run, step = _run_of(subject.path), re.fullmatch(r"step-(\d+)", subject.path.name)
-    if run is None or step is None:
+def _table(evaluation: Evaluation) -> Any:
+    """Return the figures as a table of rich."""
+    from rich.table import Table
+
+    args = evaluation.args
+    title = f"{args.model}, {evaluation.precision} on {evaluation.device.type}"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("figure", overflow="fold")
+    published = f"GPT-2 {evaluation.size}" if evaluation.size else "published"
+    against = [args.against] if args.against else []
+    for heading in ("here", *against, published, "differs"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("", overflow="fold")
+    for row in evaluation.table_rows:
+        table.add_row(*row)
+    return table
+
+
+def _append_to_run(evaluation: Evaluation) -> None:
+    """Record the evaluation of a run's checkpoint in the run, for its model card and report."""
+    path = evaluation.subject.path
+    run_folder = _run_folder(path)
+    step = re.fullmatch(r"step-(\d+)", path.name)
+    if run_folder is None or step is None:
         return
-    with (run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-        file.write(
-            "\n" + json.dumps({"step": int(step[1]), **outcome})
-        )  # behind what a killed writer may have left
+    line = json.dumps({"step": int(step[1]), **evaluation.outcome})
+    with (run_folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n" + line)  # a new line, because a killed process may have left half a line

@@ -1,1 +1,1 @@
-"""How good is a model: its loss on held-out text, and what it says, without disturbing its training."""
+"""Measure a model: its loss on held-out text and its figures in evaluation tasks."""

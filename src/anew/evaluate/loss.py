@@ -1,4 +1,10 @@
-"""Mean loss over fixed windows of text: the same figure on any device, at any batch, in any order of events."""
+"""Compute the mean loss of a model over fixed windows of text.
+
+    loss = mean_loss(model, shards, 1024, limit_tokens=1_000_000, dtype=torch.float32, batch=8)
+
+The windows depend on the text and `seq_len` alone, and the sum is made in their order. So the loss
+is the same for any number of ranks. Another device or batch size changes it by rounding only.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,17 +18,20 @@ from anew.distributed.world import ALONE, World
 from anew.errors import Preempted
 from anew.model.gpt import GPT
 
+MASKED = -100  # the target of tokens that are context only, which `evaluation_windows` sets
+
 
 @contextmanager
 def computing_in(model: GPT, dtype: torch.dtype) -> Iterator[None]:
-    """In evaluation mode and in `dtype` inside the block; afterwards as before."""
-    before, was_training = model.compute_dtype, model.training
+    """Put the model in evaluation mode and make it compute in `dtype`, until the block ends."""
+    dtype_before = model.compute_dtype
+    was_training = model.training
     model.compute_dtype = dtype
     model.eval()
     try:
         yield
     finally:
-        model.compute_dtype = before
+        model.compute_dtype = dtype_before
         model.train(was_training)
 
 
@@ -37,25 +46,30 @@ def mean_loss(
     world: World = ALONE,
     stop: threading.Event | None = None,
 ) -> float:
-    """Mean loss in nats a token over fixed windows (see `evaluation_windows`), summed in float64 and in their order.
+    """Return the mean loss in nats per token over the windows of `evaluation_windows`.
 
-    Ranks take the batches in turn, so any number of them finds the same. Interrupted, on all of them, if `stop` is set on one.
+    Batches of `batch` windows are divided over the ranks in turn, and their losses are summed in
+    float64. Raises Interrupted on every rank if `stop` is set on one of them.
     """
     device = model.transformer.wte.weight.device
-    mine: dict[int, tuple[float, int]] = {}
+    sums: dict[int, tuple[float, int]] = {}  # batch number -> sum of losses, tokens in the sum
+    batches = evaluation_windows(shards, seq_len, limit_tokens, batch)
     with computing_in(model, dtype):
-        for i, (ids, targets) in enumerate(
-            evaluation_windows(shards, seq_len, limit_tokens, batch)
-        ):
+        for number, (ids, targets) in enumerate(batches):
             if stop is not None and stop.is_set():
                 break
-            if i % world.size == world.rank:
-                scored = int((targets != -100).sum())
-                loss = model(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
-                mine[i] = loss.item() * scored, scored
-    shares = world.gather((mine, stop is not None and stop.is_set()))
-    if any(stopped for _, stopped in shares):
-        raise Preempted("the evaluation was stopped")
-    everywhere = {i: part for share, _ in shares for i, part in share.items()}
-    total = sum(everywhere[i][0] for i in range(len(everywhere)))
-    return total / sum(scored for _, scored in everywhere.values())
+            if number % world.size != world.rank:
+                continue
+            n_tokens = int((targets != MASKED).sum())
+            loss = model(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
+            sums[number] = loss.item() * n_tokens, n_tokens
+    stopped = stop is not None and stop.is_set()
+    shares = world.gather((sums, stopped))
+    if any(share_stopped for _, share_stopped in shares):
+        raise Interrupted
+    all_sums: dict[int, tuple[float, int]] = {}
+    for share, _ in shares:
+        all_sums |= share
+    total_loss = sum(all_sums[number][0] for number in range(len(all_sums)))
+    total_tokens = sum(n_tokens for _, n_tokens in all_sums.values())
+    return total_loss / total_tokens

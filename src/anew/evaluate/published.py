@@ -1,8 +1,11 @@
-"""What others measured for OpenAI's GPT-2, each figure with its source and what it takes to stand beside it.
+"""Published figures of OpenAI's GPT-2, each with its source and the rule for a verdict.
 
-Two figures of one name need not be one measurement: HellaSwag's 0.2955 and 0.3114 are the same model on the same rows, scored on raw text
-by mean token loss and on cleaned text by loss a character. So each entry names the protocol, and a verdict is given only where somebody
-outside OpenAI has reproduced the figure with it; the rest is context.
+    compare("hellaswag", {"acc_norm": 0.2955}, size="124M", examples=10042, whole=True)[0].verdict
+
+Two figures with the same name may come from different measurements: HellaSwag's 0.2955 and 0.3114
+are the same model on the same examples, scored on raw text by mean loss per token and on cleaned
+text by loss per character. So each entry names its protocol, and only a figure that somebody
+outside OpenAI has reproduced with this protocol gives a verdict. The other figures are context.
 """
 
 import math
@@ -10,107 +13,175 @@ from dataclasses import dataclass
 
 from anew.config.schema import GPTConfig
 
+GPT2_VOCABULARY = 50257
 SIZES = {(12, 768): "124M", (24, 1024): "355M", (36, 1280): "774M", (48, 1600): "1558M"}
 PAPER = "Radford et al. 2019, table 3"
 BUILD_NANOGPT = "karpathy/build-nanogpt hellaswag.py"
+HARNESS_HELLASWAG = f"lm-evaluation-harness, in {BUILD_NANOGPT}"
+TWO_STANDARD_ERRORS = "2se"  # of a share of the examples
 
 
 @dataclass(frozen=True)
 class Published:
-    """One figure of a task for some sizes of GPT-2. `tolerance` None: no verdict, for the reason in `note`."""
+    """One figure of a task, for some sizes of GPT-2."""
 
     task: str
     figure: str
-    values: dict[str, float]
+    values: dict[str, float]  # by size
     source: str
-    tolerance: (
-        str | None
-    )  # "3%" of the value, or "2se": two standard errors of a share of n examples
+    tolerance: str | None  # "3%" of the value, TWO_STANDARD_ERRORS, or None: no verdict
     note: str = ""
-    judged: tuple[str, ...] = tuple(
-        SIZES.values()
-    )  # sizes that get a verdict: those for which others found the figure too
+    judged: tuple[str, ...] = tuple(SIZES.values())  # sizes with a verdict: others reproduced them
 
     @property
     def higher_is_better(self) -> bool:
-        """Shares are; perplexities and bits are not."""
+        """Return whether a higher value is better: true for accuracies, false for perplexities."""
         return "acc" in self.figure
 
 
-def _sizes(*values: float) -> dict[str, float]:
+def _all_sizes(*values: float) -> dict[str, float]:
     return dict(zip(SIZES.values(), values, strict=True))
 
 
 FIGURES = (
-    Published("hellaswag", "acc", {"124M": 0.2859, "1558M": 0.3842}, BUILD_NANOGPT, "2se"),
-    Published("hellaswag", "acc_norm", {"124M": 0.2955, "1558M": 0.4893}, BUILD_NANOGPT, "2se"),
-    Published("hellaswag_harness", "acc", {"124M": 0.2892, "1558M": 0.4004}, f"lm-evaluation-harness, in {BUILD_NANOGPT}", "2se"),
-    Published("hellaswag_harness", "acc_norm", {"124M": 0.3114, "1558M": 0.5089}, f"lm-evaluation-harness, in {BUILD_NANOGPT}", "2se"),
-    Published("lambada", "acc", {"124M": 0.3256}, "lm-evaluation-harness issue 2159", "2se", "the whole last word"),
-    Published("lambada", "perplexity", {"124M": 40.06, "1558M": 10.63}, "lm-evaluation-harness issues 2159, 911", "3%", "last word"),
     Published(
-        "lambada", "last_token_acc", _sizes(0.4599, 0.5548, 0.6012, 0.6324), PAPER, "2se",
-        "the last token only: 0.4667 in huggingface/transformers issue 13761", ("124M",),
-    ),
-    Published("lambada", "last_token_perplexity", _sizes(35.13, 15.60, 10.87, 8.63), PAPER, None, "reproduced by nobody"),
-    Published(
-        "wikitext2", "token_perplexity", _sizes(29.41, 22.76, 19.93, 18.34), PAPER, None,
-        "others get 29.94 on a text with more blank lines: huggingface/transformers issue 13761",
+        "hellaswag",
+        "acc",
+        {"124M": 0.2859, "1558M": 0.3842},
+        source=BUILD_NANOGPT,
+        tolerance=TWO_STANDARD_ERRORS,
     ),
     Published(
-        "wikitext103", "word_perplexity", _sizes(37.50, 26.37, 22.05, 17.48), PAPER, "3%",
-        "de-tokenised, a word, articles apart: 37.37 in huggingface/transformers issue 13761", ("124M",),
+        "hellaswag",
+        "acc_norm",
+        {"124M": 0.2955, "1558M": 0.4893},
+        source=BUILD_NANOGPT,
+        tolerance=TWO_STANDARD_ERRORS,
     ),
-)  # fmt: skip
+    Published(
+        "hellaswag_harness",
+        "acc",
+        {"124M": 0.2892, "1558M": 0.4004},
+        source=HARNESS_HELLASWAG,
+        tolerance=TWO_STANDARD_ERRORS,
+    ),
+    Published(
+        "hellaswag_harness",
+        "acc_norm",
+        {"124M": 0.3114, "1558M": 0.5089},
+        source=HARNESS_HELLASWAG,
+        tolerance=TWO_STANDARD_ERRORS,
+    ),
+    Published(
+        "lambada",
+        "acc",
+        {"124M": 0.3256},
+        source="lm-evaluation-harness issue 2159",
+        tolerance=TWO_STANDARD_ERRORS,
+        note="the whole last word",
+    ),
+    Published(
+        "lambada",
+        "perplexity",
+        {"124M": 40.06, "1558M": 10.63},
+        source="lm-evaluation-harness issues 2159, 911",
+        tolerance="3%",
+        note="last word",
+    ),
+    Published(
+        "lambada",
+        "last_token_acc",
+        _all_sizes(0.4599, 0.5548, 0.6012, 0.6324),
+        source=PAPER,
+        tolerance=TWO_STANDARD_ERRORS,
+        note="the last token only: 0.4667 in huggingface/transformers issue 13761",
+        judged=("124M",),
+    ),
+    Published(
+        "lambada",
+        "last_token_perplexity",
+        _all_sizes(35.13, 15.60, 10.87, 8.63),
+        source=PAPER,
+        tolerance=None,
+        note="nobody has reproduced it",
+    ),
+    Published(
+        "wikitext2",
+        "token_perplexity",
+        _all_sizes(29.41, 22.76, 19.93, 18.34),
+        source=PAPER,
+        tolerance=None,
+        note="others get 29.94 on a text with more blank lines: "
+        "huggingface/transformers issue 13761",
+    ),
+    Published(
+        "wikitext103",
+        "word_perplexity",
+        _all_sizes(37.50, 26.37, 22.05, 17.48),
+        source=PAPER,
+        tolerance="3%",
+        note="de-tokenised, per word, articles separate: "
+        "37.37 in huggingface/transformers issue 13761",
+        judged=("124M",),
+    ),
+)
 
 
 def size_of(config: GPTConfig) -> str | None:
-    """ "124M" for a model of GPT-2's smallest shape and so on; None for a shape OpenAI did not release."""
-    return SIZES.get((config.n_layer, config.n_embd)) if config.vocab_size == 50257 else None
+    """Return which of GPT-2's released sizes a model has, such as "124M", or None."""
+    if config.vocab_size != GPT2_VOCABULARY:
+        return None
+    return SIZES.get((config.n_layer, config.n_embd))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One of our figures beside the published one."""
+    """A measured figure beside the published one."""
 
     published: Published
     theirs: float
     ours: float
-    allowed: float | None  # how much worse still passes
+    allowed: float | None  # by how much `ours` may be worse and still pass; None: no verdict
 
     @property
     def verdict(self) -> str:
-        """PASS: not worse than theirs by more than the tolerance; better always passes."""
+        """Return "PASS", "FAIL", or "" for no verdict. Better than published always passes."""
         if self.allowed is None:
             return ""
-        worse = (
-            self.theirs - self.ours if self.published.higher_is_better else self.ours - self.theirs
-        )
-        return "PASS" if worse <= self.allowed else "FAIL"
+        worse_by = self.ours - self.theirs
+        if self.published.higher_is_better:
+            worse_by = self.theirs - self.ours
+        return "PASS" if worse_by <= self.allowed else "FAIL"
 
 
 def compare(
     task: str, figures: dict[str, float], size: str | None, examples: int, whole: bool
 ) -> list[Comparison]:
-    """Every published figure of `task` for a model of `size`, beside ours, which was measured on `examples` examples.
+    """Compare figures of a task, measured on `examples` examples, with those published for `size`.
 
-    Nothing passes or fails but `whole`, the published measurement: 300 of HellaSwag's examples cannot tell GPT-2 from random weights, and
-    a loss in bf16 is not one in fp32.
+    Only a `whole` measurement gets verdicts, which means all published examples in fp32: 300
+    examples of HellaSwag cannot distinguish GPT-2 from random weights, and bf16 changes the loss.
     """
+    if size is None:
+        return []
     found = []
     for published in FIGURES:
-        if (
-            published.task != task
-            or published.figure not in figures
-            or size not in published.values
-        ):
+        is_measured = published.task == task and published.figure in figures
+        if not is_measured or size not in published.values:
             continue
-        theirs, allowed = published.values[size], None
-        if not whole or size not in published.judged:
-            pass
-        elif published.tolerance == "2se":
-            allowed = 2 * math.sqrt(theirs * (1 - theirs) / examples)
-        elif published.tolerance:
-            allowed = theirs * float(published.tolerance.removesuffix("%")) / 100
-        found.append(Comparison(published, theirs, figures[published.figure], allowed))
+        allowed = None
+        if whole and size in published.judged:
+            allowed = _tolerance(published, size, examples)
+        ours = figures[published.figure]
+        found.append(Comparison(published, published.values[size], ours, allowed))
     return found
+
+
+def _tolerance(published: Published, size: str, examples: int) -> float | None:
+    """Return by how much a figure measured on `examples` examples may be worse than `published`."""
+    value = published.values[size]
+    if published.tolerance is None:
+        return None
+    if published.tolerance == TWO_STANDARD_ERRORS:
+        return 2 * math.sqrt(value * (1 - value) / examples)
+    return value * float(published.tolerance.removesuffix("%")) / 100

@@ -1,17 +1,26 @@
-"""The one scorer: how likely a model finds given endings of given contexts. Every task asks it and does only arithmetic itself.
+"""Compute how likely a model finds given endings of given contexts. Every task uses this scorer.
 
     question = Question(context=[15496, 11], endings=[[995, 13], [616, 1545]])
-    [answer] = score(model, [question])
-    answer[0].log_p                     # natural log-likelihood of each token of the first ending
-    answer[0].hit                       # was it the model's likeliest token?
+    [endings] = score(model, [question])
+    endings[0].log_probs                # natural log-probability of each token of the first ending
+    endings[0].is_top                   # whether each token is the model's most likely one
 
-A question is one row of the batch, a tree rather than a line: its context once, then its endings side by side, each at the positions
-behind the context and blind to the others. So a shared context costs one pass, HellaSwag's four endings are scored in one forward, and
-the vocabulary projection runs on the tokens that are asked about and no others.
+A question is one row of the batch: its context, followed by all of its endings. Each ending has the
+positions behind the context, and attends to the context and to itself but not to other endings.
+For a context c0 c1 c2 with the endings a0 a1 a2 and b0 b1, the row is:
+
+    token       c0  c1  c2  a0  a1  b0
+    position     0   1   2   3   4   3
+    branch       0   0   0   1   1   2
+
+The last token of an ending is predicted but never read, so a2 and b1 are not in the row. The hidden
+state of c2 predicts both a0 and b0. The model thus reads a shared context once, scores HellaSwag's
+four endings in one forward pass, and computes logits only where they predict a token of an ending.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,7 +28,9 @@ from torch import Tensor
 
 from anew.model.gpt import GPT
 
-HEAD_ROWS = 512  # logits alive at once are this many rows of the vocabulary in fp32
+HEAD_ROWS = 512  # hidden states projected to the vocabulary at a time, which limits memory
+CONTEXT_BRANCH = 0
+PADDING_BRANCH = -1
 Ids = Sequence[int]
 
 
@@ -30,100 +41,117 @@ class Question:
     context: Ids
     endings: Sequence[Ids]
 
+    @property
+    def n_tokens(self) -> int:
+        """Return the number of tokens in the context and in all endings."""
+        return len(self.context) + sum(len(ending) for ending in self.endings)
+
 
 @dataclass(frozen=True)
-class Scored:
-    """Of each token of one ending: its log-likelihood in nats, the log-likelihood of the likeliest token, and whether they are one."""
+class EndingScore:
+    """What the model predicts for each token of one ending. Log-probabilities are natural."""
 
-    log_p: np.ndarray  # (tokens,) float32
-    best: np.ndarray  # (tokens,) float32
-    hit: np.ndarray  # (tokens,) bool
+    log_probs: np.ndarray  # (tokens,) float32: of the token itself
+    top_log_probs: np.ndarray  # (tokens,) float32: of the most likely token in its place
+    is_top: np.ndarray  # (tokens,) bool: whether the token is the most likely one
 
     @property
     def total(self) -> float:
-        """Log-likelihood of the whole ending in nats."""
-        return float(self.log_p.sum(dtype=np.float64))
+        """Return the log-probability of the whole ending in nats."""
+        return float(self.log_probs.sum(dtype=np.float64))
+
+    def part(self, start: int, end: int) -> Self:
+        """Return a view of the scores of tokens `start` to `end` - 1."""
+        return type(self)(
+            self.log_probs[start:end],
+            self.top_log_probs[start:end],
+            self.is_top[start:end],
+        )
+
+
+Answer = list[EndingScore]  # one score for each ending of a question
 
 
 @torch.inference_mode()
-def score(
-    model: GPT, questions: Sequence[Question], batch_tokens: int = 8192
-) -> list[list[Scored]]:
-    """A `Scored` for each ending of each question, in the order given. The model computes in its `compute_dtype`, reductions are fp32.
+def score(model: GPT, questions: Sequence[Question], batch_tokens: int = 8192) -> list[Answer]:
+    """Return the answer to each question, in the order given.
 
-    A context too long for the model's positions loses its beginning, for each ending on its own, and an ending that is longer than they are
-    is scored in pieces. Rows of like length are batched together, about `batch_tokens` at a time; that changes no more than rounding.
+    The model computes in its `compute_dtype`; softmax and sums are fp32. Rows of similar length
+    share a batch of about `batch_tokens` tokens; its composition changes results by rounding only.
+
+    Where context and ending together exceed the model's positions, the beginning of the context is
+    cut off, for each ending separately. An ending that alone exceeds them is scored in pieces.
     """
-    rows = [
-        row
-        for number, question in enumerate(questions)
-        for row in _rows(number, question, model.config.n_positions)
-    ]
-    found: dict[tuple[int, int, int], Scored] = {}
+    answers: list[Answer] = []
+    rows: list[_Row] = []
+    for question in questions:
+        answer = [_empty_score(len(ending)) for ending in question.endings]
+        answers.append(answer)
+        rows.extend(_rows_of(question, answer, model.config.n_positions))
+    rows.sort(key=lambda row: row.length)
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(sorted(rows, key=lambda row: row.length), batch_tokens):
-            log_p, best, hit = _score_rows(model, batch)
-            start = 0
-            for row in batch:
-                for (ending, piece), tokens in zip(row.numbers, row.endings, strict=True):
-                    part = slice(start, start := start + len(tokens))
-                    found[row.question, ending, piece] = Scored(log_p[part], best[part], hit[part])
+        for batch in _batches(rows, batch_tokens):
+            _score_rows(model, batch)
     finally:
         model.train(was_training)
-    answers: list[list[Scored]] = [[] for _ in questions]
-    for (number, _, piece), scored in sorted(found.items(), key=lambda item: item[0]):
-        if piece:
-            scored = _joined(answers[number].pop(), scored)
-        answers[number].append(scored)
     return answers
 
 
-def _joined(a: Scored, b: Scored) -> Scored:
-    return Scored(
-        *(np.concatenate(pair) for pair in ((a.log_p, b.log_p), (a.best, b.best), (a.hit, b.hit)))
+def _empty_score(n_tokens: int) -> EndingScore:
+    """Return the score of an ending, to be filled in."""
+    return EndingScore(
+        log_probs=np.empty(n_tokens, dtype=np.float32),
+        top_log_probs=np.empty(n_tokens, dtype=np.float32),
+        is_top=np.empty(n_tokens, dtype=bool),
     )
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One row of a batch: a context that fits, and some of its question's endings."""
+class _Piece:
+    """An ending, or a part of one that is longer than the model's positions."""
 
-    question: int
+    tokens: Ids
+    score: EndingScore  # views of the ending's arrays, to be filled in
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a batch: a context and the pieces that follow it, each within the positions."""
+
     context: Ids
-    endings: Sequence[Ids]
-    numbers: Sequence[
-        tuple[int, int]
-    ]  # which of the question's endings these are, and which piece of a long one
+    pieces: Sequence[_Piece]
 
     @property
     def length(self) -> int:
-        return len(self.context) + sum(
-            len(ending) - 1 for ending in self.endings
-        )  # the last token of an ending is never read
+        """Return the number of tokens that the model reads: all but the last of each piece."""
+        return len(self.context) + sum(len(piece.tokens) - 1 for piece in self.pieces)
 
 
-def _rows(number: int, question: Question, positions: int) -> Iterator[_Row]:
-    assert len(question.context) > 0, "a context needs at least one token"
+def _rows_of(question: Question, answer: Answer, n_positions: int) -> Iterator[_Row]:
+    """Yield one row for a question that fits into the positions, else one row for each piece."""
+    context = question.context
+    assert len(context) > 0, "a context needs at least one token"
     assert all(len(ending) > 0 for ending in question.endings), "an ending needs at least one token"
-    if len(question.context) + max(len(ending) for ending in question.endings) - 1 <= positions:
-        yield _Row(
-            number,
-            question.context,
-            question.endings,
-            [(i, 0) for i in range(len(question.endings))],
-        )
+    longest = max(len(ending) for ending in question.endings)
+    if len(context) + longest - 1 <= n_positions:
+        yield _Row(context, [_Piece(*pair) for pair in zip(question.endings, answer, strict=True)])
         return
-    for i, ending in enumerate(question.endings):
-        for piece, start in enumerate(range(0, len(ending), positions)):
-            tokens = ending[start : start + positions]
-            before = [*question.context, *ending[:start]]
-            yield _Row(number, before[-(positions + 1 - len(tokens)) :], [tokens], [(i, piece)])
+    for ending, ending_score in zip(question.endings, answer, strict=True):
+        for start in range(0, len(ending), n_positions):
+            tokens = ending[start : start + n_positions]
+            before = [*context, *ending[:start]]
+            room = n_positions - (len(tokens) - 1)
+            piece = _Piece(tokens, ending_score.part(start, start + len(tokens)))
+            yield _Row(before[-room:], [piece])
 
 
 def _batches(rows: Iterable[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """Consecutive rows (sorted by length) while the batch, padded to its longest row, stays within `batch_tokens`."""
+    """Yield consecutive rows whose batch, padded to its longest row, has at most `batch_tokens`.
+
+    `rows` are sorted by length. A longer row is a batch of its own.
+    """
     batch: list[_Row] = []
     for row in rows:
         if batch and row.length * (len(batch) + 1) > batch_tokens:
@@ -134,69 +162,107 @@ def _batches(rows: Iterable[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _score_rows(model: GPT, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log_p, best and hit of every token of every ending, row after row."""
-    device = model.transformer.wte.weight.device
+@dataclass(frozen=True)
+class _Layout:
+    """The input of one forward pass, and which of its hidden states predict which tokens."""
+
+    ids: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    branches: Tensor  # (B, T): context, padding, or 1 and up for the pieces of the row
+    targets: Tensor  # (M,): the tokens of all pieces, row by row
+    places: Tensor  # (M,): for each target, the place in the flattened (B * T,) that predicts it
+
+
+def _layout(rows: Sequence[_Row], device: torch.device) -> _Layout:
+    """Arrange rows as tensors on `device`."""
     width = max(row.length for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
-    position = np.zeros((len(rows), width), dtype=np.int64)
-    branch = np.full(
-        (len(rows), width), -1, dtype=np.int64
-    )  # 0: context, 1..: endings, -1: padding
-    readouts: list[int] = []  # places whose logits are needed
-    where: list[int] = []  # for each target, which of them predicts it
+    positions = np.zeros_like(ids)
+    branches = np.full_like(ids, PADDING_BRANCH)
     targets: list[int] = []
+    places: list[int] = []
     for b, row in enumerate(rows):
-        end = n = len(row.context)
-        ids[b, :n], position[b, :n], branch[b, :n] = row.context, np.arange(n), 0
-        shared = len(readouts)
-        readouts.append(b * width + n - 1)
-        for i, ending in enumerate(row.endings, 1):
-            start, end = end, end + len(ending) - 1
-            ids[b, start:end], position[b, start:end], branch[b, start:end] = (
-                ending[:-1],
-                np.arange(n, n + end - start),
-                i,
-            )
-            where += [shared, *range(len(readouts), len(readouts) + end - start)]
-            readouts += range(b * width + start, b * width + end)
-            targets += ending
+        row_start = b * width
+        n_context = len(row.context)
+        ids[b, :n_context] = row.context
+        positions[b, :n_context] = np.arange(n_context)
+        branches[b, :n_context] = CONTEXT_BRANCH
+        end = n_context
+        for branch, piece in enumerate(row.pieces, start=1):
+            start = end
+            end = start + len(piece.tokens) - 1
+            ids[b, start:end] = piece.tokens[:-1]
+            positions[b, start:end] = np.arange(n_context, n_context + end - start)
+            branches[b, start:end] = branch
+            targets.extend(piece.tokens)
+            places.append(row_start + n_context - 1)  # the last token of the context
+            places.extend(range(row_start + start, row_start + end))
+    arrays = (ids, positions, branches, targets, places)
+    return _Layout(*(torch.as_tensor(array, device=device) for array in arrays))
+
+
+def _score_rows(model: GPT, rows: Sequence[_Row]) -> None:
+    """Fill in the score of each piece of each row."""
+    layout = _layout(rows, model.transformer.wte.weight.device)
     mask = None
-    if any(len(row.endings) > 1 for row in rows):
-        mask = _visible(torch.from_numpy(branch).to(device))
-    hidden = model.hidden(
-        torch.from_numpy(ids).to(device), position=torch.from_numpy(position).to(device), mask=mask
-    )
-    places = hidden.flatten(0, 1)[torch.tensor(readouts, device=device)]
-    return _read_out(
-        model, places, torch.tensor(where, device=device), torch.tensor(targets, device=device)
-    )
+    if any(len(row.pieces) > 1 for row in rows):
+        mask = _attention_mask(layout.branches)
+    hidden = model.hidden(layout.ids, position=layout.positions, mask=mask)  # (B, T, C)
+    used, sources = layout.places.unique(
+        return_inverse=True
+    )  # (N,) and (M,): used[sources] == places
+    scores = _score_tokens(model, hidden.flatten(0, 1)[used], sources, layout.targets)
+    start = 0
+    for row in rows:
+        for piece in row.pieces:
+            found = scores.part(start, start + len(piece.tokens))
+            piece.score.log_probs[:] = found.log_probs
+            piece.score.top_log_probs[:] = found.top_log_probs
+            piece.score.is_top[:] = found.is_top
+            start += len(piece.tokens)
 
 
-def _visible(branch: Tensor) -> Tensor:
-    """(B, T) branch of each token -> (B, 1, T, T): earlier tokens of the context and of the own branch."""
-    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    return same.tril()[:, None]
+def _attention_mask(branches: Tensor) -> Tensor:
+    """Return which tokens each token attends to, (B, 1, T, T), for (B, T) branches.
+
+    These are the token itself and earlier ones that belong to the context or to its own branch.
+    """
+    key_branch = branches.unsqueeze(1)  # (B, 1, T)
+    query_branch = branches.unsqueeze(2)  # (B, T, 1)
+    is_context = key_branch == CONTEXT_BRANCH  # (B, 1, T)
+    is_own = key_branch == query_branch  # (B, T, T)
+    return (is_context | is_own).tril().unsqueeze(1)
 
 
-def _read_out(
-    model: GPT, places: Tensor, where: Tensor, targets: Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """places (N, C), and for each of M targets the place that predicts it -> log_p, best, hit, each (M,)."""
-    parts = []
-    for start in range(0, len(places), HEAD_ROWS):
-        mine = ((where >= start) & (where < start + HEAD_ROWS)).nonzero().squeeze(1)
-        rows, wanted = where[mine] - start, targets[mine]
-        logits = model.head(places[start : start + HEAD_ROWS]).float()  # (rows, vocabulary)
-        top, asked = logits.amax(dim=1), logits[rows, wanted]
-        hit = asked == top[rows]
-        hit[hit.clone()] = (
-            logits[rows[hit]].argmax(dim=1) == wanted[hit]
-        )  # among equal logits the first is the likeliest
-        log_sum = (
-            logits.sub_(top[:, None]).exp_().sum(dim=1).log()
-        )  # in place: torch.logsumexp takes twice the time on a CPU
-        parts.append((mine, asked - top[rows] - log_sum[rows], -log_sum[rows], hit))
-    order, *columns = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-    back = np.argsort(order, kind="stable")
-    return columns[0][back], columns[1][back], columns[2][back]
+def _score_tokens(model: GPT, hidden: Tensor, sources: Tensor, targets: Tensor) -> EndingScore:
+    """Return the scores of M `targets`; target m is predicted by row `sources[m]` of (N, C) hidden.
+
+    The (N, vocabulary) logits are computed HEAD_ROWS rows at a time.
+    """
+    log_probs = torch.empty_like(targets, dtype=torch.float32)
+    top_log_probs = torch.empty_like(log_probs)
+    is_top = torch.empty_like(targets, dtype=torch.bool)
+    for start in range(0, len(hidden), HEAD_ROWS):
+        end = start + HEAD_ROWS
+        logits = model.head(hidden[start:end]).float()  # (HEAD_ROWS, vocabulary)
+        is_here = (sources >= start) & (sources < end)
+        here = is_here.nonzero().squeeze(1)  # (m,): numbers of the targets these rows predict
+        rows = sources[here] - start  # (m,)
+        wanted = targets[here]  # (m,)
+        top = logits.amax(dim=1)  # (HEAD_ROWS,)
+        top_of_wanted = top[rows]  # (m,)
+        wanted_logits = logits[rows, wanted]  # (m,)
+        # Several tokens may have the highest logit. The one with the lowest id counts as the most
+        # likely one, as in argmax, which is slow and therefore computed for few rows.
+        hits = wanted_logits == top_of_wanted  # (m,)
+        candidates = hits.nonzero().squeeze(1)
+        candidate_logits = logits[rows[candidates]]
+        hits[candidates] = candidate_logits.argmax(dim=1) == wanted[candidates]
+        # In place, because torch.logsumexp takes twice the time on a CPU.
+        logits -= top.unsqueeze(1)
+        log_sum = logits.exp_().sum(dim=1).log()  # (HEAD_ROWS,)
+        log_sum_of_wanted = log_sum[rows]  # (m,)
+        log_probs[here] = wanted_logits - top_of_wanted - log_sum_of_wanted
+        top_log_probs[here] = -log_sum_of_wanted
+        is_top[here] = hits
+    return EndingScore(log_probs.cpu().numpy(), top_log_probs.cpu().numpy(), is_top.cpu().numpy())

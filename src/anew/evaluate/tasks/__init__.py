@@ -1,1 +1,1 @@
-"""The evaluation tasks: their data, prompts and figures."""
+"""The evaluation tasks: their data, questions and figures. `table.py` lists them."""

@@ -1,10 +1,12 @@
-"""What a task is: from a file to questions, and from the scorer's answers to figures.
+"""The interface of a task: from a file to questions, and from the scorer's answers to figures.
 
-    examples = task.examples(task.fetch(), tokenizer, positions)
+    examples = task.examples(task.fetch(), tokenizer, n_positions)
     answers = score(model, [example.question for example in examples])
-    task.figures([task.result(example.row, answer) for example, answer in zip(examples, answers)])
+    results = [task.result(example.row, answer) for example, answer in zip(examples, answers)]
+    task.figures(results)
 
-Every figure is a ratio of sums over examples, so it does not depend on how they were batched or shared out between processes.
+Every figure is a ratio of sums over examples, so it does not depend on how examples were batched or
+divided over processes.
 """
 
 import bz2
@@ -21,13 +23,13 @@ from typing import Any
 
 from anew.data import sources
 from anew.errors import UserError
-from anew.evaluate.scorer import Question, Scored
+from anew.evaluate.scorer import Answer, Question
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import cache_folder, sha256_of
 
-Result = dict[
-    str, Any
-]  # what is kept of one example: numbers and lists of numbers, as JSON can hold them
+# What is stored of one example: numbers and lists of numbers, so that JSON can hold them.
+Result = dict[str, Any]
+LARGEST_EXPONENT = 709.0  # exp() of a larger number is not a float64
 
 
 @dataclass(frozen=True)
@@ -39,53 +41,56 @@ class Remote:
 
     @property
     def path(self) -> Path:
+        """Return where the file is in the cache."""
         return cache_folder() / "downloads" / self.url.rsplit("/", 1)[1]
 
 
 @dataclass(frozen=True)
 class Example:
-    """What the scorer is asked, and what the task has to remember to judge the answer."""
+    """A question for the scorer, and what the task needs to judge the answer."""
 
     row: Any
     question: Question
 
 
 class Task:
-    """What the runner needs of a task; `name` is what `--task` calls it."""
+    """What the runner needs of a task. A subclass defines `rows`, `question` and `result`."""
 
-    name: str
+    name: str  # as in `anew evaluate --task`
     remote: Remote
-    count: int = 0  # examples in the published measurement; 0: not known
+    count: int = 0  # number of examples in the published measurement; 0: not known
 
     def is_whole(self, examples: Sequence[Example]) -> bool:
-        """Are `examples` all that the published figures are about?"""
+        """Return whether `examples` are all that the published figures are about."""
         return len(examples) == self.count
 
     def fetch(self, file: str = "") -> Path:
-        """The task's data: `file` if given, else downloaded once and checked."""
+        """Return the task's data: `file` if given, else a download, made once and verified."""
         if file:
             if not Path(file).is_file():
                 raise UserError(f"the file {file} of task {self.name} does not exist.")
             return Path(file)
-        if self.remote.path.is_file() and sha256_of(self.remote.path) != self.remote.sha256:
+        path = self.remote.path
+        if not path.is_file():
+            hint = f"fetch it by other means and put it at {path}"
+            sources.download(self.remote.url, path, self.remote.sha256, hint=hint)
+        elif sha256_of(path) != self.remote.sha256:
             raise UserError(
-                f"{self.remote.path} is not the published file (another sha256); remove it, or give another with --file."
+                f"{path} is not the published file (its sha256 differs); remove it, or give "
+                "another with --file."
             )
-        if not self.remote.path.is_file():
-            hint = f"fetch it by other means and put it at {self.remote.path}"
-            sources.download(self.remote.url, self.remote.path, self.remote.sha256, hint=hint)
-        return self.remote.path
+        return path
 
     def rows(self, path: Path) -> list[Any]:
-        """What stands in the file, in its order."""
+        """Return the examples in a file, in its order, as the task's own values."""
         raise NotImplementedError
 
     def question(self, row: Any, tokenizer: Tokenizer) -> Question:
-        """What to ask the scorer about one row."""
+        """Return what to ask the scorer about one row."""
         raise NotImplementedError
 
-    def examples(self, path: Path, tokenizer: Tokenizer, positions: int) -> list[Example]:
-        """The file as examples for a model of `positions` positions."""
+    def examples(self, path: Path, tokenizer: Tokenizer, n_positions: int) -> list[Example]:
+        """Return the examples in a file, for a model of `n_positions` positions."""
         try:
             return [Example(row, self.question(row, tokenizer)) for row in self.rows(path)]
         except UserError:
@@ -95,44 +100,52 @@ class Task:
                 f"{path} is not in the format of task {self.name} ({error})."
             ) from error
 
-    def result(self, row: Any, answer: Sequence[Scored]) -> Result:
-        """What the answer says about one row."""
+    def result(self, row: Any, answer: Answer) -> Result:
+        """Return what the answer, one score for each ending, says about one row."""
         raise NotImplementedError
 
-    def figures(self, results: Sequence[Result]) -> dict[str, float]:
-        """The task's figures over all rows: by default the mean of everything in the results."""
-        return {key: sum(r[key] for r in results) / len(results) for key in results[0]}
+    def figures(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Return the task's figures over all rows: by default the mean of each value."""
+        return {key: sum(row[key] for row in results) / len(results) for key in results[0]}
 
 
 def perplexity(nats: float) -> float:
-    """exp(nats), or the largest number there is: text without spaces can have thousands of nats a word."""
-    return math.exp(min(nats, 709.0))
+    """Return exp(nats), or exp(709) where that exceeds float64.
+
+    A text without spaces can have thousands of nats per word.
+    """
+    return math.exp(min(nats, LARGEST_EXPONENT))
 
 
 def split_pair(tokenizer: Tokenizer, context: str, ending: str) -> Question:
-    """Tokens of context + ending, cut where the context's own tokens end: lm-evaluation-harness's rule for where an ending begins."""
+    """Tokenize context + ending and cut where the tokens of the context alone end.
+
+    Spaces at the cut belong to the ending. This is the rule of lm-evaluation-harness.
+    """
     stripped = context.rstrip()
-    context, ending = (
-        stripped,
-        context[len(stripped) :] + ending,
-    )  # a space at the cut belongs to the next word's token
-    n = len(tokenizer.encode(context))
+    n_context = len(tokenizer.encode(stripped))
     ids = tokenizer.encode(context + ending)
-    return Question([tokenizer.end_of_text], [ids]) if n == 0 else Question(ids[:n], [ids[n:]])
+    if n_context == 0:
+        return Question([tokenizer.end_of_text], [ids])
+    return Question(ids[:n_context], [ids[n_context:]])
 
 
-def text_of(path: Path, member: str = "") -> str:
-    """The text in a file; `member` names it in a .zip or .tgz, and .bz2 is opened too. Bytes that are no UTF-8 become U+FFFD."""
+def read_text(path: Path, member: str = "") -> str:
+    """Return the text of a file, which may be compressed with bzip2.
+
+    `member` is the name of the text inside a .zip, .tgz or .gz archive. Bytes that are not UTF-8
+    become U+FFFD.
+    """
     try:
         if path.suffix == ".zip":
             content = zipfile.ZipFile(path).read(member)
         elif path.suffix in (".tgz", ".gz"):
             with tarfile.open(path) as archive:
                 content = (archive.extractfile(member) or io.BytesIO()).read()
+        elif path.suffix == ".bz2":
+            content = bz2.decompress(path.read_bytes())
         else:
-            content = (
-                bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
-            )
+            content = path.read_bytes()
     except (
         OSError,
         KeyError,
@@ -149,18 +162,19 @@ def text_of(path: Path, member: str = "") -> str:
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
-def json_lines(path: Path, needs: Sequence[str]) -> list[dict[str, Any]]:
-    """A JSON object a line, each with all of the keys `needs`."""
+def read_json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the values of `keys` in each line of a file that has one JSON object a line."""
     rows = []
-    for number, line in enumerate(text_of(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                rows.append({key: row[key] for key in needs})
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path} line {number} is not a JSON object with {', '.join(needs)}."
-                ) from error
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in keys})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} line {number} is not a JSON object with {', '.join(keys)}."
+            ) from error
     if not rows:
         raise UserError(f"{path} is empty.")
     return rows

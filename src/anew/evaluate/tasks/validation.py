@@ -1,0 +1,52 @@
+"""The loss on the validation split of a data folder, as a task."""
+
+from pathlib import Path
+
+from anew.data.dataloader import evaluation_windows
+from anew.data.shards import DataFolder
+from anew.errors import UserError
+from anew.evaluate.loss import MASKED
+from anew.evaluate.scorer import Question
+from anew.evaluate.tasks.running_text import RunningText, Window
+from anew.evaluate.tasks.task import Example
+from anew.tokenizer.bpe import Tokenizer
+
+
+class Validation(RunningText):
+    """The loss on a validation split, in the fixed windows for which training reports it.
+
+    GPT-2 124M: 3.2924 on FineWeb-Edu's shard 0 (build-nanogpt), 3.4250 on FineWeb (llm.c), 3.11 to
+    3.12 on OpenWebText (nanoGPT). These are context, not verdicts: another text has another loss.
+    """
+
+    name = "val"
+
+    def __init__(
+        self,
+        folder: DataFolder,
+        seq_len: int,
+        limit_tokens: int,
+    ) -> None:
+        self.shards = folder.splits["val"]
+        self.seq_len = seq_len
+        n_tokens = sum(shard.n_tokens for shard in self.shards)
+        self.limit_tokens = min(limit_tokens, n_tokens)
+        if self.limit_tokens < 2:
+            raise UserError(f"{folder.path} has no validation text.")
+
+    def examples(self, path: Path, tokenizer: Tokenizer, n_positions: int) -> list[Example]:
+        """Return the windows of the data folder; `path` is not used."""
+        found = []
+        seq_len = min(self.seq_len, n_positions)
+        batches = evaluation_windows(self.shards, seq_len, self.limit_tokens, batch=1)
+        for [ids], [targets] in batches:
+            # Targets that an earlier window predicts are masked, and they come first.
+            n_masked = int((targets == MASKED).sum())
+            context = ids[: n_masked + 1].tolist()
+            ending = targets[n_masked:].tolist()
+            text = [token for token in ending if token != tokenizer.end_of_text]
+            n_bytes = len(tokenizer.decode_bytes(text))
+            window = Window(len(context), bytes=n_bytes)
+            question = Question(context, [ending])
+            found.append(Example(window, question))
+        return found
