@@ -1,4 +1,4 @@
-"""`anew report RUN [RUN...]`: a page about a run, whole or running, or about several side by side."""
+"""`anew report RUN [RUN...]`: a page about a run, complete or running, or about several runs."""
 
 import json
 from dataclasses import dataclass
@@ -8,9 +8,7 @@ from typing import Annotated
 import tyro
 
 from anew.errors import UserError
-from anew.report import baseline
-from anew.report import html as page
-from anew.report import png as pictures
+from anew.report import baseline, html, png
 from anew.report.run import Run
 
 
@@ -21,7 +19,7 @@ class ReportArgs:
     runs: Annotated[
         tuple[str, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(help="run folders; several are drawn over each other"),
+        tyro.conf.arg(help="run folders; the curves of several share their charts"),
     ]
     out: Annotated[str, tyro.conf.arg(help="the page to write; by default RUN/report.html")] = ""
     price: Annotated[
@@ -42,40 +40,34 @@ class ReportArgs:
 
 
 def run_report(argv: list[str]) -> None:
-    """Write a page about a run: what it reached, its curves, its samples."""
-    a = tyro.cli(ReportArgs, args=argv, prog="anew report")
-    if not a.runs:
+    """Write a page about a run: verdict, curves and samples."""
+    arguments = tyro.cli(ReportArgs, args=argv, prog="anew report")
+    if not arguments.runs:
         raise UserError("say which run: anew report runs/NAME.")
-    if len(a.runs) > page.MOST_RUNS:
+    if len(arguments.runs) > html.MOST_RUNS:
         raise UserError(
-            f"{len(a.runs)} runs cannot be told apart on one page; choose at most {page.MOST_RUNS}."
+            f"a page has colours for {html.MOST_RUNS} runs, not {len(arguments.runs)}; "
+            "choose fewer."
         )
-    folders = [Path(name) for name in a.runs]
+    folders = [Path(name) for name in arguments.runs]
     runs = [Run.read(folder) for folder in folders]
-    if a.baseline:
+    if arguments.baseline:
         for run in runs:
-            baseline.score(run, a.baseline)
-    out = (
-        Path(a.out)
-        if a.out
-        else folders[0] / "report.html"
-        if len(folders) == 1
-        else Path("report.html")
-    )
-    written = [page.write(folders, out, a.price)]
-    if a.picture:
-        written.append(
-            pictures.progress(runs, out.parent / f"progress-step-{runs[0].last['step']}.png")
-        )
-    for path in written:
-        print(path)
-    if a.json:
+            baseline.score(run, arguments.baseline)
+    out = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    if arguments.out:
+        out = Path(arguments.out)
+    print(html.write(folders, out, arguments.price))
+    if arguments.picture:
+        name = f"progress-step-{runs[0].last['step']}.png"
+        print(png.progress(runs, out.parent / name))
+    if arguments.json:
         facts = [
             {
                 "run": str(run.folder),
                 "status": run.status,
                 "step": run.last["step"],
-                "val_loss": (run.final_loss or (None,))[0],
+                "val_loss": run.final_loss,
             }
             for run in runs
         ]

@@ -1,1 +1,1 @@
-"""A run as a page: what it reached, beside what others reached, and how it came about."""
+"""Reports about runs: the HTML page, pictures, and the model card of an exported model."""

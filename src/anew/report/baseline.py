@@ -1,11 +1,14 @@
-"""Another model on a run's own validation windows: the only loss that a verdict can be given against.
+"""Score another model on a run's own validation windows.
 
-score(Run.read(folder), "gpt2")     # writes RUN/baseline.json, which the page reads
+    score(Run.read(folder), "gpt2")     # writes RUN/baseline.json, which the page reads
+
+A validation loss has a verdict only beside such a loss: losses on other windows, texts or tokens do
+not compare.
 """
 
 import logging
 
-from anew.checkpoint import huggingface as weights
+from anew.checkpoint.huggingface import find, load_model, read_config
 from anew.config.schema import RunConfig
 from anew.config.values import bytes_of
 from anew.data.dataset import open_data
@@ -13,47 +16,56 @@ from anew.errors import UserError
 from anew.evaluate.loss import mean_loss
 from anew.report.run import BASELINE_FORMAT, Run
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils import device as runtime
+from anew.utils.device import start
 from anew.utils.files import write_json
 
 log = logging.getLogger("anew")
 
 
 def score(run: Run, model: str) -> float:
-    """Mean loss in nats a token, fp32, over the windows of the run's last validation; written to RUN/baseline.json."""
-    c = run.config
-    folder = weights.find(model)
-    vocab_size = weights.read_config(folder).vocab_size
-    rt = runtime.start(RunConfig(precision="fp32", device=c.run.device, compile="off"))
-    gpt = weights.load_model(model, rt.device, rt.dtype)
-    if gpt.config.n_positions < c.data.seq_len:
+    """Return a model's mean loss in nats a token, in fp32, and write it to RUN/baseline.json.
+
+    The text is the windows of the run's last validation. Raises UserError where the model cannot
+    read windows of this length or has other tokens, or where there is no validation text.
+    """
+    data_config = run.config.data
+    seq_len = data_config.seq_len
+    folder = find(model)
+    vocab_size = read_config(folder).vocab_size
+    runtime = start(RunConfig(precision="fp32", device=run.config.run.device, compile="off"))
+    gpt = load_model(model, runtime.device, runtime.dtype)
+    if gpt.config.n_positions < seq_len:
         raise UserError(
-            f"{model} reads {gpt.config.n_positions} tokens at once, and the windows of {run.folder} have {c.data.seq_len}."
+            f"{model} reads at most {gpt.config.n_positions} tokens, "
+            f"and the windows of {run.folder} have {seq_len}."
         )
-    wanted = c.data.tokenizer
-    tokenizer = wanted if wanted.startswith("train:") else Tokenizer.find(wanted, run.folder)
-    with open_data(c.data.data, tokenizer, bytes_of(c.data.disk_budget)) as data:
-        if (
-            vocab_size != c.model.vocab_size
-            or Tokenizer.of_model(folder, vocab_size).name != data.tokenizer
-        ):
+    tokenizer: str | Tokenizer = data_config.tokenizer
+    if not data_config.tokenizer.startswith("train:"):
+        tokenizer = Tokenizer.find(data_config.tokenizer, run.folder)
+    with open_data(data_config.data, tokenizer, bytes_of(data_config.disk_budget)) as data:
+        has_same_tokens = (
+            vocab_size == run.config.model.vocab_size
+            and Tokenizer.of_model(folder, vocab_size).name == data.tokenizer
+        )
+        if not has_same_tokens:
             raise UserError(
-                f"{model} has other tokens than {run.folder}; only losses of the same tokens compare."
+                f"{model} has other tokens than {run.folder}; "
+                "only losses of the same tokens compare."
             )
         shards = data.splits["val"]
-        limit = min(c.data.val_tokens, sum(s.n_tokens for s in shards))
-        if limit < 2:
+        tokens = min(data_config.val_tokens, sum(shard.n_tokens for shard in shards))
+        if tokens < 2:
             raise UserError(f"{run.folder} has no validation text to score {model} on.")
-        loss = mean_loss(gpt, shards, c.data.seq_len, limit, rt.dtype, c.micro_batches(1)[0])
+        micro_batch, _ = run.config.micro_batches(1)
+        loss = mean_loss(gpt, shards, seq_len, tokens, runtime.dtype, micro_batch)
     facts = {
         "model": model,
         "loss": loss,
-        "tokens": limit - 1,
-        "val_tokens": c.data.val_tokens,
-        "seq_len": c.data.seq_len,
+        "tokens": tokens - 1,
+        "val_tokens": data_config.val_tokens,
+        "seq_len": seq_len,
     }
     write_json(run.folder / "baseline.json", facts, BASELINE_FORMAT)
-    log.info(
-        f"{model}: {loss:.4f} nats a token on the {limit - 1:,} validation tokens of {run.folder}"
-    )
+    scored = f"the {tokens - 1:,} validation tokens of {run.folder}"
+    log.info(f"{model}: {loss:.4f} nats a token on {scored}")
     return loss

@@ -1,30 +1,35 @@
-"""One self-contained HTML page about one run or several: verdict first, then how it came about.
+"""One self-contained HTML page about one run or several: the verdict first, then the curves.
 
     write([Path("runs/gpt2-124m")], Path("runs/gpt2-124m/report.html"), price=2.5)
 
-Nothing is fetched when it is opened, and all text of a run (samples, paths, messages) is escaped: a page may be mailed.
+The page loads nothing from the network, and all text of a run (samples, paths, messages) is
+escaped, so a page can be sent to other people. Each `_..._section` returns one part of the page.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from anew.evaluate.published import size_of
 from anew.model.flops import count_parameters
 from anew.report import reference_runs as reference
 from anew.report.run import Run
-from anew.report.svg import Line, Points, Whisker, line_chart, short, smoothed
+from anew.report.svg import Line, Whisker, line_chart, short, smoothed
 from anew.utils.files import write_atomic
 
 HERE = Path(__file__).parent
-MOST_RUNS = 4  # colours that can be told apart
+MOST_RUNS = 4  # page.css has distinguishable colours for so many
+MOST_SAMPLES = 6
+MOST_EVENTS = 40
+
+Row = list[str]  # cells of a table, as HTML
 
 
 def write(folders: Sequence[Path], out: Path, price: float | None = None) -> Path:
-    """The page about these runs at `out`, replaced as a whole. `price`: dollars an hour of one device."""
+    """Write the page about these run folders to `out`. `price` is dollars an hour of one device."""
     text = page([Run.read(folder) for folder in folders], price)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, text)
@@ -32,425 +37,474 @@ def write(folders: Sequence[Path], out: Path, price: float | None = None) -> Pat
 
 
 def page(runs: Sequence[Run], price: float | None = None) -> str:
-    """The page as text."""
-    css, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    title = " and ".join(run.name for run in runs)
-    body = "\n".join(_body(runs, price))
+    """Return the page as text."""
+    css = (HERE / "page.css").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    title = escape(" and ".join(run.name for run in runs))
+    body = "\n".join(_body(runs, title, price))
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{css}</style></head><body>\n{body}\n<script>{script}</script></body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{css}</style></head><body>\n{body}\n"
+        f"<script>{script}</script></body></html>\n"
     )
 
 
-def _body(runs: Sequence[Run], price: float | None) -> Iterator[str]:
+def _body(runs: Sequence[Run], title: str, price: float | None) -> Iterator[str]:
     first = runs[0]
-    yield f"<h1>{escape(' and '.join(run.name for run in runs))}</h1>"
-    yield f'<p class="soft">{escape(_subtitle(first)) if len(runs) == 1 else f"{len(runs)} runs side by side"}</p>'
-    yield _verdict(runs)
-    if len(runs) == 1:
-        yield _facts(first, price)
-    else:
-        yield _table(
-            ["run", "model", "steps", "tokens", "validation loss", "time"],
-            [_summary(run) for run in runs],
-        )
-    yield "<h2>Loss</h2>"
-    yield f"<p>{_loss_words(runs)}</p>"
+    is_single = len(runs) == 1
+    subtitle = escape(_description(first)) if is_single else f"{len(runs)} runs side by side"
+    yield f'<h1>{title}</h1>\n<p class="soft">{subtitle}</p>'
+    yield _verdict_section(runs)
+    yield _facts_section(first, price) if is_single else _summary_table(runs)
+    yield f"<h2>Loss</h2>\n<p>{_loss_text(runs)}</p>"
     yield f'<div class="charts wide">{_loss_chart(runs)}</div>'
-    if scored := _task_charts(runs):
-        wide = " wide" if len(first.tasks) == 1 else ""
-        yield f'<h2>Tasks</h2><p>Scored while training, each as its own publication does.</p><div class="charts{wide}">{scored}</div>'
-    yield '<h2>How training went</h2><div class="charts">'
-    yield from _process_charts(runs)
-    yield "</div>"
+    yield _tasks_section(runs)
+    yield _training_section(runs)
     for run in runs:
         if run.samples:
-            yield f"<h2>What it wrote{'' if len(runs) == 1 else ': ' + escape(run.name)}</h2>{_samples(run)}"
-    if len(runs) == 1 and (context := _context(first)):
-        yield context
+            yield f"<h2>{_prefix(run, runs)}Samples</h2>{_samples_section(run)}"
+    if is_single and size_of(first.config.model) == "124M":
+        yield _public_runs_section()
     for run in runs:
-        yield f"<h2>Events{'' if len(runs) == 1 else ': ' + escape(run.name)}</h2>{_events(run)}"
-        yield _settings(run)
-    yield "<footer>Made by <code>anew report</code> from the run folder. Opening it fetches nothing.</footer>"
-
-
-def _subtitle(run: Run) -> str:
-    size = size_of(run.config.model)
-    m = run.config.model
-    shape = f"GPT-2 {size}" if size else f"GPT-2 with {m.n_layer} layers of {m.n_embd}"
-    kind = run.config.data.tokenizer.partition(":")[0]
-    tokens = {
-        "bytes": "bytes",
-        "train": f"{m.vocab_size:,} tokens learnt from it",
-        "gpt2": "GPT-2's tokens",
-    }.get(kind, f"{kind}'s tokens")
-    return (
-        f"{shape}, {short(count_parameters(m))} parameters, on {run.config.data.data} as {tokens}"
+        yield f"<h2>{_prefix(run, runs)}Events</h2>{_events_section(run)}"
+        yield _settings_section(run)
+    yield (
+        "<footer>Written by <code>anew report</code> from the run folder. "
+        "This page loads nothing from the network.</footer>"
     )
 
 
-def _unit(*runs: Run) -> str:
-    return " or ".join(sorted({run.config.data.unit for run in runs}))
-
-
-def _verdict(runs: Sequence[Run]) -> str:
-    """What can be said in one look, and no more than that."""
-    rows = [(run, *row) for run in runs for row in _compared(run)]
-    judged = [row[5] for row in rows if row[5]]
-    if judged:
-        good = judged.count("PASS")
-        state = "pass" if good == len(judged) else "fail"
-        words = f"{good} of {len(judged)} figures are not worse than what they are compared with, within the tolerance"
-        head = f'<strong><b class="{state}">{state.upper()}</b> {words}</strong>'
-    else:
-        state, head = (
-            "",
-            "".join(
-                f"<strong>{_name(run, runs)}{_without_verdict(run)}</strong><br>" for run in runs
-            ),
-        )
-    cells = [
-        [_name(run, runs) + escape(name), f"{ours:.4f}", escape(f"{other}{'; ' + note if note else ''}"), f"{theirs:.4f}",
-         f'<span class="{verdict.lower()}"><b>{verdict or "context"}</b></span>']
-        for run, name, ours, other, theirs, verdict, note in rows
-    ]  # fmt: skip
-    table = _table(["figure", "here", "compared with", "there", "verdict"], cells) if rows else ""
-    why = "".join(
-        f"<p><small>{_name(run, runs)}{_why_no_baseline(run)}</small></p>"
-        for run in runs
-        if not run.baseline
-    )
-    return f'<section class="verdict {state}">{head}{table}{why}</section>'
-
-
-def _name(run: Run, runs: Sequence[Run]) -> str:
+def _prefix(run: Run, runs: Sequence[Run]) -> str:
+    """Return the name of a run for a text about it, as HTML; empty if there is only one run."""
     return f"{escape(run.name)}: " if len(runs) > 1 else ""
 
 
-def _compared(run: Run) -> list[tuple[str, float, str, float, str, str]]:
-    """(figure, here, compared with, there, PASS or FAIL or nothing, note) of all that has something beside it."""
-    rows = []
-    final = run.final_loss
-    if run.baseline and final:
+def _unit(runs: Sequence[Run]) -> str:
+    """Return what a loss is a mean over: byte, token, or both."""
+    return " or ".join(sorted({run.config.data.unit for run in runs}))
+
+
+def _description(run: Run) -> str:
+    """Return model, data and tokenizer of a run in one phrase."""
+    model, data = run.config.model, run.config.data
+    size = size_of(model)
+    shape = f"GPT-2 {size}" if size else f"GPT-2 with {model.n_layer} layers of {model.n_embd}"
+    tokenizer = data.tokenizer.partition(":")[0]
+    tokens = f"{tokenizer}'s tokens"
+    if tokenizer == "bytes":
+        tokens = "bytes"
+    elif tokenizer == "train":
+        tokens = f"{model.vocab_size:,} tokens learnt from it"
+    elif tokenizer == "gpt2":
+        tokens = "GPT-2's tokens"
+    parameters = short(count_parameters(model))
+    return f"{shape}, {parameters} parameters, trained on {data.data} as {tokens}"
+
+
+# Verdict
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a run beside its reference. `verdict` is PASS, FAIL or empty."""
+
+    name: str
+    ours: float
+    reference: str
+    theirs: float
+    verdict: str
+
+
+def _figures(run: Run) -> Iterator[Figure]:
+    """Yield all figures of a run that have a reference."""
+    if run.baseline and run.final_loss is not None:
         theirs = float(run.baseline["loss"])
-        same = run.status == "complete" and final[1] == "fp32"
-        verdict = ("PASS" if final[0] <= theirs else "FAIL") if same else ""
-        rows.append(
-            (
-                "validation loss",
-                final[0],
-                f"{run.baseline['model']} on the same windows",
-                theirs,
-                verdict,
-                "lower is better",
-            )
-        )
-    for c in run.comparisons():
-        name = f"{c.published.task} {c.published.figure}"
-        rows.append(
-            (
-                name,
-                c.ours,
-                f"OpenAI's GPT-2: {c.published.source}",
-                c.theirs,
-                c.verdict,
-                c.published.note,
-            )
-        )
-    return rows
+        verdict = ""
+        if run.status == "complete" and run.final_loss_is_fp32:
+            verdict = "PASS" if run.final_loss <= theirs else "FAIL"
+        source = f"{run.baseline['model']} on the same windows; lower is better"
+        yield Figure("validation loss", run.final_loss, source, theirs, verdict)
+    for comparison in run.comparisons():
+        published = comparison.published
+        note = f"; {published.note}" if published.note else ""
+        source = f"OpenAI's GPT-2: {published.source}{note}"
+        name = f"{published.task} {published.figure}"
+        yield Figure(name, comparison.ours, source, comparison.theirs, comparison.verdict)
 
 
-def _without_verdict(run: Run) -> str:
-    final, chance = run.final_loss, math.log(run.config.model.vocab_size)
+def _verdict_section(runs: Sequence[Run]) -> str:
+    """Return the verdict, the table of figures behind it, and why a verdict is missing."""
+    rows = []
+    verdicts = []
+    for run in runs:
+        for figure in _figures(run):
+            verdict = figure.verdict or "context"
+            rows.append(
+                [
+                    _prefix(run, runs) + escape(figure.name),
+                    f"{figure.ours:.4f}",
+                    escape(figure.reference),
+                    f"{figure.theirs:.4f}",
+                    f'<span class="{figure.verdict.lower()}"><b>{verdict}</b></span>',
+                ]
+            )
+            if figure.verdict:
+                verdicts.append(figure.verdict)
+    state = ""
+    head = "".join(f"<strong>{_prefix(run, runs)}{_state_text(run)}</strong><br>" for run in runs)
+    if verdicts:
+        passed = verdicts.count("PASS")
+        state = "pass" if passed == len(verdicts) else "fail"
+        head = (
+            f'<strong><b class="{state}">{state.upper()}</b> {passed} of {len(verdicts)} figures '
+            "are as good as their reference or better, within the tolerance</strong>"
+        )
+    titles = ["figure", "this run", "reference", "its value", "verdict"]
+    table = _table(titles, rows) if rows else ""
+    reasons = "".join(
+        f"<p><small>{_prefix(run, runs)}{_no_baseline_text(run)}</small></p>"
+        for run in runs
+        if not run.baseline
+    )
+    return f'<section class="verdict {state}">{head}{table}{reasons}</section>'
+
+
+def _state_text(run: Run) -> str:
+    """Return how far a run without a verdict has come."""
+    step = f"{run.last['step']:,}"
     if run.config.data.one_batch:
-        return f"One batch, {run.last['step']:,} times: its loss is {run.train_loss}; a model that can learn gets it near 0"
-    if final is None:
-        where = f"Step {run.last['step']:,} of {run.config.run.steps:,}"
-        return f"{where}: training loss {run.train_loss}, nothing held out was scored yet"
-    unit = _unit(run)
-    return (
-        f"{final[0]:.3f} nats a {unit} on held-out text: as unsure as between {math.exp(final[0]):,.3g} {unit}s "
-        f"(knowing nothing is {chance:.2f}, all {run.config.model.vocab_size:,})"
-    )
-
-
-def _why_no_baseline(run: Run) -> str:
-    if size_of(run.config.model) is None:
-        return "No figure of OpenAI's GPT-2 belongs beside this one: the model has another shape or other tokens."
-    return (
-        "A verdict on the loss needs OpenAI's weights, scored on this run's own validation windows: <code>anew report "
-        f"{escape(str(run.folder))} --baseline gpt2</code>. Losses from other people's validation text are shown below as context."
-    )
-
-
-def _facts(run: Run, price: float | None) -> str:
-    last, r = run.last, run.config.run
-    ranks = int(run.state.get("environment", {}).get("ranks", 1))
-    hours = last["seconds"] / 3600
-    steady = [row for row in run.rows if "speed/tokens_per_second" in row]
-    speeds = sorted(row["speed/tokens_per_second"] for row in steady)
-    mfu = sorted(row["speed/mfu"] for row in steady)
-    facts = [
-        (
-            "status",
-            run.status
-            if run.status != "running"
-            else f"running, {100 * last['step'] / r.steps:.0f}% done",
-        ),
-        ("steps", f"{last['step']:,} of {r.steps:,}"),
-        ("tokens", short(last["tokens"])),
-        ("time of training", _time(last["seconds"])),
-        ("tokens a second", f"{speeds[len(speeds) // 2]:,.0f}"),
-        ("MFU", f"{100 * mfu[len(mfu) // 2]:.0f}%"),
-    ]
-    if run.final_loss:
-        facts.insert(0, ("validation loss", f"{run.final_loss[0]:.4f}"))
-    if last["step"] < r.steps:
-        facts.append(
-            ("time left, about", _time(last["seconds"] / last["step"] * (r.steps - last["step"])))
+        return (
+            f"The loss on the one training batch is {run.train_loss} after {step} steps; "
+            "a model that can learn brings it close to 0."
         )
-    if price is not None:
-        facts.append((f"cost at ${price:g} an hour", f"${hours * ranks * price:,.2f}"))
-    cells = "".join(
-        f"<div><dl><dt>{escape(name)}</dt><dd>{escape(value)}</dd></dl></div>"
-        for name, value in facts
+    if run.final_loss is None:
+        return (
+            f"Step {step} of {run.config.run.steps:,}: training loss {run.train_loss}. "
+            "No held-out text has been scored yet."
+        )
+    vocab_size = run.config.model.vocab_size
+    return (
+        f"The loss on held-out text is {run.final_loss:.3f} nats per {_unit([run])}, "
+        f"a perplexity of {math.exp(run.final_loss):,.3g}. "
+        f"A uniform guess has a loss of {math.log(vocab_size):.2f}, a perplexity of {vocab_size:,}."
     )
-    return f'<div class="facts">{cells}</div>'
+
+
+def _no_baseline_text(run: Run) -> str:
+    if size_of(run.config.model) is None:
+        return (
+            "There are no figures of OpenAI's GPT-2 to compare with: "
+            "this model has another shape or other tokens."
+        )
+    return (
+        "A verdict on the loss needs OpenAI's weights, scored on this run's own validation "
+        f"windows: <code>anew report {escape(str(run.folder))} --baseline gpt2</code>. "
+        "Losses on other validation texts are shown below as context."
+    )
+
+
+# Facts
+
+
+def _facts_section(run: Run, price: float | None) -> str:
+    """Return the boxes with status, steps, tokens, time, speed and cost."""
+    last, steps = run.last, run.config.run.steps
+    step, seconds = last["step"], last["seconds"]
+    status = run.status
+    if status == "running":
+        status = f"running, {100 * step / steps:.0f}% done"
+    facts = {
+        "status": status,
+        "steps": f"{step:,} of {steps:,}",
+        "tokens": short(last["tokens"]),
+        "training time": _time(seconds),
+        "tokens per second": f"{_median(run, 'speed/tokens_per_second'):,.0f}",
+        "MFU": f"{100 * _median(run, 'speed/mfu'):.0f}%",
+    }
+    if run.final_loss is not None:
+        facts = {"validation loss": f"{run.final_loss:.4f}", **facts}
+    if step < steps:
+        facts["estimated time left"] = _time(seconds / step * (steps - step))
+    if price is not None:
+        ranks = int(run.state.get("environment", {}).get("ranks", 1))
+        facts[f"cost at ${price:g} an hour"] = f"${seconds / 3600 * ranks * price:,.2f}"
+    boxes = "".join(
+        f"<div><dl><dt>{escape(name)}</dt><dd>{escape(value)}</dd></dl></div>"
+        for name, value in facts.items()
+    )
+    return f'<div class="facts">{boxes}</div>'
+
+
+def _median(run: Run, key: str) -> float:
+    values = sorted(value for _, value in run.points(key))
+    return values[len(values) // 2]
 
 
 def _time(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
-def _summary(run: Run) -> list[str]:
-    final = f"{run.final_loss[0]:.4f}" if run.final_loss else "not scored"
-    return [escape(run.name), escape(_subtitle(run)), f"{run.last['step']:,} of {run.config.run.steps:,}", short(run.last["tokens"]), final,
-            _time(run.last["seconds"])]  # fmt: skip
-
-
-def _loss_words(runs: Sequence[Run]) -> str:
-    run = runs[0]
-    data = reference.data_of(run.config)
-    words = (
-        f"Mean cross-entropy in nats a {_unit(*runs)}: the thin line is the training batch of each step, the thick ones are means and "
-        "held-out text."
-    )
-    if data and size_of(run.config.model) == "124M":
-        words += (
-            f" Grey lines are public runs on {data}, each on its own validation text; the dashed level is OpenAI's GPT-2 124M "
-            + (
-                "on this run's own windows."
-                if run.baseline
-                else f"there, measured by {reference.BASELINES[data][1]}."
-            )
+def _summary_table(runs: Sequence[Run]) -> str:
+    """Return one line for each of several runs."""
+    rows = []
+    for run in runs:
+        loss = "not scored" if run.final_loss is None else f"{run.final_loss:.4f}"
+        rows.append(
+            [
+                escape(run.name),
+                escape(_description(run)),
+                f"{run.last['step']:,} of {run.config.run.steps:,}",
+                short(run.last["tokens"]),
+                loss,
+                _time(run.last["seconds"]),
+            ]
         )
-    return words
+    return _table(["run", "model", "steps", "tokens", "validation loss", "time"], rows)
+
+
+# Charts
+
+
+def _loss_text(runs: Sequence[Run]) -> str:
+    """Return the explanation of the chart of losses."""
+    text = (
+        f"Mean cross-entropy in nats per {_unit(runs)}. The thin line is the loss of each training "
+        "batch; the thick lines are its moving mean and the loss on held-out text."
+    )
+    data = reference.data_of(runs[0].config)
+    if data and size_of(runs[0].config.model) == "124M":
+        _, source = reference.BASELINES[data]
+        where = "on this run's own windows" if runs[0].baseline else f"as measured by {source}"
+        text += (
+            f" Grey lines are public runs on {data}, each on its own validation text. "
+            f"The dashed line is the loss of OpenAI's GPT-2 124M, {where}."
+        )
+    return text
 
 
 def _loss_chart(runs: Sequence[Run]) -> str:
     lines: list[Line] = []
     whiskers: list[Whisker] = []
     for i, run in enumerate(runs, start=1):
-        prefix = "" if len(runs) == 1 else f"{run.name}: "
-        train, val = run.points("train/loss"), run.points("val/loss")
-        lines.append(Line(f"{prefix}each batch", train, f"faint-{i}"))
-        lines.append(Line(f"{prefix}training", smoothed(train), f"own-{i}"))
-        if val:
-            lines.append(Line(f"{prefix}validation", val, f"own-{i + 1 if len(runs) == 1 else i}"))
-        projection = (
-            reference.project(val)
-            if reference.is_like_them(run.config) and run.status != "complete"
-            else None
-        )
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        batches = run.points("train/loss")
+        validation = run.points("val/loss")
+        lines.append(Line(f"{prefix}each batch", batches, f"faint-{i}"))
+        lines.append(Line(f"{prefix}training", smoothed(batches), f"own-{i}"))
+        kind = "own-2" if len(runs) == 1 else f"own-{i}"
+        lines.append(Line(f"{prefix}validation", validation, kind))
+        projection = _projection(run)
         if projection:
-            name = f"{prefix}expected at 10B tokens: {projection.value:.3f} ± {projection.plus_minus:.3f}"
-            whiskers.append(
-                Whisker(name, reference.HORIZON, projection.value, projection.plus_minus, val[-1])
-            )
-    data, size = reference.data_of(runs[0].config), size_of(runs[0].config.model)
-    if data and size == "124M":
-        reach = (
-            max((x for line in lines for x, _ in line.points), default=math.inf)
-            if not whiskers
-            else math.inf
-        )
-        curves = [c for c in reference.CURVES if c.data == data]
-        lines += [
-            Line(c.name, [p for p in c.losses if 0 < p[0] <= reach], f"context-{n}")
-            for n, c in enumerate(curves, start=1)
-        ]
-        if not runs[0].baseline:
-            lines.append(
-                Line(
-                    f"OpenAI's GPT-2 124M, {reference.BASELINES[data][0]}",
-                    [(0.0, reference.BASELINES[data][0])],
-                    "level",
-                )
-            )
-    if runs[0].baseline:
-        theirs = float(runs[0].baseline["loss"])
-        lines.append(
-            Line(
-                f"{runs[0].baseline['model']} on the same windows, {theirs:.4f}",
-                [(0.0, theirs)],
-                "level",
-            )
-        )
-    return line_chart(
-        "Loss", lines, f"nats a {_unit(*runs)}", whiskers=whiskers, settled=True, wide=True
+            end = f"{projection.value:.3f} ± {projection.plus_minus:.3f}"
+            name = f"{prefix}expected at 10B tokens: {end}"
+            whiskers.append(_whisker(name, projection, validation[-1]))
+    is_projected = bool(whiskers)
+    own_end = max((x for line in lines for x, _ in line.points), default=math.inf)
+    lines += _reference_lines(runs[0], math.inf if is_projected else own_end)
+    unit = f"nats per {_unit(runs)}"
+    return line_chart("Loss", lines, unit, whiskers=whiskers, skip_start=True, wide=True)
+
+
+def _reference_lines(run: Run, end: float) -> list[Line]:
+    """Return public curves on the same text up to `end`, and the level of GPT-2 or the baseline."""
+    lines = []
+    data = reference.data_of(run.config)
+    if data and size_of(run.config.model) == "124M":
+        curves = [curve for curve in reference.CURVES if curve.data == data]
+        for i, curve in enumerate(curves, start=1):
+            points = [point for point in curve.losses if 0 < point[0] <= end]
+            lines.append(Line(curve.name, points, f"context-{i}"))
+        loss, _ = reference.BASELINES[data]
+        if not run.baseline:
+            lines.append(_level(f"OpenAI's GPT-2 124M, {loss}", loss))
+    if run.baseline:
+        loss = float(run.baseline["loss"])
+        lines.append(_level(f"{run.baseline['model']} on the same windows, {loss:.4f}", loss))
+    return lines
+
+
+def _level(name: str, value: float) -> Line:
+    return Line(name, [(0.0, value)], "level")
+
+
+def _projection(run: Run) -> reference.Projection | None:
+    """Return the projected loss at 10B tokens of an incomplete run like the reference runs."""
+    if run.status == "complete" or not reference.is_like_them(run.config):
+        return None
+    return reference.project(run.points("val/loss"))
+
+
+def _whisker(name: str, found: reference.Projection, start: tuple[float, float]) -> Whisker:
+    return Whisker(name, reference.HORIZON, found.value, found.plus_minus, start)
+
+
+def _tasks_section(runs: Sequence[Run]) -> str:
+    """Return a chart for each task of the first run; empty if it has none."""
+    tasks = runs[0].tasks
+    if not tasks:
+        return ""
+    charts = "".join(_task_chart(runs, task, tasks[task], len(tasks) == 1) for task in tasks)
+    wide = " wide" if len(tasks) == 1 else ""
+    return (
+        "<h2>Tasks</h2><p>Scored during training, each with the protocol of its publication.</p>"
+        f'<div class="charts{wide}">{charts}</div>'
     )
 
 
-def _task_charts(runs: Sequence[Run]) -> str:
-    charts: list[str] = []
-    for task, figures in runs[0].tasks.items():
-        figure = next((f for f in ("acc_norm", "acc") if f in figures), figures[0])
-        key = f"eval/{task}/{figure}"
-        lines = [
-            Line(run.name if len(runs) > 1 else "this run", run.points(key), f"own-{i}")
-            for i, run in enumerate(runs, 1)
-        ]
-        whiskers = []
-        if task == "hellaswag" and figure == "acc_norm":
-            size = size_of(runs[0].config.model)
-            lines += [
-                Line(f"{name}, {100 * value:g}%", [(0.0, value)], "level")
-                for name, value in reference.hellaswag_levels(size)
-            ]
-            if size == "124M":
-                curves = [c for c in reference.CURVES if c.hellaswag]
-                lines += [
-                    Line(c.name, [p for p in c.hellaswag if p[0] > 0], f"context-{n}")
-                    for n, c in enumerate(curves, start=1)
-                ]
-            whiskers = _hellaswag_whisker(runs[0])
-        charts.append(
-            line_chart(
-                f"{task} {figure}", lines, "share right" if "acc" in figure else figure,
-                whiskers=whiskers, percent="acc" in figure, wide=len(runs[0].tasks) == 1,
-            )
-        )  # fmt: skip
-    return "".join(charts)
+def _task_chart(runs: Sequence[Run], task: str, figures: Sequence[str], wide: bool) -> str:
+    """Return the chart of one task's main figure."""
+    preferred = [figure for figure in ("acc_norm", "acc") if figure in figures]
+    figure = preferred[0] if preferred else figures[0]
+    lines = _lines_of(runs, f"eval/{task}/{figure}")
+    whiskers = []
+    if task == "hellaswag" and figure == "acc_norm":
+        size = size_of(runs[0].config.model)
+        for name, value in reference.hellaswag_levels(size):
+            lines.append(_level(f"{name}, {100 * value:g}%", value))
+        if size == "124M":
+            curves = [curve for curve in reference.CURVES if curve.hellaswag]
+            for i, curve in enumerate(curves, start=1):
+                points = [point for point in curve.hellaswag if point[0] > 0]
+                lines.append(Line(curve.name, points, f"context-{i}"))
+        whiskers = _hellaswag_whisker(runs[0])
+    is_share = "acc" in figure
+    unit = "share of correct answers" if is_share else figure
+    return line_chart(
+        f"{task} {figure}", lines, unit, whiskers=whiskers, percent=is_share, wide=wide
+    )
 
 
 def _hellaswag_whisker(run: Run) -> list[Whisker]:
-    loss = (
-        reference.project(run.points("val/loss"))
-        if reference.is_like_them(run.config) and run.status != "complete"
-        else None
-    )
-    found = (
-        reference.project_hellaswag(
-            run.points("eval/hellaswag/acc_norm"), run.points("val/loss"), loss
-        )
-        if loss
-        else None
-    )
-    if not found:
+    accuracies = run.points("eval/hellaswag/acc_norm")
+    loss = _projection(run)
+    if loss is None:
         return []
-    name = f"expected at 10B tokens: {100 * found.value:.1f}% ± {100 * found.plus_minus:.1f}"
-    return [
-        Whisker(
-            name,
-            reference.HORIZON,
-            found.value,
-            found.plus_minus,
-            run.points("eval/hellaswag/acc_norm")[-1],
-        )
+    found = reference.project_hellaswag(accuracies, run.points("val/loss"), loss)
+    if found is None:
+        return []
+    end = f"{100 * found.value:.1f}% ± {100 * found.plus_minus:.1f}"
+    return [_whisker(f"expected at 10B tokens: {end}", found, accuracies[-1])]
+
+
+def _lines_of(runs: Sequence[Run], key: str) -> list[Line]:
+    """Return one line for each run."""
+    lines = []
+    for i, run in enumerate(runs, start=1):
+        name = run.name if len(runs) > 1 else "this run"
+        lines.append(Line(name, run.points(key), f"own-{i}"))
+    return lines
+
+
+def _training_section(runs: Sequence[Run]) -> str:
+    """Return the charts of learning rate, gradient norm and speed."""
+    rates = _lines_of(runs, "train/lr")
+    norms = _lines_of(runs, "train/grad_norm")
+    speeds = _lines_of(runs, "speed/tokens_per_second")
+    mfu = _lines_of(runs, "speed/mfu")
+    charts = [
+        line_chart("Learning rate", rates, "warm-up and decay"),
+        line_chart("Gradient norm", norms, "before clipping", skip_start=True),
+        line_chart("Speed", speeds, "tokens per second"),
+        line_chart("MFU", mfu, "share of the device's peak", percent=True),
     ]
+    return f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>'
 
 
-def _process_charts(runs: Sequence[Run]) -> Iterator[str]:
-    def of(key: str, scale: float = 1.0) -> list[Line]:
-        found: list[Points] = [[(x, y * scale) for x, y in run.points(key)] for run in runs]
-        return [
-            Line(run.name if len(runs) > 1 else "this run", points, f"own-{i}")
-            for i, (run, points) in enumerate(zip(runs, found, strict=True), 1)
-        ]
-
-    yield line_chart("Learning rate", of("train/lr"), "warm-up, then down")
-    yield line_chart("Gradient norm", of("train/grad_norm"), "before clipping", settled=True)
-    yield line_chart("Speed", of("speed/tokens_per_second"), "tokens a second")
-    yield line_chart("MFU", of("speed/mfu"), "share of the device's peak", percent=True)
+# Samples, public runs, events and settings
 
 
-def _samples(run: Run) -> str:
+def _samples_section(run: Run) -> str:
+    """Return at most six samples, spread over the run."""
     samples = run.samples
-    chosen = (
-        samples
-        if len(samples) <= 6
-        else [samples[round(i * (len(samples) - 1) / 5)] for i in range(6)]
-    )
+    if len(samples) > MOST_SAMPLES:
+        last = len(samples) - 1
+        places = [round(i * last / (MOST_SAMPLES - 1)) for i in range(MOST_SAMPLES)]
+        samples = [samples[place] for place in places]
     articles = "".join(
-        f'<article><h3>step {s["step"]:,}</h3><pre><span class="prompt">{escape(s["prompt"])}</span>{escape(s["text"])}</pre></article>'
-        for s in chosen
+        f"<article><h3>step {sample['step']:,}</h3>"
+        f'<pre><span class="prompt">{escape(sample["prompt"])}</span>'
+        f"{escape(sample['text'])}</pre></article>"
+        for sample in samples
     )
     return f'<div class="samples">{articles}</div>'
 
 
-def _context(run: Run) -> str:
-    """Figures of other people's runs, said to be what they are."""
-    if size_of(run.config.model) != "124M":
-        return ""
-    rows = [[escape(c.name), escape(c.data), f"{c.losses[-1][1]:.4f}", short(c.losses[-1][0]), "" if c.is_gpt2 else "another architecture",
-             escape(c.source)] for c in reference.CURVES]  # fmt: skip
-    rows += [
-        ["OpenAI's GPT-2 124M", escape(data), f"{loss:.4f}", "", "", escape(source)]
-        for data, (loss, source) in reference.BASELINES.items()
-    ]
+def _public_runs_section() -> str:
+    """Return the table of public runs and of OpenAI's GPT-2, with sources."""
+    rows = []
+    for curve in reference.CURVES:
+        tokens, loss = curve.losses[-1]
+        note = "" if curve.is_gpt2 else "another architecture"
+        cells = [curve.name, curve.data, f"{loss:.4f}", short(tokens), note, curve.source]
+        rows.append([escape(cell) for cell in cells])
+    for data, (loss, source) in reference.BASELINES.items():
+        cells = ["OpenAI's GPT-2 124M", data, f"{loss:.4f}", "", "", source]
+        rows.append([escape(cell) for cell in cells])
+    titles = ["run", "text", "validation loss", "tokens", "", "source"]
     return (
-        "<h2>Other people's runs</h2><p>Context, not a comparison: each loss is on its own validation text, and losses on different text "
-        f"do not compare.</p>{_table(['run', 'text', 'validation loss', 'tokens', '', 'source'], rows)}"
+        "<h2>Public runs</h2><p>These losses are context and not a comparison: each is on the "
+        "run's own validation text, and losses on different texts do not compare.</p>"
+        f"{_table(titles, rows)}"
     )
 
 
-def _events(run: Run) -> str:
+def _events_section(run: Run) -> str:
+    """Return warnings, errors, stops and resumes; of many, the first and the last ones."""
     starts = int(run.state.get("starts", 1))
     events = run.events
-    words = f"<p>Started {starts} time{'s' * (starts > 1)}; {len(events) or 'no'} event{'s' * (len(events) != 1)} in its log.</p>"
+    plural = "" if len(events) == 1 else "s"
+    text = (
+        f"<p>Started {starts} time{'s' * (starts > 1)}; "
+        f"{len(events) or 'no'} event{plural} in its log.</p>"
+    )
     if not events:
-        return words
-    shown = (
-        events
-        if len(events) <= 40
-        else [*events[:20], ("", f"... {len(events) - 40} more in log.txt ..."), *events[-20:]]
-    )
-    return words + _table(["when", "what"], [[escape(when), escape(what)] for when, what in shown])
+        return text
+    if len(events) > MOST_EVENTS:
+        half = MOST_EVENTS // 2
+        left_out = f"... {len(events) - MOST_EVENTS} more in log.txt ..."
+        events = [*events[:half], ("", left_out), *events[-half:]]
+    rows = [[escape(time), escape(message)] for time, message in events]
+    return text + _table(["time", "message"], rows)
 
 
-def _settings(run: Run) -> str:
-    groups: dict[str, Any] = {
-        "model": run.config.model,
-        "data": run.config.data,
-        "optimizer": run.config.optim,
-        "run": run.config.run,
-    }
-    items = [
-        f"<div>{escape(name.replace('_', ' '))}: {escape(str(value))}</div>"
-        for name, value in run.state.get("environment", {}).items()
-    ]
-    found = (
-        [
-            f'<details><summary>Where it ran</summary><div class="columns">{"".join(items)}</div></details>'
-        ]
-        if items
-        else []
-    )
-    for name, group in groups.items():
-        items = [
-            f"<div>{escape(f.name)}: {escape(str(getattr(group, f.name)))}</div>"
-            for f in dataclasses.fields(group)
-        ]
-        found.append(
-            f'<details><summary>Settings: {name}</summary><div class="columns">{"".join(items)}</div></details>'
-        )
+def _settings_section(run: Run) -> str:
+    """Return the environment and all settings, folded."""
+    environment = run.state.get("environment", {})
+    groups = {name.replace("_", " "): value for name, value in environment.items()}
+    found = [_folded("Environment", groups)] if groups else []
+    config = run.config
+    for name, group in (
+        ("model", config.model),
+        ("data", config.data),
+        ("optimizer", config.optim),
+        ("run", config.run),
+    ):
+        found.append(_folded(f"Settings: {name}", dataclasses.asdict(group)))
     return "".join(found)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+def _folded(title: str, values: dict[str, object]) -> str:
+    items = "".join(
+        f"<div>{escape(name)}: {escape(str(value))}</div>" for name, value in values.items()
+    )
+    summary = f"<summary>{escape(title)}</summary>"
+    return f'<details>{summary}<div class="columns">{items}</div></details>'
+
+
+def _table(titles: Row, rows: Sequence[Row]) -> str:
+    """Return a table. The cells are HTML already."""
+    head = "".join(f"<th>{cell}</th>" for cell in titles)
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{cell}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )

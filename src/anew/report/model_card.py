@@ -1,81 +1,105 @@
-"""The model card: README.md of an exported model folder, with the figures of the run it comes from."""
+"""The model card: README.md of an exported model folder, with the figures of its run."""
 
 import os
 import re
 from pathlib import Path
-from typing import Any
 
-from anew.checkpoint import huggingface as weights
+from anew.checkpoint.huggingface import find, read_config
 from anew.config.schema import Config
 from anew.model.flops import count_parameters
 from anew.tokenizer.bpe import Tokenizer
-from anew.training import run_log as metrics
+from anew.training import run_log
 from anew.utils.files import json_lines
+
+USAGE = """\
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+ids = tokenizer("The ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+```
+"""
 
 
 def model_card(model: str) -> str:
-    """README.md of an exported folder: what it is, how it was trained, how good it is, how to use it. Figures are the run's own."""
-    path = weights.find(model).resolve()
-    c = weights.read_config(path)
-    tokenizer = Tokenizer.of_model(path, c.vocab_size)
-    millions = count_parameters(c) / 1e6
+    """Return README.md of an exported folder: what the model is, how it was trained, how to use it.
+
+    Training and evaluation are described if `model` is a checkpoint in a run folder.
+    """
+    path = find(model).resolve()
+    config = read_config(path)
+    tokenizer = Tokenizer.of_model(path, config.vocab_size)
+    is_in_run = path.parent.name == "checkpoints"
+    name = path.parent.parent.name if is_in_run else Path(model).name
+    millions = count_parameters(config) / 1e6
     lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", "",
-        f"# {path.parent.parent.name if path.parent.name == 'checkpoints' else Path(model).name}", "",
-        f"A GPT-2 of {millions:,.1f}M parameters: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads, {c.n_positions} positions, "
-        f"{c.vocab_size:,} tokens ({tokenizer.name}). Exported by anew.", "",
-    ]  # fmt: skip
-    run, step = path.parent.parent, re.fullmatch(r"step-(\d+)", path.name)
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [gpt2]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A GPT-2 of {millions:,.1f}M parameters: {config.n_layer} layers x {config.n_embd}, "
+        f"{config.n_head} heads, {config.n_positions} positions, "
+        f"{config.vocab_size:,} tokens ({tokenizer.name}). Exported by anew.",
+        "",
+    ]
+    run = path.parent.parent
+    step = re.fullmatch(r"step-(\d+)", path.name)
     if step and (run / "config.json").is_file():
         lines += _training(run, int(step[1]))
-    lines += [
-        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")', 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
-        'ids = tokenizer("The ", return_tensors="pt")', "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))", "```", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+        lines += _evaluation(run, int(step[1]))
+    return "\n".join([*lines, USAGE])
 
 
 def _training(run: Path, step: int) -> list[str]:
-    """How the checkpoint of `step` was trained, and every whole evaluation of it, the last one where there are several."""
+    """Return the section about how the checkpoint of `step` was trained."""
     config = Config.read(run / "config.json")
-    lines = ["## Training", "", "| what | value |", "|---|---|"]
-    facts: dict[str, Any] = {
+    data, optim = config.data.data, config.optim
+    batch_tokens = config.run.batch_tokens
+    rates = f"learning rate {optim.lr:g} to {optim.min_lr:g}"
+    if optim.optimizer == "muon":
+        rates += f", Muon's {optim.muon_lr:g}"
+    facts = {
         "recipe": config.recipe,
         "steps": f"{step:,} of {config.run.steps:,}",
-        "tokens": f"{step * config.run.batch_tokens:,} ({config.run.batch_tokens:,} a step)",
-        "text": Path(config.data.data).name
-        if os.path.sep in config.data.data
-        else config.data.data,
+        "tokens": f"{step * batch_tokens:,} ({batch_tokens:,} a step)",
+        "text": Path(data).name if os.path.sep in data else data,
         "begun from": config.run.init or "random weights",
-        "optimizer": f"{config.optim.optimizer}, learning rate {config.optim.lr:g} to {config.optim.min_lr:g}"
-        + (f", Muon's {config.optim.muon_lr:g}" if config.optim.optimizer == "muon" else ""),
-        "seed": config.run.seed,
+        "optimizer": f"{optim.optimizer}, {rates}",
+        "seed": str(config.run.seed),
     }
-    rows = [row for row in metrics.read_metrics(run) if row["step"] <= step]
-    validated = [row for row in rows if "val/loss" in row]
+    validated = [row for row in run_log.read(run) if "val/loss" in row and row["step"] <= step]
     if validated:
         last = validated[-1]
-        facts["validation loss"] = (
-            f"{last['val/loss']:.4f} nats a token at step {int(last['step']):,} ({last.get('val/precision', 'fp32')})"
-        )
-    lines += [f"| {name} | {value} |" for name, value in facts.items()] + [""]
-    measured: dict[tuple[str, str, str], str] = {}
+        loss = f"{last['val/loss']:.4f} nats a token at step {int(last['step']):,}"
+        facts["validation loss"] = f"{loss} ({last.get('val/precision', 'fp32')})"
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return ["## Training", "", "| what | value |", "|---|---|", *rows, ""]
+
+
+def _evaluation(run: Path, step: int) -> list[str]:
+    """Return the section with the complete evaluations of `step`; of repeated ones, the last."""
     path = run / "evaluations.jsonl"
-    for row in json_lines(path) if path.is_file() else ():
-        if row["step"] == step and not (row["limit"] or row["stride"] or row["file"]):
-            for task, figures in row["tasks"].items():
-                for figure, value in figures.items():
-                    if isinstance(value, float):
-                        shown = f"| {task} | {figure} | {value:.4f} | {figures.get('examples', '')} | {row['precision']} |"
-                        measured[task, figure, row["precision"]] = shown
-    if measured:
-        lines += [
-            "## Evaluation",
-            "",
-            "| task | figure | value | examples | precision |",
-            "|---|---|---|---|---|",
-            *measured.values(),
-            "",
-        ]
-    return lines
+    rows: dict[tuple[str, str, str], str] = {}
+    for evaluation in json_lines(path) if path.is_file() else ():
+        is_part = evaluation["limit"] or evaluation["stride"] or evaluation["file"]
+        if evaluation["step"] != step or is_part:
+            continue
+        precision = evaluation["precision"]
+        for task, figures in evaluation["tasks"].items():
+            examples = figures.get("examples", "")
+            for figure, value in figures.items():
+                if isinstance(value, float):
+                    cells = [task, figure, f"{value:.4f}", str(examples), precision]
+                    rows[task, figure, precision] = f"| {' | '.join(cells)} |"
+    if not rows:
+        return []
+    head = ["| task | figure | value | examples | precision |", "|---|---|---|---|---|"]
+    return ["## Evaluation", "", *head, *rows.values(), ""]

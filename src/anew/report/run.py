@@ -1,4 +1,20 @@
-"""What a run folder holds, read for a page: never written to, whole or not, running or not."""
+"""Read a run folder for a report. The run may be complete, running or broken; nothing is written.
+
+    run = Run.read(Path("runs/gpt2-124m"))
+    print(run.status, run.last["step"], run.final_loss)
+
+| file | what a report takes from it | written by |
+|---|---|---|
+| config.json | the settings | `training.setup` |
+| metrics.jsonl | losses, rates, speeds and task figures by step | `training.run_log` |
+| samples.jsonl | sample texts by step | `training.run_log` |
+| run_state.json | status, number of starts, environment | `training.run_log` |
+| log.txt | warnings, errors, stops and resumes | `training.run_log` |
+| baseline.json | another model's loss on the same windows | `report.baseline` |
+
+Only config.json and metrics.jsonl are required. Half a line at the end of a file, as a killed
+process leaves it, is skipped.
+"""
 
 import contextlib
 import json
@@ -12,38 +28,39 @@ from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.report.svg import Points
-from anew.training import run_log as metrics
+from anew.training import run_log
 from anew.utils.files import json_lines, read_json
 
-EVENT = re.compile(r"^(\S+ \S+?)(?:,\d+)? (WARNING|ERROR|INFO) (.*)$")
-TOLD = (
+BASELINE_FORMAT = 1  # of baseline.json
+
+LOG_LINE = re.compile(r"^(\S+ \S+?)(?:,\d+)? (WARNING|ERROR|INFO) (.*)$")  # time, level, message
+# Beginnings of INFO messages that count as events; warnings and errors always do.
+EVENT_MESSAGES = (
     "resumed from",
     "weights from",
     "went back",
     "stopped",
     "skipped:",
     "removed the leftover",
-)  # of what is logged as INFO
-
-BASELINE_FORMAT = 1  # of baseline.json
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """The content of one run folder."""
 
     folder: Path
     config: Config
-    rows: list[metrics.Row]
-    state: dict[str, Any]
+    rows: list[run_log.Row]  # of metrics.jsonl, one a step
+    state: dict[str, Any]  # of run_state.json
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """The run at `folder`; UserError if there is none, or nothing was written yet."""
+        """Read the run at `folder`. Raises UserError if there is none, or it has no steps yet."""
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a run folder: it has no config.json.")
         config = Config.read(folder / "config.json")
-        rows = metrics.read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+        rows = run_log.read(folder) if (folder / "metrics.jsonl").is_file() else []
         if not any("train/loss" in row for row in rows):
             raise UserError(f"{folder} has no steps to report yet.")
         state: dict[str, Any] = {}
@@ -53,96 +70,99 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name, which people choose."""
+        """The folder's name."""
         return self.folder.resolve().name
 
     @property
-    def last(self) -> metrics.Row:
+    def last(self) -> run_log.Row:
         """The newest row of a training step."""
         return next(row for row in reversed(self.rows) if "train/loss" in row)
 
     @property
     def train_loss(self) -> str:
-        """The newest training loss that is a number, in words."""
-        found = self.points("train/loss")
-        return f"{found[-1][1]:.4f}" if found else "not finite"
+        """The newest finite training loss as text, or "not finite" if there is none."""
+        points = self.points("train/loss")
+        return f"{points[-1][1]:.4f}" if points else "not finite"
 
     @property
     def status(self) -> str:
-        """complete, running, preempted or failed. A process that is gone cannot say that it failed."""
-        done = self.last["step"] >= self.config.run.steps
-        return (
-            "complete"
-            if done and self.state.get("status") in (None, "complete")
-            else str(self.state.get("status", "stopped"))
-        )
+        """complete, running, preempted, failed or stopped.
+
+        A run whose process was killed keeps the status that it had.
+        """
+        status = self.state.get("status")
+        if self.last["step"] >= self.config.run.steps and status in (None, "complete"):
+            return "complete"
+        return str(status or "stopped")
 
     def points(self, key: str) -> Points:
-        """(tokens, value) wherever `key` was written down."""
+        """Return (tokens, value) of every row that has a finite value of `key`."""
         return [
             (float(row["tokens"]), float(row[key])) for row in self.rows if row.get(key) is not None
         ]
 
+    def _last_with(self, key: str) -> run_log.Row | None:
+        """Return the newest row that has a finite value of `key`."""
+        return next((row for row in reversed(self.rows) if row.get(key) is not None), None)
+
     @cached_property
     def tasks(self) -> dict[str, list[str]]:
-        """Figures by task, of what was scored while training."""
-        found: dict[str, list[str]] = {}
-        for key in {
-            key
-            for row in self.rows
-            for key, value in row.items()
-            if key.startswith("eval/") and isinstance(value, float)
-        }:
-            _, task, figure = key.split("/", 2)
-            found.setdefault(task, []).append(figure)
-        return {task: sorted(figures) for task, figures in sorted(found.items())}
+        """The figures computed during training, by task. Their key is eval/TASK/FIGURE."""
+        found: dict[str, set[str]] = {}
+        for row in self.rows:
+            for key, value in row.items():
+                if key.startswith("eval/") and isinstance(value, float):
+                    _, task, figure = key.split("/", 2)
+                    found.setdefault(task, set()).add(figure)
+        return {task: sorted(found[task]) for task in sorted(found)}
 
     @property
-    def final_loss(self) -> tuple[float, str] | None:
-        """The newest validation loss and the precision it was computed in."""
-        row = next((row for row in reversed(self.rows) if row.get("val/loss") is not None), None)
-        return (float(row["val/loss"]), str(row.get("val/precision", "fp32"))) if row else None
+    def final_loss(self) -> float | None:
+        """The newest validation loss."""
+        row = self._last_with("val/loss")
+        return None if row is None else float(row["val/loss"])
+
+    @property
+    def final_loss_is_fp32(self) -> bool:
+        """Whether the newest validation loss was computed in fp32."""
+        row = self._last_with("val/loss")
+        return row is not None and row.get("val/precision", "fp32") == "fp32"
 
     def comparisons(self) -> list[Comparison]:
-        """The last figures of each task beside those published for OpenAI's GPT-2 of this size."""
+        """Return the last figures of each task beside those published for GPT-2 of this size."""
         found = []
         for task, figures in self.tasks.items():
-            row = next(
-                row
-                for row in reversed(self.rows)
-                if row.get(f"eval/{task}/{figures[0]}") is not None
-            )
+            row = self._last_with(f"eval/{task}/{figures[0]}")
+            assert row is not None
+            keys = {figure: f"eval/{task}/{figure}" for figure in figures}
             values = {
-                figure: float(row[f"eval/{task}/{figure}"])
-                for figure in figures
-                if row.get(f"eval/{task}/{figure}") is not None
+                figure: float(row[key]) for figure, key in keys.items() if row.get(key) is not None
             }
             examples = int(row.get(f"eval/{task}/examples", 0))
-            all_scored = (
-                not self.config.run.evaluate_limit
+            # Only a complete run, scored in fp32 on all examples, is the published measurement.
+            whole = (
+                self.status == "complete"
+                and not self.config.run.evaluate_limit
                 and row.get(f"eval/{task}/precision") == "fp32"
                 and examples > 0
             )
-            whole = all_scored and self.status == "complete"
             found += compare(task, values, size_of(self.config.model), max(1, examples), whole)
         return found
 
     @property
     def baseline(self) -> dict[str, Any] | None:
-        """What `--baseline` found: another model's loss on the same windows. None if they have been set otherwise since."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        """The content of baseline.json; None if the validation settings have changed since."""
+        try:
             found, _ = read_json(self.folder / "baseline.json", BASELINE_FORMAT)
-            data = self.config.data
-            return (
-                found
-                if found["val_tokens"] == data.val_tokens and found["seq_len"] == data.seq_len
-                else None
-            )
-        return None
+            windows = found["val_tokens"], found["seq_len"]
+        except (OSError, ValueError, KeyError):
+            return None
+        data = self.config.data
+        return found if windows == (data.val_tokens, data.seq_len) else None
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        """Texts written while training: step, prompt, text. The last one of a step counts, as for a run that was resumed."""
+        """Sample texts with step, prompt and text. Of a step that was repeated, the last counts."""
         found: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
             for row in json_lines(self.folder / "samples.jsonl"):
@@ -152,13 +172,15 @@ class Run:
 
     @property
     def events(self) -> list[tuple[str, str]]:
-        """(time, what happened): starts, resumes, warnings, errors."""
+        """(time, message) of resumes, stops, warnings and errors in log.txt."""
+        log = self.folder / "log.txt"
+        if not log.is_file():
+            return []
         found = []
-        with contextlib.suppress(OSError):
-            for line in (
-                (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-            ):
-                match = EVENT.match(line)
-                if match and (match[2] != "INFO" or match[3].startswith(TOLD)):
-                    found.append((match[1], match[3]))
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            match = LOG_LINE.match(line)
+            if match:
+                time, level, message = match.groups()
+                if level != "INFO" or message.startswith(EVENT_MESSAGES):
+                    found.append((time, message))
         return found
