@@ -89,7 +89,9 @@ def _description(run: Run) -> str:
     """Return model, data and tokenizer of a run in one phrase."""
     model, data = run.config.model, run.config.data
     size = size_of(model)
-    shape = f"GPT-2 {size}" if size else f"GPT-2 with {model.n_layer} layers of {model.n_embd}"
+    shape = (
+        f"GPT-2 {size}" if size else f"GPT-2 with {model.n_layer} layers of width {model.n_embd}"
+    )
     tokenizer = data.tokenizer.partition(":")[0]
     tokens = f"{tokenizer}'s tokens"
     if tokenizer == "bytes":
