@@ -1,13 +1,13 @@
-"""Where am I: device, precision and compiler, decided once and said in words.
+"""Choose the device, precision and compiler of a process, and measure the device.
 
     runtime = start(config.run)
     print(runtime.device, runtime.precision, runtime.why)
 
 | device | auto precision |
 |---|---|
-| CUDA, compute capability 8.0 on | bf16 (its matrices and fp32's range: no loss scaling) |
+| CUDA, compute capability 8.0 or newer | bf16 (fast, with fp32's range: no loss scaling) |
 | older CUDA (V100, T4) | fp16 with a GradScaler |
-| XPU (Intel; torch offers it, nobody has run it here) | bf16 |
+| XPU (Intel; offered by PyTorch, not tested here) | bf16 |
 | CPU with AVX512-BF16 or AMX | bf16 |
 | other CPU, Apple silicon | fp32 |
 """
@@ -27,27 +27,28 @@ from typing import Protocol
 import torch
 
 from anew.errors import UserError
-from anew.utils import gpus as devices
 from anew.utils.compiler import missing_for_compile
+from anew.utils.gpus import known
 
+# What activations are computed in.
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+# The argument of torch.set_float32_matmul_precision.
+MATMUL = {"fp32": "highest", "tf32": "high", "bf16": "highest", "fp16": "highest"}
 
-MATMUL = {
-    "fp32": "highest",
-    "tf32": "high",
-    "bf16": "highest",
-    "fp16": "highest",
-}  # what torch does with fp32 matrices
+# Options of glibc's mallopt, from malloc.h.
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where one process computes, and how. `parallel.World` holds the number of processes."""
+    """Where and how one process computes. `distributed.world.World` has the other processes."""
 
     device: torch.device
     precision: str
@@ -56,12 +57,12 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in; weights are always kept in fp32."""
+        """The dtype of activations. Weights are always kept in fp32."""
         return DTYPES[self.precision]
 
 
 class DeviceSettings(Protocol):
-    """The settings that decide where and how a process computes; `config.schema.RunConfig` has them."""
+    """The settings that `start` reads; `config.schema.RunConfig` has them."""
 
     @property
     def device(self) -> str: ...
@@ -73,41 +74,33 @@ class DeviceSettings(Protocol):
     def deterministic(self) -> bool: ...
 
 
-def environment(rt: Runtime) -> dict[str, str]:
-    """What a figure of this process depends on, for whoever reads it later."""
-    return {
-        "device": rt.why[0].removeprefix("device "),
-        "precision": rt.precision,
-        "compiled": "yes" if rt.compile else "no",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-
-
 def start(run: DeviceSettings) -> Runtime:
-    """Choose device, precision and compiler, refuse what the machine lacks, and set torch's process-wide modes to match."""
+    """Choose device, precision and compiler, and set PyTorch's process-wide modes to match.
+
+    Raises UserError if the machine lacks what the settings ask for.
+    """
     device = pick_device(run.device)
     if device.index is not None:
-        torch.accelerator.set_device_index(
-            device
-        )  # what torch picks by itself is the first, also for the second rank
-    precision, reason = pick_precision(run.precision, device)
+        # Without this call, PyTorch uses the first GPU in every process.
+        torch.accelerator.set_device_index(device)
+    precision, precision_reason = pick_precision(run.precision, device)
     compiles, compile_reason = pick_compile(run.compile, device)
     torch.set_float32_matmul_precision(MATMUL[precision])
-    warnings.filterwarnings(
-        "ignore", message="TensorFloat32 tensor cores"
-    )  # which are not used on purpose: `precision` says so
-    # cuBLAS may split a long sum over tokens and add the parts; these keep the parts in fp32.
+    # PyTorch recommends TF32 where fp32 was chosen; `precision` decides that.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    # cuBLAS may split a sum over many tokens and add the parts. Keep the parts in fp32.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device.type == "cpu":
         _keep_freed_memory()
-    _be_deterministic(run.deterministic or device.type == "cpu")
+    # Without deterministic algorithms, compiled code adds up the gradient of `wte` with atomics, on
+    # a CPU too: 55 of 400 steps differed in a bit.
+    torch.use_deterministic_algorithms(run.deterministic or device.type == "cpu")
+    # Filling new tensors costs time and is not needed: nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     why = (
         f"device {device.type} ({_name_of(device)})",
-        f"precision {precision}: {reason}",
+        f"precision {precision}: {precision_reason}",
         compile_reason,
     )
     return Runtime(device, precision, compiles, why)
@@ -121,139 +114,163 @@ def _name_of(device: torch.device) -> str:
     return str(torch.get_device_module(device).get_device_name(device))
 
 
-def before_process_group(run: DeviceSettings) -> None:
-    """Settings that NCCL reads when the process group is made.
+def _keep_freed_memory() -> None:
+    """Make glibc keep the memory that a step frees.
 
-    NVSwitch machines can sum inside the switch (NVLS), in another order from call to call (NCCL issue 1497).
+    Memory returned to Linux has to be mapped again at the next step, page by page (docs/log.md, 2).
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 64 << 20)
+
+
+def before_process_group(run: DeviceSettings) -> None:
+    """Set what NCCL reads when the process group is created.
+
+    On NVSwitch machines, NCCL can sum inside the switch (NVLS), in an order that changes from call
+    to call (NCCL issue 1497). Deterministic runs exclude that algorithm.
     """
     if run.deterministic:
         os.environ.setdefault("NCCL_ALGO", "^NVLS")
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: given back to Linux, it has to be faulted in again, page by page (docs/log.md, 2)."""
-    if sys.platform != "linux":
-        return
-    mmap_max, trim_threshold, top_pad = (
-        -4,
-        -1,
-        -2,
-    )  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
-            libc.mallopt(option, value)
-
-
-def _be_deterministic(wanted: bool) -> None:
-    """Without this, compiled code adds up the gradient of `wte` with atomics, on a CPU too: 55 of 400 steps differed in a bit."""
-    torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only costs time: nothing here reads what it has not written
+def environment(runtime: Runtime) -> dict[str, str]:
+    """Return what a measurement of this process depends on, to be stored beside it."""
+    return {
+        "device": runtime.why[0].removeprefix("device "),
+        "precision": runtime.precision,
+        "compiled": "yes" if runtime.compile else "no",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda", "mps" or "xpu" means here; under torchrun each process has a GPU of its own."""
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    here = accelerator.type if accelerator is not None else "cpu"
+    """Return the device that "auto", "cpu", "cuda", "mps" or "xpu" means for this process.
+
+    Under torchrun each process has a GPU of its own.
+    """
+    available = "cpu"
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            available = accelerator.type
     if wanted == "auto":
-        if here == "cpu" and (problem := unusable_gpu()):
+        problem = unusable_gpu() if available == "cpu" else ""
+        if problem:
             raise UserError(f"{problem}, or use --device cpu.")
-        wanted = here
-    if wanted not in (here, "cpu"):
+        wanted = available
+    if wanted not in (available, "cpu"):
         problem = unusable_gpu() if wanted == "cuda" else ""
-        raise UserError(
-            f"{problem or f'this machine (or this build of torch) has no {wanted}'}; use --device {here}."
-        )
-    return torch.device(wanted, _gpu_index()) if wanted in ("cuda", "xpu") else torch.device(wanted)
+        if not problem:
+            problem = f"this machine (or this build of torch) has no {wanted}"
+        raise UserError(f"{problem}; use --device {available}.")
+    if wanted in ("cuda", "xpu"):
+        return torch.device(wanted, _gpu_index())
+    return torch.device(wanted)
 
 
 def unusable_gpu() -> str:
-    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; empty if there is none, or if it is hidden on purpose."""
-    if not Path("/dev/nvidia0").exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in (
-        "",
-        "-1",
-    ):
+    """Return why PyTorch cannot use the NVIDIA GPU of this machine, and what to do.
+
+    Return an empty string if there is no GPU or if it is hidden on purpose.
+    """
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if is_hidden or not Path("/dev/nvidia0").exists():
         return ""
     if torch.version.cuda is None:
-        return f"this machine has an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA: install one with it"
+        return (
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is a build without "
+            "CUDA: install one with it"
+        )
     return (
-        f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use: its driver is probably older than CUDA "
-        f"{torch.version.cuda} needs (CUDA 13 needs driver 580); update the driver or install a build of torch for an older CUDA"
+        f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use: its driver is "
+        f"probably older than CUDA {torch.version.cuda} needs (CUDA 13 needs driver 580); update "
+        "the driver or install a build of torch for an older CUDA"
     )
 
 
 def _gpu_index() -> int:
-    """This rank's GPU. Some launchers show each process a single one, which is then number 0 (srun --gpus-per-task=1)."""
-    rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    """Return the index of this rank's GPU."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = torch.accelerator.device_count()
     if visible == 1:
+        # Some launchers show each process only its own GPU (srun --gpus-per-task=1).
         return 0
     if rank >= visible:
         raise UserError(
-            f"rank {rank} of this machine has no GPU: {visible} are visible; start as many ranks a machine as it has GPUs "
-            f"(--nproc-per-node {visible})."
+            f"rank {rank} of this machine has no GPU: {visible} are visible; start as many ranks "
+            f"a machine as it has GPUs (--nproc-per-node {visible})."
         )
     return rank
 
 
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """(precision, why)."""
-    sm = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if wanted == "tf32" and sm < (8, 0):
+    """Return the precision that "auto" or a name means on a device, and the reason."""
+    if wanted == "auto":
+        return _auto_precision(device)
+    capability = _compute_capability(device)
+    if wanted == "tf32" and capability < (8, 0):
         raise UserError(
             "tf32 needs an NVIDIA GPU of compute capability 8.0 or newer; use --precision fp32."
         )
-    if wanted == "bf16" and device.type == "cuda" and sm < (8, 0):
+    if wanted == "bf16" and device.type == "cuda" and capability < (8, 0):
         raise UserError(
-            f"bf16 needs compute capability 8.0, and this GPU has {sm[0]}.{sm[1]}; use --precision fp16."
+            f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; "
+            "use --precision fp16."
         )
     if wanted in ("bf16", "fp16") and device.type == "mps":
         raise UserError(f"{wanted} training is not reliable on MPS; use --precision fp32.")
-    if wanted != "auto":
-        slow = wanted == "fp16" and device.type == "cpu"
-        return wanted, "as asked" + (
-            " (fp16 on a CPU is many times slower than bf16)" if slow else ""
-        )
+    if wanted == "fp16" and device.type == "cpu":
+        return wanted, "as requested (fp16 on a CPU is many times slower than bf16)"
+    return wanted, "as requested"
+
+
+def _auto_precision(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
-        return (
-            ("bf16", f"compute capability {sm[0]}.{sm[1]}")
-            if sm >= (8, 0)
-            else ("fp16", f"compute capability {sm[0]}.{sm[1]} has no bf16; with loss scaling")
-        )
+        major, minor = _compute_capability(device)
+        if major >= 8:
+            return "bf16", f"compute capability {major}.{minor}"
+        return "fp16", f"compute capability {major}.{minor} has no bf16; with loss scaling"
     if device.type == "xpu":
         return "bf16", "Intel GPUs have bf16 instructions"
-    if device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
+    if device.type == "mps":
+        return "fp32", "MPS computes most reliably in fp32"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return "bf16", "the CPU has bf16 instructions"
-    return (
-        "fp32",
-        "MPS computes most reliably in fp32"
-        if device.type == "mps"
-        else "the CPU has no bf16 instructions",
-    )
+    return "fp32", "the CPU has no bf16 instructions"
+
+
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of an NVIDIA GPU, and (0, 0) for other devices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return 0, 0
 
 
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
-    """(compile the training step?, why)."""
+    """Return whether to compile the training step, and the reason."""
     missing = missing_for_compile(device)
     if wanted in ("on", "blocks") and missing:
         raise UserError(
             f"torch.compile cannot work here: {missing}; install it, or use --compile off."
         )
     if wanted == "off":
-        return False, "eager, as asked"
-    return (
-        (False, f"eager: {missing}")
-        if missing
-        else (True, "compiled (the first step takes a while)")
-    )
+        return False, "eager, as requested"
+    if missing:
+        return False, f"eager: {missing}"
+    return True, "compiled (the first step takes a while)"
 
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Multiply fp32 matrices as `precision` says inside the block: true fp32 unless it is tf32."""
+    """Multiply fp32 matrices in TF32 inside the block if `precision` is tf32, else in true fp32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(MATMUL[precision])
     try:
@@ -263,51 +280,59 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def peak_flops(runtime: Runtime) -> tuple[float, str]:
-    """Floating-point operations a second that MFU is measured against, and where the figure comes from."""
-    gpu = (
-        devices.known(torch.cuda.get_device_name(runtime.device))
-        if runtime.device.type == "cuda"
-        else None
-    )
-    if gpu is not None and (tflops := gpu.peak(runtime.precision)):
+    """Return the FLOP/s that MFU is measured against, and the source of the figure.
+
+    It is the datasheet's peak of a known GPU, and otherwise the measured speed of matrix products.
+    """
+    if runtime.device.type != "cuda":
+        flops = _measure_product(runtime)
+        source = f"a {runtime.precision} matrix product timed here"
+        return flops, f"{flops / 1e12:.3g} TFLOP/s, {source}"
+    gpu = known(torch.cuda.get_device_name(runtime.device))
+    tflops = gpu.peak(runtime.precision) if gpu is not None else None
+    if gpu is not None and tflops is not None:
         return tflops * 1e12, f"{tflops} TFLOP/s, {gpu.source}"
-    if runtime.device.type == "cuda":
-        flops = _product_flops_on_gpu(runtime)
-        return (
-            flops,
-            f"{flops / 1e12:.3g} TFLOP/s, products of two matrices of 8192 x 8192 in {runtime.precision}, timed here",
-        )
-    a, b = (
-        torch.randn(shape, dtype=runtime.dtype, device=runtime.device)
-        for shape in ((2048, 768), (768, 3072))
-    )
-    if _seconds(a[:64], b) > 0.2:  # fp16 on a CPU without it: 10 s for all rows
+    flops = _measure_product_on_cuda(runtime)
+    source = f"products of two matrices of 8192 x 8192 in {runtime.precision}, timed here"
+    return flops, f"{flops / 1e12:.3g} TFLOP/s, {source}"
+
+
+def _measure_product(runtime: Runtime) -> float:
+    """Return the FLOP/s of the first matrix product of a feed-forward layer of GPT-2 124M."""
+    a = torch.randn(2048, 768, dtype=runtime.dtype, device=runtime.device)
+    b = torch.randn(768, 3072, dtype=runtime.dtype, device=runtime.device)
+    if _seconds_of_product(a[:64], b) > 0.2:
+        # fp16 on a CPU without instructions for it takes 10 s for all rows.
         a = a[:64]
-    times = [_seconds(a, b)]
+    times = [_seconds_of_product(a, b)]
     while len(times) < 8 and sum(times) < 0.2:
-        times.append(_seconds(a, b))
-    best = min(times)
-    flops = 2 * len(a) * 768 * 3072 / best
-    return flops, f"{flops / 1e12:.3g} TFLOP/s, a {runtime.precision} matrix product timed here"
+        times.append(_seconds_of_product(a, b))
+    return 2 * len(a) * 768 * 3072 / min(times)
 
 
-def _product_flops_on_gpu(runtime: Runtime, width: int = 8192, products: int = 10) -> float:
-    """Operations a second of large matrix products in a row: one small product would measure its launch."""
-    a, b = (torch.randn(width, width, dtype=runtime.dtype, device=runtime.device) for _ in range(2))
+def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    (a @ b).flatten()[:1].cpu()  # the copy waits for the device
+    return time.perf_counter() - begin
+
+
+def _measure_product_on_cuda(runtime: Runtime, width: int = 8192, products: int = 10) -> float:
+    """Return the FLOP/s of large matrix products in a row.
+
+    The time of one small product would be that of its launch.
+    """
+    a = torch.randn(width, width, dtype=runtime.dtype, device=runtime.device)
+    b = torch.randn(width, width, dtype=runtime.dtype, device=runtime.device)
     torch.mm(a, b)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(products):
         torch.mm(a, b)
     end.record()
     end.synchronize()
-    return products * 2 * width**3 / (begin.elapsed_time(end) / 1e3)
-
-
-def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    begin = time.perf_counter()
-    (a @ b).flatten()[:1].cpu()  # the copy waits for the device
-    return time.perf_counter() - begin
+    seconds = begin.elapsed_time(end) / 1e3
+    return products * 2 * width**3 / seconds
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -320,7 +345,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of torch on a GPU, otherwise of the process (Linux only; 0 elsewhere)."""
+    """Return the peak memory in bytes.
+
+    On CUDA it is what PyTorch allocated, otherwise the memory of the process (Linux; 0 elsewhere).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
