@@ -1,12 +1,8 @@
-"""The exceptions that the package raises on purpose.
-
-Each one ends a command with its own exit code.
-"""
+"""The exceptions that the package raises on purpose. Each ends a command with its own exit code."""
 
 
 class UserError(ValueError):
-    """Something that the user can correct; the text says in one sentence what is wrong and what to
-    do.
+    """Invalid input. The text says in one sentence what is wrong and what to do.
 
     The command line prints it without a traceback and exits with code 2. `on_every_rank` says that
     all processes of a distributed run raise the same error, so that only rank 0 prints it.
@@ -22,10 +18,8 @@ class Preempted(Exception):
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row could not be applied, so training cannot continue (exit code 1)."""
+    """Training stopped, because too many steps in a row could not be applied (exit code 1)."""
 
 
 class LostRank(RuntimeError):
-    """Another process of the run has ended or does not answer, so this one cannot continue (exit
-    code 1).
-    """
+    """Training stopped, because another process ended or does not answer (exit code 1)."""

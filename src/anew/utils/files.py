@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent, hashes, versioned JSON and the cache folder.
 
     write_atomic(path, text)                    # readers see the old content or the new content
-    with atomic_folder(path) as temporary:      # `path` appears when the block ends
+    with atomic_folder(path) as temporary:      # `path` appears when the block has ended
         (temporary / "part").write_bytes(...)
 
 Everything is written under a temporary name beside its target, flushed to the disk, and renamed. A
@@ -44,7 +44,7 @@ def rename(source: Path, target: Path) -> None:
 def flush_to_disk(path: Path) -> None:
     """Force a file, or the list of names in a folder, to the disk.
 
-    Windows cannot flush folders and needs no flush.
+    Windows cannot flush folders and does not need it.
     """
     if path.is_dir() and os.name == "nt":
         return
@@ -66,12 +66,12 @@ def temporary_name(path: Path, shared: bool = False) -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
 
-def write_atomic(
-    path: Path, content: str | bytes, shared: bool = False, durable: bool = True
-) -> None:
-    """Replace `path` by a file with this content; see `atomic_file`."""
-    with atomic_file(path, shared=shared, durable=durable) as temporary:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` by a file with this content. It is on the disk when the function returns."""
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -126,11 +126,10 @@ def write_json(path: Path, content: dict[str, Any], format: int, durable: bool =
 
 
 def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:
-    """Return the JSON object at `path` without its format, and the format; files without one have
-    format 1.
+    """Return the JSON object at `path` without its format, and the format.
 
-    Raises UserError for a format above `newest_format`, OSError if the file cannot be read and
-    ValueError if it is not a JSON object.
+    A file that does not state its format has format 1. Raises UserError for a format above
+    `newest_format`, OSError if the file cannot be read and ValueError if it is not a JSON object.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -147,8 +146,8 @@ def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file with one JSON object a line.
 
-    Lines that are not JSON objects are left out: a process that was killed may have written half a
-    line.
+    Lines that are not JSON objects are left out, because a process that was killed may have written
+    half a line.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
