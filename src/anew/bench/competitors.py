@@ -27,8 +27,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anew.bench import timing as bench
-from anew.bench.compare import Step
+from anew.bench.compare import Turn
+from anew.bench.ladder import BOTTOM
+from anew.bench.timing import stdlib, text_batch
 from anew.checkpoint.gguf import write_gguf
 from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data.dataloader import evaluation_windows

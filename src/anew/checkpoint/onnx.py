@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from anew.model.gpt import GPT, count_parameters
+from anew.model.flops import count_parameters
+from anew.model.gpt import GPT
 from anew.utils.files import rename
 
 # A file is a protocol buffer, which is limited to 2 GB. Larger weights are stored in a second file.

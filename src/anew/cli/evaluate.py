@@ -17,7 +17,8 @@ import tyro
 from anew.checkpoint import huggingface
 from anew.config.schema import Config
 from anew.data.dataset import open_data
-from anew.distributed.world import World, joined
+from anew.distributed.rendezvous import joined
+from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.runner import Progress, Report, compile_blocks, evaluation_key, run
@@ -222,7 +223,7 @@ def _run_task(evaluation: Evaluation, name: str) -> None:
     outcome = evaluation.outcome
     try:
         # Rank 0 opens the task first, so that the other ranks find what it downloads or prepares.
-        task, examples = evaluation.world.everywhere(
+        task, examples = evaluation.world.run_on_all_ranks(
             lambda: _open_task(evaluation, name), lambda world: world.rank == 0
         )
     except UserError as error:

@@ -66,7 +66,7 @@ def mean_loss(
     stopped = stop is not None and stop.is_set()
     shares = world.gather((sums, stopped))
     if any(share_stopped for _, share_stopped in shares):
-        raise Interrupted
+        raise Preempted("the evaluation was stopped")
     all_sums: dict[int, tuple[float, int]] = {}
     for share, _ in shares:
         all_sums |= share

@@ -92,7 +92,7 @@ def run(
     stopped = stop is not None and stop.is_set()
     shares = world.gather(_Share(results, n_scored, stopped))
     if any(share.stopped for share in shares):
-        raise Interrupted
+        raise Preempted("the evaluation was stopped")
     all_results: dict[int, list[Result]] = {}
     for share in shares:
         all_results |= share.results

@@ -75,7 +75,9 @@ def _training(run: Path, step: int) -> list[str]:
         "optimizer": f"{optim.optimizer}, {rates}",
         "seed": str(config.run.seed),
     }
-    validated = [row for row in run_log.read(run) if "val/loss" in row and row["step"] <= step]
+    validated = [
+        row for row in run_log.read_metrics(run) if "val/loss" in row and row["step"] <= step
+    ]
     if validated:
         last = validated[-1]
         loss = f"{last['val/loss']:.4f} nats a token at step {int(last['step']):,}"

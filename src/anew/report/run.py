@@ -60,7 +60,7 @@ class Run:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a run folder: it has no config.json.")
         config = Config.read(folder / "config.json")
-        rows = run_log.read(folder) if (folder / "metrics.jsonl").is_file() else []
+        rows = run_log.read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         if not any("train/loss" in row for row in rows):
             raise UserError(f"{folder} has no steps to report yet.")
         state: dict[str, Any] = {}

@@ -66,11 +66,13 @@ def temporary_name(path: Path, shared: bool = False) -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by a file with this content. It is on the disk when the function returns."""
+def write_atomic(
+    path: Path, content: str | bytes, shared: bool = False, durable: bool = True
+) -> None:
+    """Replace `path` by a file with this content. The flags are those of `atomic_file`."""
     if isinstance(content, str):
         content = content.encode("utf-8")
-    with atomic_file(path) as temporary:
+    with atomic_file(path, shared=shared, durable=durable) as temporary:
         temporary.write_bytes(content)
 
 
