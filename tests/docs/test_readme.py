@@ -1,4 +1,4 @@
-"""What the README says is run, not believed."""
+"""The commands and claims of README.md and of the docs are run."""
 
 import re
 import shlex
@@ -17,8 +17,10 @@ from anew.training.trainer import train
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+MULTI_GPU = (ROOT / "docs" / "multi-gpu.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line.split("#")[0].strip() for line in README.splitlines() if line.startswith(".venv/bin/anew ")
+    line.split("#")[0].strip() for line in QUICKSTART.splitlines() if line.startswith(".venv/bin/anew ")
 ]
 PAST = ("log", "reliability")  # pages that say what was run at their time
 SHAPE = "--n-layer 1 --n-head 1 --n-embd 16"
@@ -76,7 +78,7 @@ def test_the_commands_of_many_processes_mean_what_they_say(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torchrun starts is checked here without it; `tests/integration/test_parallel.py` and `tests/integration/test_launch.py` run such commands."""
-    text = README + (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+    text = MULTI_GPU + (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
     lines = [
         shlex.split(line, comments=True)
         for line in text.splitlines()
@@ -107,7 +109,7 @@ def test_files_verbs_and_recipes_named_in_the_readme_exist() -> None:
     for verb in VERBS:
         assert f"`anew {verb}" in README
     for recipe in set(RECIPES) - {"gpt2-355m", "shakespeare-memorise"}:
-        assert f"`{recipe}`" in README
+        assert f"`{recipe}`" in QUICKSTART
     for target in re.findall(r"`?make (\w+)`?", README):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
 

@@ -83,7 +83,8 @@ PROGRAMME = {
         12,
         100,
         "SIGTERM, SIGUSR1, SIGINT or two SIGTERM in each phase of a run",
-        "the last complete step is saved, the exit code is 75, the process ends within 20 s",
+        "the last complete step is saved and the exit code is 75 (before the first step: the process "
+        "ends as usual), within 20 s",
     ),
     "full-disk": Row(
         files.full_disk,

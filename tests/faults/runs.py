@@ -167,12 +167,13 @@ class Phase:
 
 PHASES = {
     "start-up": Phase("anew.training.setup.open_data", 1, 3.0),
-    "compile": Phase("anew.training.step.train_step", 1, 0.0),
-    "step": Phase("anew.training.step.train_step", 8, 0.4),
+    "compile": Phase("anew.training.trainer.train_step", 1, 0.0),
+    "step": Phase("anew.training.trainer.train_step", 8, 0.4),
     "evaluation": Phase("anew.training.validation.mean_loss", 2, 0.4),
     "save": Phase("anew.checkpoint.folder.publish", 2, 0.4),
     "wait for data": Phase("anew.data.dataloader.Batches.rows", 12, 0.4),
 }
+BEFORE_THE_FIRST_STEP = ("start-up", "compile")  # signals have their default behaviour there
 SIGNALS = {
     "SIGTERM": [signal.SIGTERM],
     "SIGUSR1": [signal.SIGUSR1],
@@ -231,10 +232,17 @@ def _signal_in_phase(
         time.sleep(0.05)
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid or 0, other)
-    error, text = connection.recv() if connection.poll(60) else ("Timeout", "")
+    try:
+        error, text = connection.recv() if connection.poll(60) else ("Timeout", "")
+    except EOFError:  # the signal ended the process
+        process.join(10)
+        error, text = "signal", str(process.exitcode)
     seconds = time.monotonic() - start
-    is_preempted = error == "SystemExit" and text.startswith("75")
-    result.check(is_preempted, f"{name} in {phase}: {error} {text}")
+    if phase in BEFORE_THE_FIRST_STEP:
+        is_expected = (error, text[:3]) in {("signal", str(-first)), ("SystemExit", "130")}
+    else:
+        is_expected = error == "SystemExit" and text.startswith("75")
+    result.check(is_expected, f"{name} in {phase}: {error} {text}")
     process.join(10)
     return seconds
 

@@ -10,6 +10,7 @@ if os.name == "nt":
 from tests.faults.programme import PROGRAMME, run_fault
 
 
+@pytest.mark.guarantee("durable")
 @pytest.mark.parametrize("name", PROGRAMME)
 def test_fault(name: str) -> None:
     result = run_fault(name, is_full=False)

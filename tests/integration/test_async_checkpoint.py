@@ -32,7 +32,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def test_a_save_is_of_its_step_while_training_goes_on(
+def test_checkpoint_has_the_weights_of_its_step_while_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each save is held up until three more steps were trained."""
@@ -72,13 +72,15 @@ def test_a_save_is_of_its_step_while_training_goes_on(
     assert all(further[step] >= step + 3 for step in (5, 10, 15))
 
 
-def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
+def test_newest_checkpoints_and_multiples_of_keep_every_are_kept(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", steps=40, save_every=5, keep=2, keep_every=15)
     train(config)
     assert [int(p.name[5:]) for p in checkpoint.steps(config.folder)] == [15, 30, 35, 40]
 
 
-def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_saved_by_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clock of the saver goes three minutes a step."""
     config = tiny(tmp_path / "run", steps=22, save_every=1000, keep=0, save_minutes=10.0)
     module, saver = (
@@ -99,7 +101,7 @@ def test_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [int(p.name[5:]) for p in checkpoint.steps(config.folder)] == [5, 10, 15, 20, 22]
 
 
-def test_a_failed_save_stops_the_run_with_its_reason(
+def test_failed_save_ends_the_run_with_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(*_: Any) -> None:
@@ -117,7 +119,7 @@ def test_a_failed_save_stops_the_run_with_its_reason(
     )
 
 
-def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
+def test_only_one_process_writes_to_a_run(tmp_path: Path) -> None:
     """A second one is refused while the first runs, and may go on once it is gone, however it
     went.
     """
@@ -153,7 +155,7 @@ def test_one_process_writes_to_a_run(tmp_path: Path) -> None:
     assert (state["status"], state["saved_step"]) == ("preempted", int(newest.name[5:]))
 
 
-def test_what_a_spike_is() -> None:
+def test_outlier_limits() -> None:
     usual = OutlierDetector()
     for i in range(WARM_UP_STEPS):
         assert usual.limits(6.0) == (float("inf"), float("inf"))

@@ -287,7 +287,7 @@ def test_a_signal_saves_exits_75_and_the_same_command_finishes(
     stopped.wait()
 
 
-def test_the_last_words_are_ours(text_file: Path, tmp_path: Path) -> None:
+def test_last_line_of_output_is_of_anew(text_file: Path, tmp_path: Path) -> None:
     """Libraries that find their objects alive when Python ends complain about it, below what a run has to say."""
     _, stderr = command(
         "train", "shakespeare", *TINY, "--data", text_file, "--out", tmp_path / "run"
@@ -295,7 +295,7 @@ def test_the_last_words_are_ours(text_file: Path, tmp_path: Path) -> None:
     assert stderr.splitlines()[-1].startswith("step 4: val loss "), stderr
 
 
-def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
+def test_closed_pipe_is_not_an_error(model: Path) -> None:
     process = command("sample", model, "--tokens", "3000")
     assert process.stdout is not None
     process.stdout.read(5)
@@ -379,7 +379,7 @@ def test_evaluate_prints_a_table_and_one_json_line(
     assert "kept" not in fresh[2]
 
 
-def test_all_tasks_say_which_could_not_be_run(
+def test_tasks_that_could_not_run_are_listed(
     capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_network(url: str, *_: object, hint: str, **__: object) -> None:
@@ -399,7 +399,7 @@ def test_all_tasks_say_which_could_not_be_run(
     ("--task harness:x --fresh", "tasks of the harness take neither"), ("--task lambada --file nowhere", "does not exist"),
     ("--task wikitext2 --file {passages} --against {other}", "figures per token cannot be compared"),
 ])  # fmt: skip
-def test_wishes_that_evaluate_refuses(
+def test_evaluate_refuses_invalid_arguments(
     capsys: pytest.CaptureFixture[str],
     model: Path,
     passages: Path,
@@ -421,7 +421,7 @@ def test_wishes_that_evaluate_refuses(
     assert words in err
 
 
-def test_val_is_the_text_of_the_run_and_no_other(
+def test_val_task_uses_the_validation_text_of_the_run(
     capsys: pytest.CaptureFixture[str],
     model: Path,
     tiny: Config,

@@ -16,7 +16,7 @@ from anew.training import run_log as metrics
 from tests.support import shared
 
 
-def test_overfit_drives_one_batch_below_0_04(tmp_path: Path) -> None:
+def test_overfit_reaches_a_loss_below_0_04(tmp_path: Path) -> None:
     result = anew.train(anew.recipe("overfit", out=str(tmp_path / "run")))
     assert result.train_loss < 0.04
     assert result.val_loss is None
@@ -44,7 +44,8 @@ def test_shakespeare_learns_real_text(tmp_path: Path) -> None:
     assert rows[-1]["val/precision"] == "fp32"
 
 
-def test_the_folder_of_a_run_opens_in_transformers(tmp_path: Path) -> None:
+@pytest.mark.guarantee("gpt2")
+def test_checkpoint_opens_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     anew.train(anew.recipe("demo", steps=3, warmup_steps=1, out=str(tmp_path / "run")))
@@ -64,7 +65,7 @@ def test_the_folder_of_a_run_opens_in_transformers(tmp_path: Path) -> None:
     assert mine == theirs[: len(mine)]
 
 
-def test_the_demo_trains_and_judges_what_it_writes(
+def test_demo_trains_and_checks_its_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(
@@ -92,7 +93,7 @@ def test_the_demo_trains_and_judges_what_it_writes(
     ("import os", True), ("    return self.x  # why", True), ("foo(a,", True),
     ('"""An opening docstring', True), ("x = 'unterminated", False), ("cost: 5$", False),
 ])  # fmt: skip
-def test_a_line_is_python_if_tokenize_says_so(line: str, accepted: bool) -> None:
+def test_lines_are_python_if_tokenize_accepts_them(line: str, accepted: bool) -> None:
     assert demo.is_python(line) is accepted
     if accepted and line == "import os":
         assert [t.string for t in tokenize.generate_tokens(io.StringIO(line).readline)][:2] == [

@@ -28,6 +28,7 @@ while True:
 """
 
 
+@pytest.mark.guarantee("durable")
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
 def test_sigkill_at_any_moment_of_saving_loses_no_reported_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)

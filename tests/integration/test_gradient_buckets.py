@@ -100,7 +100,7 @@ def started_during_backward(kind: str) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", ["eager", "blocks"])
-def test_a_bucket_starts_as_soon_as_its_block_is_done(kind: str) -> None:
+def test_bucket_starts_when_its_block_is_complete(kind: str) -> None:
     """With the model compiled as one graph, all gradients would become complete together, at the
     end.
     """
@@ -150,7 +150,7 @@ def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[b
     return seen
 
 
-def test_a_rank_that_ran_no_micro_batch_takes_part_with_zero_gradients(tmp_path: Path) -> None:
+def test_rank_without_a_micro_batch_has_zero_gradients(tmp_path: Path) -> None:
     """Without any gradient, the norm would be a zero on the CPU, which CUDA refuses to combine
     with the loss on the GPU.
     """
@@ -195,7 +195,7 @@ def stopped_at(config: Any, step: int) -> str:
         {"precision": "bf16", "parallel": "fsdp"},
     ],
 )
-def test_a_stop_before_the_first_micro_batch_changes_nothing(
+def test_stop_before_the_first_micro_batch_leaves_the_state_unchanged(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Weights, moments and the loss scale are those of a run that was never stopped, and stopping
@@ -236,12 +236,13 @@ def test_compiled_blocks_with_overlap_resume_bit_for_bit_on_three_ranks(tmp_path
     assert final(parts.folder) == final(whole.folder)
 
 
+@pytest.mark.guarantee("evidence")
 @pytest.mark.parametrize("settings", [
     {"sample_every": 2, "sample_tokens": 12},
     {"evaluate_every": 2, "val_tokens": 40},  # fewer windows than ranks
     {"evaluate_every": 2, "sample_every": 3, "sample_tokens": 12, "compile": "on"},
 ])  # fmt: skip
-def test_looking_at_a_sharded_model_leaves_the_ranks_in_step(
+def test_evaluation_of_a_sharded_model_does_not_affect_training(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """With FSDP, a forward pass on one rank alone would make it exchange something else than the
@@ -279,7 +280,7 @@ def reductions_of_a_step() -> tuple[int, int]:
         return counts[0], counts[1]
 
 
-def test_sharded_gradients_are_summed_once_a_step() -> None:
+def test_sharded_gradients_are_reduced_once_a_step() -> None:
     """One reduce-scatter for each block and one for the rest, after the last micro-batch and not
     before.
     """
@@ -305,7 +306,7 @@ def scored_by_one_rank(run: Path) -> float:
     return train(config).train_loss
 
 
-def test_a_task_of_one_chunk_leaves_sharded_ranks_in_step(tmp_path: Path) -> None:
+def test_task_with_one_chunk_does_not_affect_sharded_training(tmp_path: Path) -> None:
     file = tmp_path / "cache" / "downloads" / "lambada_test.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text(

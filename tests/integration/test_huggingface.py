@@ -12,6 +12,7 @@ from anew.checkpoint.huggingface import save_model
 from tests.support import shared
 
 
+@pytest.mark.guarantee("gpt2")
 def test_logits_and_loss_of_the_124m_configuration_equal_transformers(tmp_path: Path) -> None:
     model = GPT(GPTConfig(), seed=6).eval()
     save_model(tmp_path, model, Tokenizer.named("gpt2"))

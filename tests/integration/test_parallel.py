@@ -79,8 +79,9 @@ def alone(
     return config, ok(run_ranks(1, trained, config))
 
 
+@pytest.mark.guarantee("resume")
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
-def test_any_number_of_ranks_is_the_same_run(
+def test_any_number_of_ranks_gives_the_same_run(
     alone: tuple[Config, list[dict[str, Any]]], ranks: int, parallel: str, tmp_path: Path
 ) -> None:
     config, [single] = alone
@@ -142,7 +143,8 @@ def test_muon_gives_the_same_run_on_any_number_of_ranks(
                 assert b[key] == pytest.approx(a[key], rel=1e-6), (a["step"], key)
 
 
-def test_world_size_and_kind_may_change_at_every_resume(
+@pytest.mark.guarantee("resume")
+def test_number_of_ranks_and_fsdp_may_change_at_every_resume(
     alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     config, [single] = alone
@@ -212,7 +214,7 @@ def trained_until(config: Config, step: int) -> dict[str, Any]:
         {"optimizer": "muon", "parallel": "fsdp"},
     ],
 )
-def test_ranks_agree_in_every_kind_of_run(
+def test_ranks_have_equal_weights_in_every_kind_of_run(
     alone: tuple[Config, list[dict[str, Any]]], variant: dict[str, Any], tmp_path: Path
 ) -> None:
     config = alone[0].override(
@@ -222,6 +224,7 @@ def test_ranks_agree_in_every_kind_of_run(
     assert found[0]["outcomes"] == found[1]["outcomes"]
 
 
+@pytest.mark.guarantee("resume")
 def test_three_ranks_resume_bit_for_bit(
     alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -265,7 +268,7 @@ def test_three_ranks_resume_bit_for_bit(
         ),
     ],
 )
-def test_a_launch_that_cannot_work_is_said(
+def test_impossible_launch_is_refused(
     environment: dict[str, str], words: str, text_file: Path, tmp_path: Path
 ) -> None:
     port = {"MASTER_PORT": str(free_port())} if environment.get("MASTER_PORT") == "1" else {}
@@ -298,7 +301,7 @@ def disagreeing(config: Config) -> None:
     train(config.override(weight_decay=0.1 * (1 + int(os.environ["RANK"]))))
 
 
-def test_ranks_that_differ_are_named(
+def test_differing_ranks_are_named(
     alone: tuple[Config, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     found = run_ranks(
@@ -328,7 +331,7 @@ TINY = {
     ("gpt2-124m", 4, 8, "19,073 = 10B tokens"),
     ("gpt2-124m-openwebtext", 8, 4, "90,000 = 47.2B tokens"),
 ])  # fmt: skip
-def test_the_runs_of_the_reference_projects(
+def test_plans_of_the_reference_projects(
     recipe: str, ranks: int, accumulated: int, planned: str, text_file: Path, tmp_path: Path
 ) -> None:
     """Their plan in full, and the same command with two ranks, accumulating as often, at a size

@@ -73,6 +73,7 @@ def assert_same_weights(run_a: Path, run_b: Path, step: int) -> None:
 # --- kills and full disks -------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee("durable")
 def test_thirty_kills_change_no_byte(posts: Path, whole: DataFolder, tmp_path: Path) -> None:
     out = tmp_path / "data"
     generator = random.Random(3)
@@ -213,6 +214,7 @@ def test_fineweb_edu_is_prepared_from_the_hub(undisturbed: dict[str, bytes]) -> 
     assert set(undisturbed) == {"index.json", *names}, "fetched files are removed"
 
 
+@pytest.mark.guarantee("durable")
 @pytest.mark.parametrize("fault", ["cut", "no length", "error page", "flipped", "503", "429"])
 def test_network_fault_changes_no_byte(
     hub: Hub, undisturbed: dict[str, bytes], fault: str, tmp_path: Path

@@ -46,6 +46,7 @@ def score_token_by_token(
     return np.array(log_probs), np.array(hits)
 
 
+@pytest.mark.guarantee("evidence")
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

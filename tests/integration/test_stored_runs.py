@@ -38,6 +38,7 @@ def processor() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split('+')[0]}"
 
 
+@pytest.mark.guarantee("resume")
 @pytest.mark.parametrize("name", RUNS)
 def test_stored_run_resumes_to_the_losses_of_the_version_that_began_it(
     name: str, stored: Path

@@ -79,6 +79,7 @@ def test_detokenized_wikitext_equals_the_harness() -> None:
             assert detokenize(article) == wikitext_detokenizer({"page": article})
 
 
+@pytest.mark.guarantee("evidence")
 def test_hellaswag_equals_the_harness_example_by_example(model: GPT, hflm: object) -> None:
     from lm_eval.tasks.hellaswag.utils import preprocess
 
@@ -102,6 +103,7 @@ def test_hellaswag_equals_the_harness_example_by_example(model: GPT, hflm: objec
     assert figures["acc_norm"] == np.mean((totals / lengths).argmax(1) == labels)
 
 
+@pytest.mark.guarantee("evidence")
 def test_lambada_equals_the_harness_example_by_example(model: GPT, hflm: object) -> None:
     path = shared("lambada/lambada_test.jsonl")
     texts = [json.loads(line)["text"] for line in path.open()][:200]

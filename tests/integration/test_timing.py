@@ -65,6 +65,7 @@ def test_attention_is_timed_and_impossible_settings_give_a_sentence() -> None:
     )
 
 
+@pytest.mark.guarantee("speed")
 @pytest.mark.parametrize(
     ("what", "more"), [("train", ["--compile", "off"]), ("generate", ["--new-tokens", "4"])]
 )
@@ -79,6 +80,7 @@ def test_comparison_with_transformers(
     assert "transformers takes" in out
 
 
+@pytest.mark.guarantee("speed")
 def test_comparison_of_scoring(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "hellaswag_val.jsonl"
     question = {

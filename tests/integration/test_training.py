@@ -85,8 +85,11 @@ VARIANTS = {
 }
 
 
+@pytest.mark.guarantee("resume")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stopped_three_times_is_bit_for_bit_never_stopped(tiny: Config, variant: str) -> None:
+def test_run_stopped_three_times_equals_an_uninterrupted_run_bit_for_bit(
+    tiny: Config, variant: str
+) -> None:
     whole = tiny.override(**VARIANTS[variant], out=tiny.run.out + "-whole")
     train(whole)
     parts = whole.override(out=tiny.run.out + "-parts")
@@ -98,7 +101,8 @@ def test_stopped_three_times_is_bit_for_bit_never_stopped(tiny: Config, variant:
     assert weights_hash(parts) == weights_hash(whole)
 
 
-def test_a_compiled_run_resumes_bit_for_bit(tiny: Config) -> None:
+@pytest.mark.guarantee("resume")
+def test_compiled_run_resumes_bit_for_bit(tiny: Config) -> None:
     if not runtime.pick_compile("auto", torch.device("cpu"))[0]:
         pytest.skip("needs a C++ compiler")
     compiled = tiny.override(compile="on", dropout=0.1, n_layer=1)
@@ -114,7 +118,7 @@ def test_a_compiled_run_resumes_bit_for_bit(tiny: Config) -> None:
     assert weights_hash(parts) == weights_hash(whole)
 
 
-def test_compiled_blocks_and_recomputed_ones_are_the_same_run(tiny: Config) -> None:
+def test_compiled_and_recomputed_blocks_give_the_same_run(tiny: Config) -> None:
     if not runtime.pick_compile("auto", torch.device("cpu"))[0]:
         pytest.skip("needs a C++ compiler")
     short = tiny.override(steps=4, warmup_steps=1)
@@ -128,7 +132,8 @@ def test_compiled_blocks_and_recomputed_ones_are_the_same_run(tiny: Config) -> N
             assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6)
 
 
-def test_resume_across_shards_and_epochs(tiny: Config, tmp_path: Path) -> None:
+@pytest.mark.guarantee("resume")
+def test_resume_across_shard_and_epoch_ends_is_bit_exact(tiny: Config, tmp_path: Path) -> None:
     from anew import Tokenizer
     from anew.data import shards
 
@@ -155,7 +160,8 @@ def test_resume_across_shards_and_epochs(tiny: Config, tmp_path: Path) -> None:
     assert weights_hash(parts) == weights_hash(whole)
 
 
-def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: Path) -> None:
+@pytest.mark.guarantee("gpt2")
+def test_ten_steps_equal_transformers_with_torch_adamw(tiny: Config, tmp_path: Path) -> None:
     """The same model, tokens, rates and optimizer by other people's code: every loss and the
     golden ones agree.
     """
@@ -192,8 +198,9 @@ def test_ten_steps_are_those_of_transformers_and_torch(tiny: Config, tmp_path: P
         assert row["train/loss"] == pytest.approx(GOLDEN[step], rel=2e-5)
 
 
+@pytest.mark.guarantee("resume")
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> None:
+def test_micro_batch_changes_neither_tokens_nor_loss(tiny: Config, micro: int) -> None:
     config = tiny.override(steps=50)
     one = config.override(out=tiny.run.out + "-one")
     other = config.override(micro_batch=micro, out=tiny.run.out + "-other")
@@ -203,7 +210,8 @@ def test_micro_batch_changes_no_token_and_no_loss(tiny: Config, micro: int) -> N
         assert a["tokens"] == b["tokens"]
 
 
-def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
+@pytest.mark.guarantee("resume")
+def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
     from anew.training.setup import start_run
     from anew.training.trainer import batches_of_steps
     from anew.utils.signals import StopFlag
@@ -230,7 +238,8 @@ def test_micro_batches_are_exactly_the_same_token_ids(tiny: Config) -> None:
     assert seen[0][0][0] == [row[:-1] for row in run.batches.rows(24, 8).tolist()]
 
 
-def test_evaluating_and_sampling_more_often_changes_nothing(tiny: Config) -> None:
+@pytest.mark.guarantee("evidence")
+def test_evaluation_and_sampling_do_not_affect_training(tiny: Config) -> None:
     quiet = tiny.override(dropout=0.3, out=tiny.run.out + "-quiet")
     busy = quiet.override(
         evaluate_every=2, sample_every=3, sample_tokens=40, save_every=1, out=tiny.run.out + "-busy"
@@ -246,7 +255,7 @@ def test_evaluating_and_sampling_more_often_changes_nothing(tiny: Config) -> Non
     assert len([r for r in metrics.read_metrics(busy.folder) if "val/loss" in r]) == 6
 
 
-def test_validation_loss_is_that_of_a_plain_loop(tiny: Config) -> None:
+def test_validation_loss_equals_a_loop_over_transformers(tiny: Config) -> None:
     from transformers import AutoModelForCausalLM
 
     result = train(tiny)
@@ -268,7 +277,7 @@ def test_validation_loss_is_that_of_a_plain_loop(tiny: Config) -> None:
     assert count == len(ids) - 1
 
 
-def test_a_non_finite_step_is_skipped_and_said(
+def test_step_that_is_not_finite_is_skipped_and_logged(
     tiny: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["anew.training.trainer"]  # `anew.train` is the function
@@ -289,7 +298,7 @@ def test_a_non_finite_step_is_skipped_and_said(
     assert math.isfinite(result.val_loss)
 
 
-def test_rows_that_are_written_late_are_all_written_in_order(
+def test_delayed_rows_are_all_written_in_order(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU a row is written while the next step is computed: before anything that is saved,
@@ -339,7 +348,9 @@ def test_rows_that_are_written_late_are_all_written_in_order(
     assert metrics.read_metrics(tiny.override(out=tiny.run.out + "-failed").folder)[-1]["step"] == 5
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_skipped_steps_in_a_row_end_the_run(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = sys.modules["anew.training.trainer"]
     original = module.train_step
     monkeypatch.setattr(
@@ -353,7 +364,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tiny: Config, monkeypatch: pytest.M
         train(tiny)
 
 
-def test_interrupted_accumulation_leaves_no_trace(tiny: Config) -> None:
+def test_interrupted_accumulation_leaves_the_state_unchanged(tiny: Config) -> None:
     state = TrainState(tiny, runtime.start(tiny.run), "")
     stop, ids = StopFlag(), torch.arange(8)[None]
     before = [p.clone() for p in state.parameters]
@@ -397,7 +408,7 @@ def test_signal_before_the_first_step_ends_the_process_as_usual(
     assert train(tiny).step == 12
 
 
-def test_another_run_in_the_folder_is_refused_by_name(tiny: Config) -> None:
+def test_other_settings_in_a_run_folder_are_refused_by_name(tiny: Config) -> None:
     train(tiny)
     with pytest.raises(UserError, match="seed: 1337 -> 5"):
         train(tiny.override(seed=5))
@@ -406,7 +417,7 @@ def test_another_run_in_the_folder_is_refused_by_name(tiny: Config) -> None:
     assert math.isfinite(again.train_loss)
 
 
-def test_other_text_under_the_same_name_is_refused(tiny: Config, tmp_path: Path) -> None:
+def test_changed_training_text_is_refused(tiny: Config, tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
     text.write_text("one text, " * 300)
     config = tiny.override(data=str(text))
@@ -417,7 +428,8 @@ def test_other_text_under_the_same_name_is_refused(tiny: Config, tmp_path: Path)
         train(config)
 
 
-def test_falls_back_past_a_damaged_checkpoint_and_replays_the_same(tiny: Config) -> None:
+@pytest.mark.guarantee("durable")
+def test_resume_falls_back_past_damaged_checkpoints_bit_for_bit(tiny: Config) -> None:
     config = tiny.override(save_every=4)
     train(config)
     rows, final = rows_of(config), weights_hash(config)
@@ -438,7 +450,7 @@ def test_falls_back_past_a_damaged_checkpoint_and_replays_the_same(tiny: Config)
         train(config)
 
 
-def test_init_takes_over_shape_and_weights(tiny: Config) -> None:
+def test_init_takes_shape_and_weights_of_the_model(tiny: Config) -> None:
     train(tiny)
     tuned = tiny.override(
         init=tiny.run.out,
@@ -457,7 +469,7 @@ def test_init_takes_over_shape_and_weights(tiny: Config) -> None:
     assert Config.read(tuned.folder / "config.json").model.n_layer == 2
 
 
-def test_padding_rows_stay_out_of_the_folder_and_zero_after_training(tiny: Config) -> None:
+def test_padding_rows_are_not_saved_and_stay_zero(tiny: Config) -> None:
     from safetensors.torch import load_file
 
     train(tiny.override(optimizer="muon"))
@@ -471,7 +483,7 @@ def test_padding_rows_stay_out_of_the_folder_and_zero_after_training(tiny: Confi
     assert (anew.GPT.from_pretrained(tiny.run.out).transformer.wte.weight[257:] == 0).all()
 
 
-def test_seeds_of_forward_passes_differ() -> None:
+def test_dropout_seeds_differ_between_passes() -> None:
     seeds = {
         dropout_seed(seed, step, micro, rank)
         for seed in (0, 1, 2**62)
@@ -498,7 +510,7 @@ def test_tensorboard_has_scalars_settings_and_texts(tiny: Config) -> None:
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
-def test_tensorboard_of_a_resumed_run_keeps_what_was_before(tiny: Config) -> None:
+def test_tensorboard_of_a_resumed_run_keeps_earlier_steps(tiny: Config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with pytest.raises(Preempted):
@@ -509,9 +521,7 @@ def test_tensorboard_of_a_resumed_run_keeps_what_was_before(tiny: Config) -> Non
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
 
 
-def test_training_through_python_needs_no_command_line_packages(
-    tiny: Config, tmp_path: Path
-) -> None:
+def test_training_from_python_needs_no_command_line_packages(tiny: Config, tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "for name in ('tyro', 'rich', 'loguru', 'tensorboard', 'transformers'): sys.modules[name] "
@@ -528,7 +538,7 @@ def test_training_through_python_needs_no_command_line_packages(
     assert "TensorBoard is not installed" in (tiny.folder / "log.txt").read_text()
 
 
-def test_bpe_on_real_shakespeare(tiny: Config) -> None:
+def test_real_shakespeare_trains_with_gpt2_tokens(tiny: Config) -> None:
     path = shared("tinyshakespeare/input.txt")
     config = tiny.override(data=str(path), tokenizer="gpt2", vocab_size=50257, steps=6, n_embd=16)
     result = train(config)
@@ -536,7 +546,7 @@ def test_bpe_on_real_shakespeare(tiny: Config) -> None:
     assert 9 < result.val_loss < 10.9  # a little under ln 50257 = 10.82
 
 
-def test_a_profile_is_a_trace_of_the_steps_asked_for(
+def test_profile_records_the_requested_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny(tmp_path / "run", steps=8, profile=3)
@@ -550,7 +560,7 @@ def test_a_profile_is_a_trace_of_the_steps_asked_for(
     assert "no profile was written" in caplog.text
 
 
-def test_the_collector_of_cycles_is_quiet_while_steps_are_taken(tmp_path: Path) -> None:
+def test_garbage_collector_is_off_during_steps(tmp_path: Path) -> None:
     seen = []
     train(tiny(tmp_path / "run", steps=2, warmup_steps=1), lambda row: seen.append(gc.isenabled()))
     assert seen == [False, False]

@@ -149,17 +149,10 @@ class _Job:
         self.began = time.perf_counter()
         self.stopped = threading.Event()
         self.held: dict[int, int] = {}  # bytes of each file that is fetched or being fetched
-        self._remove_temporary_files()
         self.progress = self._stored_progress() or self._begin()
         self.bytes_before = self.progress.bytes
         self.splits = Splits(self.out, self.settings, self.progress)
         self.tokenizer = self._find_tokenizer()
-
-    def _remove_temporary_files(self) -> None:
-        """Remove what a process that was killed while it replaced a file has left."""
-        for name in (PROGRESS, INDEX):  # files that only the process with the lock writes
-            for path in self.out.glob(f".{name}.*.tmp"):
-                path.unlink()
 
     def _begin(self) -> Progress:
         """Write the first `progress.json`, which marks the folder as that of a preparation."""

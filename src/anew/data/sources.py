@@ -219,7 +219,7 @@ def download(
                 break
             continue
         if hashlib.sha256(body).hexdigest() == sha256:
-            write_atomic(path, body)
+            write_atomic(path, body, shared=True)
             return
         problem = f"the {len(body):,} bytes received have another sha256 than the published file"
     raise UserError(f"{url} could not be downloaded ({problem}); {hint}.")

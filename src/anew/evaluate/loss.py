@@ -49,7 +49,7 @@ def mean_loss(
     """Return the mean loss in nats per token over the windows of `evaluation_windows`.
 
     Batches of `batch` windows are divided over the ranks in turn, and their losses are summed in
-    float64. Raises Interrupted on every rank if `stop` is set on one of them.
+    float64. Raises Preempted on every rank if `stop` is set on one of them.
     """
     device = model.transformer.wte.weight.device
     sums: dict[int, tuple[float, int]] = {}  # batch number -> sum of losses, tokens in the sum

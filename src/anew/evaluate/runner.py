@@ -68,7 +68,7 @@ def run(
 ) -> Report:
     """Score `examples` and return the task's report, with the same figures on every rank.
 
-    Chunks whose results are in the folder `store` are not scored again. Raises Interrupted on every
+    Chunks whose results are in the folder `store` are not scored again. Raises Preempted on every
     rank if `stop` is set on one of them.
     """
     chunks = list(_chunks(examples))

@@ -340,6 +340,6 @@ def _library_path(compiler: str) -> Path:
 
 def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, shared=True) as temporary:
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
         subprocess.run(command, check=True, capture_output=True, text=True)

@@ -32,7 +32,7 @@ def write(folders: Sequence[Path], out: Path, price: float | None = None) -> Pat
     """Write the page about these run folders to `out`. `price` is dollars an hour of one device."""
     text = page([Run.read(folder) for folder in folders], price)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, text)
+    write_atomic(out, text, shared=True)
     return out
 
 

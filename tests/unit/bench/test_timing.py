@@ -16,6 +16,7 @@ from anew.utils.signals import StopFlag
 from tests.faults.common import tiny
 
 
+@pytest.mark.guarantee("speed")
 def test_bottom_and_top_of_the_ladder_have_the_same_losses_in_fp32(tmp_path: Path) -> None:
     """The bottom is plain attention, all logits at once, unpadded rows and unfused AdamW."""
     found = []
@@ -46,6 +47,7 @@ def test_unfused_optimizer_keeps_weights_at_a_step_that_is_not_finite(tmp_path: 
     assert train_step(state.model, state, batch, 1.0, StopFlag()).applied
 
 
+@pytest.mark.guarantee("speed")
 def test_ratio_is_of_neighbouring_turns() -> None:
     assert ratio([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]) == (2.0, 1.0, 3.0)
 

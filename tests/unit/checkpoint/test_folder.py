@@ -29,6 +29,7 @@ def test_newest_of_a_run_without_checkpoints_is_none(tmp_path: Path) -> None:
     assert newest(tmp_path / "nothing") == (None, [])
 
 
+@pytest.mark.guarantee("durable")
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest", "manifest gone"])
 def test_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, harm: str) -> None:
     write(tmp_path, 1)

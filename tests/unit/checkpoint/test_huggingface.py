@@ -66,6 +66,7 @@ def rename_layers(tensors: Tensors) -> None:
         tensors[name.replace("transformer.h.", "model.layers.")] = tensors.pop(name)
 
 
+@pytest.mark.guarantee("gpt2")
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -95,6 +96,7 @@ def test_wrong_tensors_are_refused_by_name(
         GPT.from_pretrained(str(folder))
 
 
+@pytest.mark.guarantee("gpt2")
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -6,6 +6,7 @@ from anew import GPTConfig
 from anew.evaluate.published import compare, size_of
 
 
+@pytest.mark.guarantee("evidence")
 @pytest.mark.parametrize(
     ("ours", "verdict"), [(0.2955, "PASS"), (0.2870, "PASS"), (0.2850, "FAIL"), (0.4, "PASS")]
 )

@@ -72,6 +72,7 @@ def test_run_without_finite_losses_has_a_page(folder: Path, tmp_path: Path) -> N
     text_of(html.page([gpt2]))
 
 
+@pytest.mark.guarantee("evidence")
 def test_published_figures_of_gpt2_get_a_verdict_and_public_losses_do_not(tmp_path: Path) -> None:
     done = text_of(html.page([like_gpt2(tmp_path / "done", 1.01, "complete")]))
     assert "PASS 2 of 2 figures" in done, "HellaSwag's two, of all examples and in fp32"
