@@ -24,12 +24,14 @@ PANELS = {
 def bars(rows: Sequence[tuple[str, float]], unit: str, title: str, path: Path) -> None:
     """Draw a horizontal bar with its value for each row; the first row is on top."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(rows) + 1.2))
-    colours = ["#b0b7c3"] + ["#3b6ea8"] * (len(rows) - 1)
+    height = 0.45 * len(rows) + 1.2
+    figure, axes = pyplot.subplots(figsize=(8, height))
     names = [name for name, _ in rows]
     values = [value for _, value in rows]
-    drawn = axes.barh(names, values, color=colours, height=0.7)
-    axes.bar_label(drawn, labels=[f"{value:,.0f}" for value in values], padding=4)
+    drawn = axes.barh(names, values, color="#3b6ea8", height=0.7)
+    drawn[0].set_color("#b0b7c3")
+    labels = [f"{value:,.0f}" for value in values]
+    axes.bar_label(drawn, labels=labels, padding=4)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.set_title(title, loc="left")
@@ -55,12 +57,14 @@ def time_to_loss(
         means = [(float(tokens), sum(losses) / len(losses)) for tokens, losses in ends]
         _draw(axes, means, colour, linewidth=1.5, label=name, marker="_", markersize=14)
         for tokens, losses in ends:
-            axes.scatter([tokens] * len(losses), losses, color=colour, s=14, alpha=0.7)
+            same_tokens = [tokens] * len(losses)
+            axes.scatter(same_tokens, losses, color=colour, s=14, alpha=0.7)
         if len(ends) == 1:
             axes.axhline(means[0][1], color=colour, linewidth=0.7, linestyle=":")
     axes.set_xscale("log")
     ticks = sorted({tokens for _, tokens, _ in arms})
-    axes.set_xticks(ticks, [f"{tokens / 1e6:.3g}M" for tokens in ticks])
+    labels = [f"{tokens / 1e6:.3g}M" for tokens in ticks]
+    axes.set_xticks(ticks, labels)
     axes.minorticks_off()
     axes.set_ylabel(f"validation loss, nats a {unit}")
     _finish(
@@ -86,10 +90,12 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
     grid[0, 0].legend(frameon=False, fontsize=9)
     losses = []
     for run in runs:
-        points = run.points("train/loss")
-        losses += [y for _, y in settled(points, points[-1][0])] if points else []
+        points = settled(run.points("train/loss"), run.last["tokens"])
+        losses += [loss for _, loss in points]
     if losses:
-        grid[0, 0].set_ylim(0.97 * min(losses), 1.03 * max(losses))
+        lowest = 0.97 * min(losses)
+        highest = 1.03 * max(losses)
+        grid[0, 0].set_ylim(lowest, highest)
     steps = ", ".join(f"{run.name} at step {run.last['step']:,}" for run in runs)
     figure.suptitle(steps, x=0.01, ha="left")
     _save(figure, path)

@@ -15,7 +15,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import linear_regression, mean
+
+import numpy as np
 
 from anew.config.schema import Config
 from anew.evaluate.published import FIGURES, size_of
@@ -180,15 +182,8 @@ def hellaswag_levels(size: str | None) -> list[tuple[str, float]]:
 
 def at(points: Points, x: float) -> float:
     """Return the value at `x`, linear between points and constant outside."""
-    before = [point for point in points if point[0] <= x]
-    after = [point for point in points if point[0] >= x]
-    if not before:
-        return after[0][1]
-    x0, y0 = before[-1]
-    if not after or after[0][0] == x0:
-        return y0
-    x1, y1 = after[0]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    x_values, y_values = zip(*points, strict=True)
+    return float(np.interp(x, x_values, y_values))
 
 
 @dataclass(frozen=True)
@@ -251,13 +246,11 @@ def project_hellaswag(accuracies: Points, losses: Points, loss: Projection) -> P
         return None
     pairs = [(at(curve.losses, x), y) for curve in CURVES for x, y in curve.hellaswag]
     pairs = [(x, y) for x, y in pairs if x < 4]
-    mean_x = mean(x for x, _ in pairs)
-    mean_y = mean(y for _, y in pairs)
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in pairs)
-    slope = covariance / sum((x - mean_x) ** 2 for x, _ in pairs)
+    reference_losses, reference_accuracies = zip(*pairs, strict=True)
+    slope, intercept = linear_regression(reference_losses, reference_accuracies)
 
     def fitted(x: float) -> float:
-        return mean_y + slope * (x - mean_x)
+        return slope * x + intercept
 
     worst = max(abs(y - fitted(x)) for x, y in pairs)
     recent = accuracies[-max(1, len(accuracies) // 3) :]

@@ -145,13 +145,12 @@ def line_chart(
     title: str,
     lines: Sequence[Line],
     unit: str,
-    x_unit: str = "tokens",
     whiskers: Sequence[Whisker] = (),
     skip_start: bool = False,
     percent: bool = False,
     wide: bool = False,
 ) -> str:
-    """Return one chart with its legend as HTML; empty if no line has points.
+    """Return one chart over tokens, with its legend, as HTML; empty if no line has points.
 
     With `skip_start` the y axis need not show the first tenth of the run. `percent` labels values
     as percentages.
@@ -185,7 +184,7 @@ def line_chart(
         f'<clipPath id="{clip}">{area}</clipPath>{"".join(grid)}'
         f'<g clip-path="url(#{clip})">{"".join(marks)}</g>'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
-        f'<div class="tip"></div></div>{_legend(moving, whiskers, x_unit)}</figure>'
+        f'<div class="tip"></div></div>{_legend(moving, whiskers)}</figure>'
     )
 
 
@@ -289,8 +288,9 @@ def _pointer_data(line: Line, axes: Axes) -> dict[str, object]:
     return {"name": line.name, "kind": line.kind, "points": points}
 
 
-def _legend(lines: Sequence[Line], whiskers: Sequence[Whisker], x_unit: str) -> str:
+def _legend(lines: Sequence[Line], whiskers: Sequence[Whisker]) -> str:
+    """Return the names of the lines and whiskers, and the unit of the x axis."""
     entries = [(line.kind, line.name) for line in lines if not line.kind.startswith("faint")]
     entries += [("whisker", whisker.name) for whisker in whiskers]
     items = "".join(f'<li class="{kind}">{escape(name)}</li>' for kind, name in entries)
-    return f'<ul class="legend">{items}<li class="x-unit">{escape(x_unit)} &rarr;</li></ul>'
+    return f'<ul class="legend">{items}<li class="x-unit">tokens &rarr;</li></ul>'
