@@ -392,7 +392,7 @@ class Config:
         if "lr" in given:
             line = f"min_lr set to {optim.lr / 10:g}, a tenth of the given lr"
             adjust("min_lr", optim.lr / 10, line)
-        if micro_batch != "auto" and micro_batch > sequences > 0:
+        if isinstance(micro_batch, int) and micro_batch > sequences > 0:
             line = f"micro-batch lowered from {micro_batch} to {sequences}, all sequences of a step"
             adjust("micro_batch", sequences, line)
         if self.data.seq_len > positions > 0:

@@ -1,119 +1,144 @@
-import dataclasses
+"""Recipes, the rules of settings, and config.json."""
+
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anew.config.recipes import RECIPES, recipe
+from anew.config.recipes import RECIPES, read_recipe, recipe
 from anew.config.schema import FIELDS, Config
 from anew.errors import UserError
 
 
-def test_the_reference_recipe_carries_the_published_figures() -> None:
-    c = recipe("gpt2-124m")
-    assert (c.optim.beta1, c.optim.beta2, c.optim.eps, c.optim.weight_decay, c.optim.clip) == (
-        0.9,
-        0.95,
-        1e-8,
-        0.1,
-        1.0,
-    )
-    assert (c.optim.lr, c.optim.warmup_steps, c.optim.schedule) == (6e-4, 715, "cosine")
-    assert c.optim.min_lr == pytest.approx(6e-5)
-    assert (c.run.batch_tokens, c.run.micro_batch, c.data.seq_len, c.run.steps) == (
-        524_288,
-        "auto",
-        1024,
-        19_073,
-    )
-    assert c.micro_batches(4) == (16, 8), (
-        "as the reference runs on four GPUs, before it is known what fits"
-    )
-    assert c.run.steps * c.run.batch_tokens == pytest.approx(10e9, rel=1e-4)
+def test_recipe_gpt2_124m_has_the_published_figures() -> None:
+    config = recipe("gpt2-124m")
+    optim = config.optim
+    assert (optim.beta1, optim.beta2, optim.eps) == (0.9, 0.95, 1e-8)
+    assert (optim.weight_decay, optim.clip) == (0.1, 1.0)
+    assert (optim.lr, optim.warmup_steps, optim.schedule) == (6e-4, 715, "cosine")
+    assert optim.min_lr == pytest.approx(6e-5)
+    assert (config.run.batch_tokens, config.run.steps) == (524_288, 19_073)
+    assert (config.run.micro_batch, config.data.seq_len) == ("auto", 1024)
+    assert config.run.steps * config.run.batch_tokens == pytest.approx(10e9, rel=1e-4)
     assert recipe("gpt2-124m-openwebtext").run.steps == 90_000
 
 
-@pytest.mark.parametrize(("name", "layers", "heads", "width", "lr"), [
-    ("gpt2-350m", 24, 16, 1024, 3e-4), ("gpt2-355m", 24, 16, 1024, 3e-4),
-    ("gpt2-774m", 36, 20, 1280, 2.5e-4), ("gpt2-1558m", 48, 25, 1600, 2e-4),
-])  # fmt: skip
-def test_larger_sizes(name: str, layers: int, heads: int, width: int, lr: float) -> None:
-    c = recipe(name)
-    assert (c.model.n_layer, c.model.n_head, c.model.n_embd, c.optim.lr) == (
-        layers,
-        heads,
-        width,
-        lr,
-    )
+def test_auto_micro_batch_on_four_ranks_is_that_of_the_reference() -> None:
+    assert recipe("gpt2-124m").micro_batches(4) == (16, 8)
 
 
-def test_every_recipe_is_sound_and_every_setting_explains_itself() -> None:
-    for name in RECIPES:
-        recipe(name, **({"init": "x"} if name == "finetune" else {}))
-    assert all(len(f.metadata["help"]) > 10 for f in FIELDS.values())
-
-
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"lr": math.nan}, "lr is nan"),
-    ({"lr": -1.0}, "above 0"),
-    ({"n_embd": 100, "n_head": 12}, "100 / 12"),
-    ({"seq_len": 2048}, "longer than the model's 1024 positions"),
-    ({"steps": 0}, "steps 0"),
-    ({"steps": 10, "warmup_steps": 20}, "a warm-up of 20 steps does not fit in a run of 10 steps"),
-    ({"batch_tokens": 1000}, "less than one sequence"),
-    ({"batch_tokens": 1500}, "1,500 is not a multiple of 1 rank x 1024"),
-    ({"batch_tokens": 7168, "micro_batch": 4}, "7 sequences cannot be cut into micro-batches of 4"),
-    ({"min_lr": 1.0}, "min_lr 1 is not between 0 and lr 0.0006"),
-    ({"beta2": 1.0}, "must lie in"),
-    ({"no_such": 1}, "no setting 'no_such'"),
-])  # fmt: skip
-def test_impossible_settings_are_refused_with_the_arithmetic(
-    settings: dict[str, float], words: str
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "width", "lr"),
+    [
+        ("gpt2-350m", 24, 16, 1024, 3e-4),
+        ("gpt2-355m", 24, 16, 1024, 3e-4),
+        ("gpt2-774m", 36, 20, 1280, 2.5e-4),
+        ("gpt2-1558m", 48, 25, 1600, 2e-4),
+    ],
+)
+def test_larger_recipes_have_the_published_shapes_and_learning_rates(
+    name: str, layers: int, heads: int, width: int, lr: float
 ) -> None:
-    with pytest.raises(UserError, match=words.replace("(", r"\(")) as caught:
+    config = recipe(name)
+    model = config.model
+    assert (model.n_layer, model.n_head, model.n_embd) == (layers, heads, width)
+    assert config.optim.lr == lr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_run(name: str) -> None:
+    settings = {"init": "x"} if name == "finetune" else {}
+    recipe(name, **settings)
+
+
+def test_every_recipe_summary_fits_the_overview() -> None:
+    assert all(len(summary) <= 55 for summary, _ in RECIPES.values())
+
+
+def test_every_setting_has_a_help_line() -> None:
+    assert all(len(field.metadata["help"]) > 10 for field in FIELDS.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": math.nan}, "lr is nan; it must be a finite number"),
+        ({"lr": -1.0}, "above 0"),
+        ({"n_embd": 100, "n_head": 12}, "100 / 12"),
+        ({"seq_len": 2048}, "longer than the model's 1024 positions"),
+        ({"steps": 0}, "steps 0"),
+        ({"steps": 10, "warmup_steps": 20}, "a warm-up of 20 steps does not fit in a run of 10 st"),
+        ({"batch_tokens": 1000}, "less than one sequence"),
+        ({"batch_tokens": 1500}, "1,500 is not a multiple of 1 rank x 1024"),
+        ({"batch_tokens": 7168, "micro_batch": 4}, "7 sequences cannot be cut into micro-batches"),
+        ({"micro_batch": "many"}, "micro_batch is 'many'; it must be a whole number or auto"),
+        ({"min_lr": 1.0}, "min_lr 1 is not between 0 and lr 0.0006"),
+        ({"beta2": 1.0}, "must lie in"),
+        ({"keep": -1}, "keep -1 cannot be negative"),
+        ({"schedule": "square"}, "schedule is 'square'; it must be one of cosine, linear"),
+        ({"no_such": 1}, "no setting 'no_such'"),
+        ({"zero_init": True}, "the setting zero_init no longer exists"),
+    ],
+)
+def test_invalid_setting_is_refused_in_one_sentence(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
         recipe("gpt2-124m", **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_recipe_and_missing_init() -> None:
+def test_unknown_recipe_is_refused() -> None:
     with pytest.raises(UserError, match="no recipe 'gpt3'"):
         recipe("gpt3")
+
+
+def test_finetune_without_init_is_refused() -> None:
     with pytest.raises(UserError, match="--init MODEL"):
         recipe("finetune")
 
 
-def test_settings_that_follow_from_others_move_and_say_so() -> None:
-    config, said = (
-        dataclasses.replace(RECIPES["gpt2-124m"][1], recipe="x")
-        .override(steps=20, batch_tokens=4096, micro_batch=16)
-        .adapted({"steps", "batch_tokens"})
-    )
-    assert config.optim.warmup_steps == 2
-    assert config.run.micro_batch == 4
-    assert len(said) == 2
+def test_dependent_settings_are_adjusted_and_reported() -> None:
+    config = read_recipe("gpt2-124m").override(steps=20, batch_tokens=4096, micro_batch=16)
+    adapted, lines = config.adapted({"steps", "batch_tokens"})
+    assert adapted.optim.warmup_steps == 2
+    assert adapted.run.micro_batch == 4
+    assert len(lines) == 2
+
+
+def test_settings_that_the_user_chose_are_not_adjusted() -> None:
+    config = read_recipe("gpt2-124m").override(steps=20, warmup_steps=30)
+    adapted, lines = config.adapted({"steps", "warmup_steps"})
+    assert adapted.optim.warmup_steps == 30
+    assert lines == []
 
 
 @given(st.integers(1, 8), st.integers(1, 64), st.sampled_from([1, 2, 4]))
-def test_accumulation_never_changes_the_batch(ranks: int, sequences: int, T: int) -> None:
-    config = Config().override(seq_len=T, batch_tokens=ranks * sequences * T, micro_batch="auto")
-    micro, accumulation = config.micro_batches(ranks)
-    assert micro * accumulation * ranks * T == config.run.batch_tokens
-    assert micro <= 16
+def test_accumulation_keeps_the_batch_size(ranks: int, sequences: int, seq_len: int) -> None:
+    tokens = ranks * sequences * seq_len
+    config = Config().override(seq_len=seq_len, batch_tokens=tokens, micro_batch="auto")
+    micro_batch, accumulation = config.micro_batches(ranks)
+    assert micro_batch * accumulation * ranks * seq_len == tokens
+    assert micro_batch <= 16
 
 
-def test_config_survives_its_file(tmp_path) -> None:
+def test_config_is_equal_after_writing_and_reading(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
     config = recipe("shakespeare", steps=7, lr=1e-3)
-    (tmp_path / "config.json").write_text(config.to_json())
-    assert Config.read(tmp_path / "config.json") == config
-    (tmp_path / "config.json").write_text('{"recipe": 3}')
+    path.write_text(config.to_json())
+    assert Config.read(path) == config
+
+
+def test_file_that_is_not_a_config_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"recipe": 3}')
     with pytest.raises(UserError, match=r"not the config\.json of a run"):
-        Config.read(tmp_path / "config.json")
+        Config.read(path)
 
 
-def test_differences_name_what_would_be_another_run() -> None:
-    a = recipe("shakespeare")
-    assert (
-        a.differences(a.override(micro_batch=2, device="cpu", save_every=7, out="elsewhere")) == []
-    )
-    assert a.differences(a.override(seed=2)) == ["seed: 1337 -> 2"]
+def test_differences_name_only_settings_that_make_another_run() -> None:
+    config = recipe("shakespeare")
+    resumed = config.override(micro_batch=2, device="cpu", save_every=7, out="elsewhere")
+    assert config.differences(resumed) == []
+    assert config.differences(config.override(seed=2)) == ["seed: 1337 -> 2"]

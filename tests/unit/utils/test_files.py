@@ -1,0 +1,34 @@
+"""Renames on Windows."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from anew.utils.files import rename
+
+
+def test_rename_waits_on_windows_until_the_file_is_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "new"
+    target = tmp_path / "old"
+    source.write_text("new")
+    target.write_text("old")
+    real_replace = os.replace
+    refusals = [PermissionError(13, "in use")] * 3
+
+    def busy(a: Path, b: Path) -> None:
+        if refusals:
+            raise refusals.pop()
+        real_replace(a, b)
+
+    monkeypatch.setattr(os, "replace", busy)
+    # On other systems, a refusal is an error that waiting does not cure.
+    with pytest.raises(PermissionError):
+        rename(source, target)
+    monkeypatch.setattr(sys, "platform", "win32")
+    rename(source, target)
+    assert target.read_text() == "new"
+    assert not refusals
