@@ -1,4 +1,4 @@
-"""The commands as people type them: what they print, what they return, and what they say to wrong input."""
+"""The commands: what they print, their exit codes, and how they refuse invalid input."""
 
 import json
 import os
@@ -6,16 +6,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from anew import GPT, Config, GPTConfig, Tokenizer, UserError
-from anew.checkpoint import folder as checkpoint
-from anew.checkpoint import huggingface as weights
-from anew.cli.main import main
+from anew import Config
+from anew.checkpoint.folder import folder_of, newest
 from anew.training.trainer import train
+from tests.support.commands import run, start
 
 TINY = [
     "--n-layer", "1",
@@ -30,35 +28,13 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(
-    capsys: pytest.CaptureFixture[str], *argv: str, stdin: str | None = None
-) -> tuple[int, str, str]:
-    try:
-        main([str(a) for a in argv])
-        code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def command(*argv: str, **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "anew", *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
 @pytest.fixture
 def model(tiny: Config) -> Path:
     train(tiny)
     return tiny.folder
 
 
-def test_train_then_sample_from_the_shell(
+def test_train_then_sample_then_resume(
     capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -77,8 +53,9 @@ def test_train_then_sample_from_the_shell(
     )
     assert code == 0
     assert len(json.loads(stdout.splitlines()[-1])["samples"]) == 3
-    again = run(capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3")[1]
-    assert again == "".join(line for line in stdout.splitlines(keepends=True)[: again.count("\n")])
+    again = run(capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3").stdout
+    lines = stdout.splitlines(keepends=True)
+    assert again == "".join(lines[: again.count("\n")])
     code, stdout, _ = run(capsys, "train", "--resume", out)
     assert code == 0
     assert f"run folder: {out}" in stdout
@@ -87,17 +64,21 @@ def test_train_then_sample_from_the_shell(
 def test_recipe_may_stand_before_or_after_the_flags(
     capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path
 ) -> None:
-    for i, argv in enumerate(
-        (["overfit", *TINY], [*TINY, "overfit"], [*TINY[:4], "overfit", *TINY[4:]])
-    ):
-        code, stdout, stderr = run(
-            capsys, "train", *argv, "--data", text_file, f"--out={tmp_path / str(i)}"
-        )
-        assert code == 0, stderr
-        assert "loss of the one batch" in stdout
+    orders = (["overfit", *TINY], [*TINY, "overfit"], [*TINY[:4], "overfit", *TINY[4:]])
+    for i, argv in enumerate(orders):
+        out = tmp_path / str(i)
+        finished = run(capsys, "train", *argv, "--data", text_file, f"--out={out}")
+        assert finished.code == 0, finished.stderr
+        assert "loss of the one batch" in finished.stdout
 
 
-WRONG = [
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 2
+    path.write_bytes(content)
+
+
+INVALID = [
     (["train", "nonsense"], "no recipe 'nonsense'"),
     (["train", "shakespeare", "twice"], "one word too many"),
     (["train", "shakespeare", "--data", "{tmp}/missing.txt"], "there is no data at"),
@@ -129,12 +110,12 @@ WRONG = [
     (["sample", "{broken}"], "damaged: model.safetensors"),
     (["prepare", "{tmp}/missing", "--out", "{tmp}/d"], "there is no data at"),
     (["prepare", "{tmp}/short.txt", "--out", "{tmp}/full"], "exists already"),
-    (["fly"], "no verb 'fly'"),
+    (["fly"], "no command 'fly'"),
 ]
 
 
-@pytest.mark.parametrize(("argv", "words"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
-def test_wrong_input_is_one_sentence_and_exit_code_2(
+@pytest.mark.parametrize(("argv", "words"), INVALID, ids=[" ".join(a) for a, _ in INVALID])
+def test_invalid_input_ends_with_one_sentence_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
     model: Path,
     text_file: Path,
@@ -154,20 +135,15 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     broken = tmp_path / "broken"
-    shutil.copytree(checkpoint.folder_of(model, 12), broken)
-    raw = bytearray((broken / "model.safetensors").read_bytes())
-    raw[-5] ^= 2
-    (broken / "model.safetensors").write_bytes(raw)
+    shutil.copytree(folder_of(model, 12), broken)
+    flip_bit(broken / "model.safetensors", -5)
     shard = tmp_path / "shard"
-    assert run(capsys, "prepare", text_file, "--out", shard, "--tokenizer", "bytes")[0] == 0
-    raw = bytearray((shard / "train-00000.bin").read_bytes())
-    raw[5000] ^= 1
-    (shard / "train-00000.bin").write_bytes(raw)
+    assert run(capsys, "prepare", text_file, "--out", shard, "--tokenizer", "bytes").code == 0
+    flip_bit(shard / "train-00000.bin", 5000)
     if argv[:2] == ["train", "shakespeare"] and "--data" not in argv:
         argv = [*argv, "--data", "{tmp}/short.txt"]
-    code, stdout, stderr = run(
-        capsys, *(a.format(tmp=tmp_path, model=model, broken=broken, shard=shard) for a in argv)
-    )
+    places = {"tmp": tmp_path, "model": model, "broken": broken, "shard": shard}
+    code, stdout, stderr = run(capsys, *(word.format(**places) for word in argv))
     assert code == 2
     assert re.search(words, stderr), stderr
     last = stderr.strip().splitlines()[-1]
@@ -181,7 +157,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     "argv",
     [["train", "--steps", "many"], ["train", "--no-such-flag", "3"], ["sample"], ["prepare", "x"]],
 )
-def test_malformed_flags_are_exit_code_2(
+def test_malformed_flags_end_with_exit_code_2(
     capsys: pytest.CaptureFixture[str], argv: list[str]
 ) -> None:
     code, stdout, stderr = run(capsys, *argv)
@@ -189,23 +165,18 @@ def test_malformed_flags_are_exit_code_2(
     assert "Traceback" not in stdout + stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "prepare"])
-def test_help_names_units_defaults_and_an_example(
-    capsys: pytest.CaptureFixture[str], verb: str
+@pytest.mark.parametrize("command", ["train", "sample", "prepare"])
+def test_help_shows_defaults_and_an_example(
+    capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    code, stdout, _ = run(capsys, verb, "--help")
+    code, stdout, _ = run(capsys, command, "--help")
     assert code == 0
-    assert f"Example: anew {verb}" in " ".join(stdout.split())
+    assert f"Example: anew {command}" in " ".join(stdout.split())
     assert "default" in stdout
-    assert run(capsys, "--help")[0] == 0
+    assert run(capsys, "--help").code == 0
 
 
-def test_help_of_a_recipe_shows_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    stdout = run(capsys, "train", "gpt2-1558m", "--help")[1]
-    assert re.search(r"--n-layer INT.{0,200}default: 48", stdout.replace("\n", " "))
-
-
-def test_a_sample_streams_stops_at_end_of_text_and_crops_a_long_prompt(
+def test_sample_reads_a_prompt_file_and_crops_a_long_prompt(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompt.txt").write_text("long " * 50)
@@ -217,7 +188,7 @@ def test_a_sample_streams_stops_at_end_of_text_and_crops_a_long_prompt(
     assert "only its last 16 tokens are read" in stderr
 
 
-def test_interactive_answers_each_line(
+def test_interactive_sample_continues_each_line(
     capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = iter(["The cat", "A dog", ""])
@@ -242,230 +213,53 @@ def test_prepare_writes_a_folder_that_train_reads(
     assert code == 0, stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_exits_75_and_the_same_command_finishes(
-    text_file: Path, tmp_path: Path, number: int
-) -> None:
-    argv = [
-        "train",
-        "shakespeare",
-        *TINY,
-        "--steps",
-        "3000",
-        "--warmup-steps",
-        "5",
-        "--data",
-        text_file,
-        "--out",
-        tmp_path / "run",
-        "--log-every",
-        "1",
-    ]
-    process = command(*argv)
+def wait_for_line(process: subprocess.Popen[str], pattern: str) -> None:
+    """Read the standard error of a process up to a line that begins with `pattern`."""
     assert process.stderr is not None
     for line in process.stderr:
-        if re.match(r"\s+7/3,000", line):
-            process.send_signal(number)
-            break
-    stderr = process.stderr.read()
-    assert process.wait() == 75, stderr
+        if re.match(pattern, line):
+            return
+    pytest.fail(f"the process ended without a line {pattern}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits_75_and_the_same_command_resumes(
+    text_file: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "run"
+    settings = [*TINY, "--steps", "3000", "--warmup-steps", "5", "--log-every", "1"]
+    argv = ["train", "shakespeare", *settings, "--data", text_file, "--out", out]
+    process = start(*argv)
+    wait_for_line(process, r"\s+7/3,000")
+    process.send_signal(number)
+    _, stderr = process.communicate()
+    assert process.returncode == 75, stderr
     assert "the same command goes on from there" in stderr
-    newest, skipped = checkpoint.newest(tmp_path / "run")
-    assert newest is not None
+    checkpoint, skipped = newest(out)
+    assert checkpoint is not None
     assert skipped == []
-    step = int(newest.name[5:])
+    step = int(checkpoint.name.removeprefix("step-"))
     assert 7 <= step < 3000
-    stopped = command(*argv)
-    assert stopped.stderr is not None
-    for line in stopped.stderr:
-        if re.match(rf"\s+{step + 1:,}/3,000", line):
-            stopped.send_signal(signal.SIGKILL)
-            break
-    else:
-        pytest.fail("the run did not go on behind its checkpoint")
-    stopped.wait()
+    resumed = start(*argv)
+    wait_for_line(resumed, rf"\s+{step + 1:,}/3,000")
+    resumed.kill()
+    resumed.communicate()
 
 
-def test_last_line_of_output_is_of_anew(text_file: Path, tmp_path: Path) -> None:
-    """Libraries that find their objects alive when Python ends complain about it, below what a run has to say."""
-    _, stderr = command(
-        "train", "shakespeare", *TINY, "--data", text_file, "--out", tmp_path / "run"
-    ).communicate()
+def test_libraries_print_nothing_after_the_end_of_a_run(text_file: Path, tmp_path: Path) -> None:
+    """Some libraries warn about objects that still exist when Python ends."""
+    out = tmp_path / "run"
+    process = start("train", "shakespeare", *TINY, "--data", text_file, "--out", out)
+    _, stderr = process.communicate()
     assert stderr.splitlines()[-1].startswith("step 4: val loss "), stderr
 
 
-def test_closed_pipe_is_not_an_error(model: Path) -> None:
-    process = command("sample", model, "--tokens", "3000")
+def test_closed_standard_output_is_not_an_error(model: Path) -> None:
+    process = start("sample", model, "--tokens", "3000")
     assert process.stdout is not None
     process.stdout.read(5)
     process.stdout.close()
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
     process.wait()
-
-
-@pytest.fixture
-def passages(tmp_path: Path) -> Path:
-    path = tmp_path / "lambada.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "text": f"The ship leaves on day {i} and the king stays {'at home ' * (i % 7)}here"
-                }
-            )
-            + "\n"
-            for i in range(90)
-        )
-    )
-    return path
-
-
-def test_evaluate_prints_a_table_and_one_json_line(
-    capsys: pytest.CaptureFixture[str], model: Path, passages: Path
-) -> None:
-    code, out, err = run(
-        capsys,
-        "evaluate",
-        model,
-        "--task",
-        "lambada",
-        "--file",
-        passages,
-        "--limit",
-        "20",
-        "--against",
-        model,
-        "--json",
-    )
-    assert code == 0, err
-    result = json.loads(out.splitlines()[-1])
-    assert result["tasks"]["lambada"]["examples"] == 20
-    assert result["against"]["lambada"]["acc"] == result["tasks"]["lambada"]["acc"]
-    assert result["limit"] == 20
-    assert "No GPT-2 of this shape was published" in out
-    assert max(map(len, out.splitlines()[:-1])) <= 80
-    again = run(
-        capsys,
-        "evaluate",
-        model,
-        "--task",
-        "lambada",
-        "--file",
-        passages,
-        "--limit",
-        "20",
-        "--json",
-    )
-    assert json.loads(again[1].splitlines()[-1])["tasks"] == result["tasks"]
-    assert "20 of them kept from an earlier evaluation" in again[2]
-    rows = [
-        json.loads(line) for line in (model / "evaluations.jsonl").read_text().splitlines() if line
-    ]
-    assert [row["step"] for row in rows] == [12, 12]
-    fresh = run(
-        capsys,
-        "evaluate",
-        model,
-        "--task",
-        "lambada",
-        "--file",
-        passages,
-        "--limit",
-        "20",
-        "--fresh",
-    )
-    assert "kept" not in fresh[2]
-
-
-def test_tasks_that_could_not_run_are_listed(
-    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_network(url: str, *_: object, hint: str, **__: object) -> None:
-        raise UserError(f"{url} could not be downloaded (no network); {hint}.")
-
-    monkeypatch.setattr("anew.data.sources.download", no_network)
-    code, out, err = run(capsys, "evaluate", model, "--against", model)
-    assert code == 0, err
-    assert re.search(r"val +loss +(\d\.\d{4}) +\1", out)
-    said = " ".join(out.split())
-    assert "hellaswag not run: https://" in said
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    ("--task nothing", "there is no task 'nothing'"), ("--task ptb", "task ptb no longer exists"), ("--task ,", "names no task"), ("--task val --limit -1", "must be 0 or above"),
-    ("--file {passages}", "--file is the data of one task"), ("--task lambada --stride 4", "--stride is for tasks of running text"),
-    ("--task harness:x --fresh", "tasks of the harness take neither"), ("--task lambada --file nowhere", "does not exist"),
-    ("--task wikitext2 --file {passages} --against {other}", "figures per token cannot be compared"),
-])  # fmt: skip
-def test_evaluate_refuses_invalid_arguments(
-    capsys: pytest.CaptureFixture[str],
-    model: Path,
-    passages: Path,
-    tmp_path: Path,
-    arguments: str,
-    words: str,
-) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    weights.save_model(
-        other,
-        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_positions=16)),
-        Tokenizer.named("gpt2"),
-    )
-    code, _, err = run(
-        capsys, "evaluate", model, *arguments.format(passages=passages, other=other).split()
-    )
-    assert code == 2
-    assert words in err
-
-
-def test_val_task_uses_the_validation_text_of_the_run(
-    capsys: pytest.CaptureFixture[str],
-    model: Path,
-    tiny: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    newest = sorted((model / "checkpoints").iterdir())[-1]
-    monkeypatch.chdir(model / "checkpoints")
-    assert run(capsys, "evaluate", newest.name, "--task", "val")[0] == 0
-    stray = tmp_path / "elsewhere" / "checkpoints" / newest.name
-    shutil.copytree(newest, stray)
-    code, _, err = run(capsys, "evaluate", stray, "--task", "val")
-    assert code == 2
-    assert "its validation text is not known" in err
-    story = tmp_path / "changed.txt"
-    story.write_text(Path(tiny.data.data).read_text())
-    train(tiny.override(data=str(story), out=str(tmp_path / "changed")))
-    story.write_text(story.read_text() + "One more line.\n")
-    code, _, err = run(capsys, "evaluate", tmp_path / "changed", "--task", "val")
-    assert code == 2
-    assert "no longer the one" in err
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_evaluate_under_torchrun_reports_the_same(
-    capsys: pytest.CaptureFixture[str], model: Path, passages: Path, ranks: int, tmp_path: Path
-) -> None:
-    arguments = ["evaluate", str(model), "--task", "lambada", "--file", str(passages), "--json"]
-    alone = json.loads(run(capsys, *arguments)[1].splitlines()[-1])
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "anew",
-    ]
-    env = {**os.environ, "ANEW_CACHE": str(tmp_path / "other")}
-    done = subprocess.run(
-        [*torchrun, *arguments], capture_output=True, text=True, env=env, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert json.loads(line)["tasks"] == alone["tasks"]
-    stores = list((tmp_path / "other" / "evaluations").glob("lambada-*/*.jsonl"))
-    assert {path.name.split("-")[0] for path in stores} <= {str(rank) for rank in range(ranks)}
