@@ -65,8 +65,8 @@ class EvaluateArgs:
     stride: Annotated[
         int,
         tyro.conf.arg(
-            help=f"{', '.join(STRIDE_TASKS)}: tokens predicted per window, behind as much context as "
-            "fits; 0: as many tokens as fit"
+            help=f"{', '.join(STRIDE_TASKS)}: tokens predicted per window, with the rest of the "
+            "positions for context; 0: as many as fit"
         ),
     ] = 0
     against: Annotated[
