@@ -158,7 +158,7 @@ def test_two_ranks_on_one_gpu_are_refused_by_its_uuid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Containers often share a host name; a GPU's UUID is its own."""
-    monkeypatch.setattr("anew.distributed.world.identity_of", lambda _: "GPU-1")
+    monkeypatch.setattr("anew.distributed.preflight.gpu_identity", lambda _: "GPU-1")
     cuda = torch.device("cuda", 0)
     refuse_shared_gpus(World(0, 2, lambda mine: [mine, "GPU-2"]), cuda)
     with pytest.raises(UserError, match="ranks 0 and 2 have the same GPU"):
