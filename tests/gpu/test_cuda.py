@@ -1,9 +1,10 @@
-"""What only an NVIDIA GPU can show: precisions, compiled and recorded code, NCCL, waits for the device, memory against the plan.
+"""Tests that need an NVIDIA GPU: precisions, compiled code, CUDA graphs, NCCL, waits and memory.
 
-Each test's docstring says what it proves, and how it would fail.
+python -m pytest tests/gpu/test_cuda.py                         # skipped without a GPU
+ANEW_TEST_DEVICE=cpu python -m pytest tests/gpu/test_cuda.py    # a rehearsal on a CPU
 
-python -m pytest tests/gpu/test_cuda.py                              # skipped where there is no GPU
-ANEW_TEST_DEVICE=cpu python -m pytest tests/gpu/test_cuda.py         # a rehearsal: those that are not CUDA's alone, on a CPU
+The rehearsal runs the tests that are not about CUDA itself. Docstrings say what a test compares,
+and what would make it fail.
 """
 
 import dataclasses
@@ -11,29 +12,31 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
 
 import anew
 from anew import GPT, GPTConfig, plan
-from anew.bench import timing as bench
-from anew.distributed import fsdp as sharded
+from anew.bench import timing
+from anew.distributed import fsdp
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.preflight import gpu_identity
 from anew.distributed.world import World, full_tensor
 from anew.inference.decoders import Graphed, Packed, pack
 from anew.inference.generate import _prefill
 from anew.model.attention import attend
-from anew.training.step import train_step
-from anew.training.train_state import TrainState
-from anew.training.trainer import train
-from anew.utils import device as runtime
+from anew.training.train_state import State
+from anew.training.trainer import train, train_step
+from anew.utils.device import start
 from anew.utils.gpus import GPUS
 from anew.utils.signals import StopFlag
 from tests.faults.common import losses, tiny
@@ -42,92 +45,158 @@ from tests.support.ranks import free_port
 
 DEVICE = os.environ.get("ANEW_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="no NVIDIA GPU here"
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs an NVIDIA GPU"
 )
-only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="a rehearsal on another device")
+only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="not part of the rehearsal")
 SMALL = GPTConfig(n_layer=2, n_head=4, n_embd=256, n_positions=256)
 
 
-def ids_for(rows: int, columns: int, vocab_size: int = 50257) -> torch.Tensor:
-    return torch.randint(
-        vocab_size, (rows, columns), generator=torch.Generator().manual_seed(3)
-    ).to(DEVICE)
+def small_model(dtype: torch.dtype = torch.float32) -> GPT:
+    """Return the same small model for each call, on the tested device."""
+    return GPT(SMALL, dtype, seed=2).to(DEVICE)
+
+
+def random_ids(rows: int, columns: int) -> Tensor:
+    """Return the same token ids for each call."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(SMALL.vocab_size, (rows, columns), generator=generator)
+    return ids.to(DEVICE)
+
+
+def targets_of(ids: Tensor) -> Tensor:
+    """Return the next id of each position; the first id follows the last one."""
+    return ids.roll(-1, 1)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference relative to the norm of `expected`, computed in fp64."""
+    exact = expected.double()
+    difference = found.double() - exact
+    return float(difference.norm() / exact.norm())
+
+
+def gradients_of(model: GPT) -> list[Tensor]:
+    """Return the gradient of each parameter."""
+    gradients = []
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        gradients.append(parameter.grad)
+    return gradients
+
+
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Check that the tensors are equal in every bit."""
+    for tensor, expected_tensor in zip(found, expected, strict=True):
+        assert torch.equal(tensor, expected_tensor)
 
 
 def train_losses(run: Path) -> list[float]:
-    return [row[1] for row in losses(run)]
+    """Return the training losses of a run."""
+    return [loss for _, loss, _, _ in losses(run)]
 
 
-def gradients(model: GPT, compiled: bool = False) -> tuple[float, torch.Tensor]:
-    ids = ids_for(4, 256)
-    loss = (torch.compile(model, dynamic=False) if compiled else model)(ids, ids.roll(-1, 1))
+# --- model and kernels ----------------------------------------------------------------------------
+
+
+def loss_and_gradients(model: GPT, compiled: bool = False) -> tuple[float, Tensor]:
+    """Return the loss on fixed ids, and all gradients as one vector in fp64."""
+    ids = random_ids(4, 256)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    loss = forward(ids, targets_of(ids))
     loss.backward()
-    return loss.item(), torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    gradients = [gradient.double().flatten() for gradient in gradients_of(model)]
+    return loss.item(), torch.cat(gradients)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-4),
+        (torch.bfloat16, 0.03),
+    ],
+)
 @pytest.mark.parametrize("attention", ["auto", "flash", "cudnn"])
-def test_loss_and_gradients_are_those_of_fp64(
-    compiled: bool, dtype: torch.dtype, off: float, attention: Any
+def test_loss_and_gradients_match_fp64(
+    compiled: bool, dtype: torch.dtype, tolerance: float, attention: Any
 ) -> None:
-    """The full_tensor model, its loss kernel and each attention kernel, forward and backward, against the same model in fp64."""
-    exact_loss, exact = gradients(GPT(SMALL, torch.float64, seed=1).double().to(DEVICE))
+    """The whole model with its loss kernel and each attention kernel, against itself in fp64."""
+    exact_model = GPT(SMALL, torch.float64, seed=1).double().to(DEVICE)
+    exact_loss, exact_gradients = loss_and_gradients(exact_model)
     config = dataclasses.replace(SMALL, attention=attention)
-    loss, found = gradients(GPT(config, dtype, seed=1).to(DEVICE), compiled)
+    model = GPT(config, dtype, seed=1).to(DEVICE)
+    loss, gradients = loss_and_gradients(model, compiled)
     torch._dynamo.reset()
-    assert loss == pytest.approx(exact_loss, rel=off / 10)
-    assert ((found - exact).norm() / exact.norm()).item() < off
+    assert loss == pytest.approx(exact_loss, rel=tolerance / 10)
+    assert relative_error(gradients, exact_gradients) < tolerance
 
 
 @only_cuda
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
-def test_each_attention_kernel_runs_and_is_the_formula(backend: SDPBackend) -> None:
-    """With this kernel alone allowed: where it cannot run, torch raises instead of taking another. On the model's strided tensors."""
-    qkv = torch.randn(2, 384, 3, 4, 64, device=DEVICE, dtype=torch.bfloat16)
+def test_each_attention_kernel_matches_the_formula(backend: SDPBackend) -> None:
+    """Only one kernel is allowed, so torch raises where it cannot run instead of using another.
+
+    The tensors have the strides that they have in the model.
+    """
+    shape = (2, 384, 3, 4, 64)  # (B, T, 3, heads, head_dim)
+    qkv = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
     exact = attend(q.double(), k.double(), v.double(), causal=True, kernel="plain")
     with sdpa_kernel([backend]):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert ((out.double() - exact).norm() / exact.norm()).item() < 0.01
+        found = scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert relative_error(found, exact) < 0.01
 
 
 @only_cuda
-@pytest.mark.parametrize(("kind", "training", "kernel"), [
-    ("flash", True, "flash"), ("cudnn", True, "cudnn"), ("flash", False, "flash"), ("cudnn", False, "flash"), ("auto", False, "flash"),
-])  # fmt: skip
-def test_the_attention_kernel_is_the_one_that_was_asked_for(
-    kind: str, training: bool, kernel: str
-) -> None:
-    """By the names of the operations that ran. Since torch 2.11 the H200's default is cuDNN, whatever `flash` meant before."""
-    q, k, v = (
-        torch.randn(2, 4, 384, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=training)
-        for _ in range(3)
-    )
+@pytest.mark.parametrize(
+    ("kind", "training", "expected"),
+    [
+        ("flash", True, "flash"),
+        ("cudnn", True, "cudnn"),
+        ("flash", False, "flash"),
+        ("cudnn", False, "flash"),
+        ("auto", False, "flash"),
+    ],
+)
+def test_attention_runs_the_requested_kernel(kind: str, training: bool, expected: str) -> None:
+    """Compares the names of the operations that ran.
+
+    Since torch 2.11 the default kernel on an H200 is cuDNN's, so `flash` has to be requested.
+    """
+    qkv = torch.randn(3, 2, 4, 384, 64, device=DEVICE, dtype=torch.bfloat16)
+    qkv.requires_grad_(training)
+    q, k, v = qkv.unbind()  # each (B, heads, T, head_dim)
     with torch.set_grad_enabled(training), torch.profiler.profile() as profile:
-        attend(q, k, v, causal=True, kernel=kind)
-    ran = {event.key for event in profile.key_averages()}
-    assert any(f"scaled_dot_product_{kernel}_attention" in name for name in ran), ran
-    assert not any(
-        f"scaled_dot_product_{other}_attention" in name
-        for name in ran
-        for other in {"flash", "cudnn"} - {kernel}
-    ), ran
+        attend(q, k, v, None, 0.0, True, kind)
+    names = {event.key for event in profile.key_averages()}
+    found = {
+        kernel
+        for kernel in ("flash", "cudnn")
+        if any(f"scaled_dot_product_{kernel}_attention" in name for name in names)
+    }
+    assert found == {expected}, names
+
+
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "precision", ["fp32", pytest.param("tf32", marks=only_cuda), "bf16", "fp16"]
 )
-def test_a_run_learns_in_every_precision(precision: str, tmp_path: Path) -> None:
-    """The loss falls by a third in sixty steps of a full_tensor run, with loss scaling in fp16."""
+def test_run_learns_in_every_precision(precision: str, tmp_path: Path) -> None:
+    """The loss of a whole run falls by a third in sixty steps; fp16 uses loss scaling."""
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision, steps=60)
     result = train(config)
-    assert result.train_loss < 0.7 * train_losses(config.folder)[0]
+    first_loss = train_losses(config.folder)[0]
+    assert result.train_loss < 0.7 * first_loss
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_stopped_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
-    """Deterministic kernels, in a process that has used cuBLAS before: its workspace setting is read once, at the first call."""
+def test_deterministic_run_resumes_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    """The process has used cuBLAS before.
+
+    cuBLAS reads the setting of its workspace only once, at its first call.
+    """
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     settings = {
         "device": DEVICE,
@@ -136,29 +205,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> No
         "steps": 20,
         "optimizer": optimizer,
     }
-    full_tensor, parts = tiny(tmp_path / "whole", **settings), tiny(tmp_path / "parts", **settings)
-    train(full_tensor)
+    uninterrupted = tiny(tmp_path / "uninterrupted", **settings)
+    train(uninterrupted)
 
-    def stop(row: Any) -> None:
+    def interrupt(row: Any) -> None:
         if row["step"] == 12:
             raise KeyboardInterrupt
 
+    resumed = tiny(tmp_path / "resumed", **settings)
     with pytest.raises(KeyboardInterrupt):
-        train(parts, stop)
-    train(parts)
-    assert losses(parts.folder) == losses(full_tensor.folder)
+        train(resumed, interrupt)
+    train(resumed)
+    assert losses(resumed.folder) == losses(uninterrupted.folder)
 
 
 @only_cuda
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> None:
-    """torch warns at each point where the host waits; a second one in a step would leave the GPU idle."""
-    config = tiny(
-        tmp_path / "run", device=DEVICE, precision="bf16", batch_tokens=1024, optimizer=optimizer
-    )
-    state = TrainState(config, runtime.start(config.run), "")
-    batch = bench.text_batch(config, state.runtime.device)
-    stop = StopFlag()
+def test_training_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> None:
+    """torch warns at each point where the host waits. A second wait would leave the GPU idle."""
+    settings = {"precision": "bf16", "batch_tokens": 1024, "optimizer": optimizer}
+    config = tiny(tmp_path / "run", device=DEVICE, **settings)
+    state = State(config, start(config.run), "")
+    batch = timing.text_batch(config, state.rt.device)
+    stop = Stop()
     for _ in range(2):
         train_step(state.model, state, batch, 1.0, stop)
     torch.cuda.set_sync_debug_mode("warn")
@@ -168,184 +237,224 @@ def test_a_step_waits_for_the_device_once(optimizer: str, tmp_path: Path) -> Non
             train_step(state.model, state, batch, 1.0, stop)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1, [
-        str(w.message)[:200] for w in caught
-    ]
+    messages = [str(warning.message) for warning in caught]
+    waits = [message for message in messages if "synchroniz" in message]
+    assert len(waits) == 1, messages
 
 
 @only_cuda
-def test_recorded_decoding_is_the_same_decoding() -> None:
-    """CUDA graphs against the same steps without: rows of several lengths, past the edge of a recording, and a second text."""
-    model = GPT(SMALL, torch.bfloat16, seed=2).to(DEVICE).eval()
+def test_memory_of_a_step_matches_the_plan() -> None:
+    """Compares the peak of torch's allocator in three steps of 124M at 8 x 1024.
+
+    The memory of CUDA's context is not the allocator's, so it is subtracted from the plan.
+    """
+    gpu = next(iter(GPUS))
+    for recompute in (False, True):
+        settings = {"device": DEVICE, "precision": "bf16", "recompute": recompute}
+        recipe = anew.recipe("gpt2-124m", **settings)
+        config = timing.at(recipe, micro_batch=8, seq_len=1024)
+        measured = timing.apart(config, 3)
+        assert not isinstance(measured, str), measured
+        planned = plan.make(config, gpu).memory.total
+        planned -= plan.LIBRARY_BYTES
+        assert measured.memory_bytes == pytest.approx(planned, rel=0.25), f"recompute {recompute}"
+
+
+# --- decoding with CUDA graphs --------------------------------------------------------------------
+
+
+def generation_model() -> GPT:
+    return small_model(torch.bfloat16).eval()
+
+
+def assert_close_logits(found: Tensor, expected: Tensor) -> None:
+    """Allow 2% of the largest logit: kernels for other shapes round differently."""
+    largest = expected.abs().max().item()
+    assert_close(found, expected, rtol=0.02, atol=0.02 * largest)
+
+
+@only_cuda
+def test_decoding_with_cuda_graphs_matches_decoding_without() -> None:
+    """Rows of several lengths, past the 128 slots of a recording, and a second text."""
+    model = generation_model()
     graphed = pack(model, 3)
     assert isinstance(graphed, Graphed)
     packed = Packed(model)
-    for start in (3, 120):
-        prompts = [list(range(7, 7 + start + n)) for n in (0, 4, 9)]
-        (one, _), (other, _) = _prefill(model, prompts, 256), _prefill(model, prompts, 256)
+    for length in (3, 120):
+        prompts = []
+        for more in (0, 4, 9):
+            end = 7 + length + more
+            prompts.append(list(range(7, end)))
+        graphed_cache, _ = _prefill(model, prompts, 256)
+        packed_cache, _ = _prefill(model, prompts, 256)
         for step in range(12):
             ids = [5 + step, 900, 31]
-            with torch.inference_mode():  # as generate does
-                a, b = graphed.step(ids, one), packed.step(ids, other)
-            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
-        assert one.lengths.tolist() == other.lengths.tolist()
+            with torch.inference_mode():  # as in generate
+                found = graphed.step(ids, graphed_cache)
+                expected = packed.step(ids, packed_cache)
+            assert_close_logits(found, expected)
+        assert graphed_cache.lengths.tolist() == packed_cache.lengths.tolist()
 
 
 @only_cuda
 @torch.inference_mode()
-def test_texts_of_different_numbers_of_rows_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows and one by turns: each goes on with its own keys and values, and no recording is made twice."""
-    model = GPT(SMALL, torch.bfloat16, seed=2).to(DEVICE).eval()
-    graphed, packed = Graphed(model), Packed(model)
-    texts = [[[9] * 4, [10] * 9, [11] * 2], [[5, 6, 7]]]
-    recorded, record = [], graphed._record
-    monkeypatch.setattr(
-        graphed,
-        "_record",
-        lambda *arguments: (recorded.append(arguments[:3]), record(*arguments))[1],
-    )
-    mine, theirs = ([_prefill(model, prompts, 256)[0] for prompts in texts] for _ in range(2))
+def test_alternating_texts_keep_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of three rows and of one row take turns. Each number of rows is recorded once."""
+    model = generation_model()
+    graphed = Graphed(model)
+    packed = Packed(model)
+    three_rows = [[9] * 4, [10] * 9, [11] * 2]
+    one_row = [[5, 6, 7]]
+    texts = [three_rows, one_row]
+    recorded = []
+    record = graphed._record
+
+    def counting_record(*arguments: Any) -> Any:
+        recorded.append(arguments[:3])
+        return record(*arguments)
+
+    monkeypatch.setattr(graphed, "_record", counting_record)
+    graphed_caches = [_prefill(model, prompts, 256)[0] for prompts in texts]
+    packed_caches = [_prefill(model, prompts, 256)[0] for prompts in texts]
     for step in range(6):
-        for text, prompts in enumerate(texts):
+        for i, prompts in enumerate(texts):
             ids = [20 + step] * len(prompts)
-            a, b = graphed.step(ids, mine[text]), packed.step(ids, theirs[text])
-            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
+            found = graphed.step(ids, graphed_caches[i])
+            expected = packed.step(ids, packed_caches[i])
+            assert_close_logits(found, expected)
     assert recorded == [(128, 3, 0), (128, 1, 0)]
 
 
 @only_cuda
 @torch.inference_mode()
-def test_the_likeliest_tokens_are_found_inside_the_recording() -> None:
-    """Greedy and top-k choices are those of the logits, and as many recordings are kept as rules were used."""
-    model = GPT(SMALL, torch.bfloat16, seed=2).to(DEVICE).eval()
+def test_recorded_top_k_matches_the_logits() -> None:
+    """Greedy and top-k choices are those of the logits. Each size of top-k is recorded once."""
+    model = generation_model()
     graphed = Graphed(model)
-    cache, _ = _prefill(model, [[5, 6, 7], [8, 9]], 256)
+    prompts = [[5, 6, 7], [8, 9]]
+    cache, _ = _prefill(model, prompts, 256)
     for top_k in (1, 50, 40, 1):
         logits, top = graphed.step_and_top([11, 12], cache, top_k)
         assert top is not None
         values, ids = top.logits, top.ids
         assert ids.shape == (2, top_k)
-        torch.testing.assert_close(values, logits.topk(top_k).values)
-        torch.testing.assert_close(logits.gather(1, ids), values)
+        assert_close(values, logits.topk(top_k).values)
+        assert_close(logits.gather(1, ids), values)
     assert len(graphed.recordings) == 2
-    assert graphed.step_and_top([11, 12], cache, 1000)[1] is None
+    _, top = graphed.step_and_top([11, 12], cache, 1000)
+    assert top is None
 
 
-@only_cuda
-def test_memory_is_what_the_plan_says() -> None:
-    """Most bytes of torch's allocator in three steps of 124M at 8 x 1024; CUDA's context is not the allocator's."""
-    gpu = next(iter(GPUS))
-    for recompute in (False, True):
-        config = bench.at(
-            anew.recipe("gpt2-124m", device=DEVICE, precision="bf16", recompute=recompute), 8, 1024
-        )
-        found = bench.apart(config, 3)
-        assert not isinstance(found, str), found
-        planned = plan.make(config, gpu).memory.total - plan.LIBRARY_BYTES
-        assert found.memory_bytes == pytest.approx(planned, rel=0.25), f"recompute {recompute}"
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def group() -> Iterator[World]:
-    """A process group of one rank: over NCCL on a GPU, over gloo in a rehearsal. FSDP skips its collectives for one."""
+    """A process group of one rank: over NCCL on a GPU, over gloo in a rehearsal.
+
+    FSDP skips its collectives for one rank.
+    """
     backend = distributed.get_default_backend_for_device(DEVICE)
-    store = distributed.TCPStore("127.0.0.1", free_port(), is_master=True)
+    store = TCPStore("127.0.0.1", free_port(), is_master=True)
     distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     yield World()
     distributed.destroy_process_group()
 
 
-def plain_gradients(model: GPT, ids: torch.Tensor) -> list[torch.Tensor]:
-    model(ids, ids.roll(-1, 1)).backward()
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+def plain_gradients(model: GPT, ids: Tensor) -> list[Tensor]:
+    """Return the model's gradients, computed without ranks."""
+    loss = model(ids, targets_of(ids))
+    loss.backward()
+    return gradients_of(model)
 
 
-def test_gradient_buckets_over_nccl(group: World) -> None:
-    """NCCL takes the buckets from hooks of the backward pass, while it runs; what comes back for one rank are its own gradients."""
-    ids = ids_for(2, 64)
-    expected = plain_gradients(GPT(SMALL, seed=2).to(DEVICE), ids)
-    model = GPT(SMALL, seed=2).to(DEVICE)
+def test_gradient_buckets_of_one_rank_return_its_gradients(group: World) -> None:
+    """NCCL gets the buckets from hooks while the backward pass runs."""
+    ids = random_ids(2, 64)
+    expected = plain_gradients(small_model(), ids)
+    model = small_model()
     buckets = GradientBuckets(gradient_groups(model), group)
     for _ in range(2):
         buckets.start_step()
         buckets.start_when_ready()
-        model(ids, ids.roll(-1, 1)).backward()
-        assert len(buckets.works) == SMALL.n_layer + 1, (
-            "all are under way when the backward pass ends"
-        )
+        loss = model(ids, targets_of(ids))
+        loss.backward()
+        started = len(buckets.works)
+        assert started == SMALL.n_layer + 1, "all buckets start before the backward pass ends"
         buckets.all_reduce()
-    for p, gradient in zip(model.parameters(), expected, strict=True):
-        assert p.grad is not None
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert_close(gradients_of(model), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_rank_that_is_asked_to_stop_before_its_first_micro_batch_ends_the_step(
+def test_stop_before_the_first_micro_batch_ends_the_step(
     precision: str, group: World, tmp_path: Path
 ) -> None:
-    """The real step, for a world that it takes for two ranks: the gradient norm must be where the loss is, and no scale is missing."""
+    """The step believes that it is one of two ranks.
+
+    The gradient norm has to be on the loss's device, and no loss scale may be missing.
+    """
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision)
-    state = TrainState(config, runtime.start(config.run), "", World(0, 2))
-    before = [p.detach().clone() for p in state.parameters]
-    stop = StopFlag()
+    world = World(rank=0, size=2)
+    state = State(config, start(config.run), "", world)
+    before = [parameter.detach().clone() for parameter in state.params]
+    batch = timing.text_batch(config, state.rt.device)
+    stop = Stop()
     stop.set()
-    outcome = train_step(
-        state.model, state, bench.text_batch(config, state.runtime.device), 1.0, stop
-    )
+    outcome = train_step(state.model, state, batch, 1.0, stop)
     assert outcome.stop
     assert not outcome.applied
-    assert all(torch.equal(p, q) for p, q in zip(state.parameters, before, strict=True))
+    assert_equal(state.params, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fsdp_on_one_rank_is_the_same_model(dtype: torch.dtype, group: World) -> None:
-    """FSDP's hooks, casts and accumulation on this device; the full_tensor model that evaluation uses is exact."""
-    ids = ids_for(2, 64)
-    plain = GPT(SMALL, dtype, seed=2).to(DEVICE)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-4),
+        (torch.bfloat16, 0.05),
+    ],
+)
+def test_fsdp_on_one_rank_matches_the_plain_model(
+    dtype: torch.dtype, tolerance: float, group: World
+) -> None:
+    """FSDP's hooks, casts and accumulation; the whole model used for evaluation is exact."""
+    ids = random_ids(2, 64)
+    plain = small_model(dtype)
     expected = plain_gradients(plain, ids)
-    model = GPT(SMALL, dtype, seed=2).to(DEVICE)
-    sharded.shard(model, dtype)
-    for last in (False, True):
-        sharded.reduce_gradients(model, last)
-        (model(ids, ids.roll(-1, 1)) / 2).backward()
-    for p, gradient in zip(model.parameters(), expected, strict=True):
-        assert p.grad is not None
-        found = full_tensor(p.grad)
-        assert ((found - gradient).norm() / gradient.norm()).item() < (
-            0.05 if dtype == torch.bfloat16 else 1e-4
-        )
-    with sharded.whole_model(model) as copy:
-        for p, q in zip(plain.parameters(), copy.parameters(), strict=True):
-            assert torch.equal(p, q)
+    model = small_model(dtype)
+    fsdp.shard(model, dtype)
+    for is_last in (False, True):
+        fsdp.reduce_gradients(model, is_last)
+        loss = model(ids, targets_of(ids)) / 2
+        loss.backward()
+    for gradient, expected_gradient in zip(gradients_of(model), expected, strict=True):
+        assert relative_error(whole(gradient), expected_gradient) < tolerance
+    with fsdp.whole_model(model) as copy:
+        assert_equal(list(copy.parameters()), list(plain.parameters()))
 
 
 @only_cuda
-def test_each_gpu_has_an_identity() -> None:
-    """By which ranks on one GPU are refused, whatever their machines are called."""
-    identities = [gpu_identity(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+def test_each_gpu_has_its_own_identity() -> None:
+    """Two ranks on one GPU are refused by this identity, whatever the machines are called."""
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    identities = [identity_of(gpu) for gpu in gpus]
     assert len(set(identities)) == len(identities)
     assert all(len(identity) > 8 for identity in identities)
 
 
-def test_a_launch_by_torchrun_with_one_rank_is_a_run_alone(tmp_path: Path) -> None:
-    """One rank makes no process group; the command that users start must work all the same."""
+def test_torchrun_with_one_rank_is_the_same_run(tmp_path: Path) -> None:
+    """One rank makes no process group, and the documented command has to work all the same."""
     alone = tiny(tmp_path / "alone", device=DEVICE)
     train(alone)
     script = tmp_path / "run.py"
     script.write_text(
-        "from pathlib import Path\nfrom anew import train\nfrom tests.faults.common import tiny\n"
+        "from pathlib import Path\n"
+        "from anew import train\n"
+        "from tests.faults.common import tiny\n"
         f"train(tiny(Path({str(tmp_path)!r}) / 'ranked', device={DEVICE!r}))\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "1",
-        str(script),
-    ]
-    subprocess.run(
-        command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
-    )
-    assert train_losses(tmp_path / "ranked") == pytest.approx(train_losses(alone.folder), rel=1e-5)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    expected = train_losses(alone.folder)
+    assert train_losses(tmp_path / "ranked") == pytest.approx(expected, rel=1e-5)
