@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Checks and measures everything that needs an NVIDIA GPU, in parts of less than eight minutes each.
+# Run the tests and the measurements that need an NVIDIA GPU, in parts of less than eight minutes each.
 #
-#   PART=1 benchmarks/h200.sh results     # one part; each is useful alone, and this is the order of their use
-#   benchmarks/h200.sh results            # parts 1 to 8 one after the other, about 45 minutes on an H100 or H200
+#   PART=1 benchmarks/h200.sh results     # one part; the numbers give the order in which to run them
+#   benchmarks/h200.sh results            # parts 1 to 8 in order, about 45 minutes on an H100 or H200
 #
 #   1  correctness: tests/gpu/test_cuda.py, tests/unit/model/test_cross_entropy.py
-#   2  the training step of 124M at 64 x 1024, with each attention kernel and in blocks, and a profile
-#   3  decoding beside transformers: one row and sixteen
+#   2  training step of 124M at 64 x 1024: each attention kernel, compilation by block, and a profile
+#   3  decoding compared with transformers: one row and sixteen rows
 #   4  the speed ladder
-#   5  the step beside transformers' at 16 x 1024; recomputed blocks; micro-batch auto
-#   6  attention kernels by length
-#   7  350M and 774M
-#   8  1558M; the optimizers' share of a step: AdamW and Muon
-#   9  the fast recipe's time to a loss, 50M tokens an arm (not in "all": the same command again until it
-#      says that it is complete, about 25 minutes in pieces; DATA names a prepared data folder)
+#   5  training step compared with transformers at 16 x 1024; recomputation; automatic micro-batch
+#   6  attention kernels by sequence length
+#   7  training steps of 350M and 774M
+#   8  training step of 1558M; the optimizers' share of a step with AdamW and Muon
+#   9  time to a loss with the fast recipe, 50M tokens for each side. This part is not in "all": repeat
+#      the command until it reports that it is complete, about 25 minutes in total. DATA names a
+#      prepared data folder.
 #
-# Figures: results/figures.jsonl, one JSON object for each measurement. Output of each command: results/*.txt.
+# results/figures.jsonl holds one JSON object for each measurement, results/*.txt the output of each
+# command.
 #
 # The machine needs Python, torch with CUDA, triton, safetensors, tiktoken, huggingface_hub, pyarrow,
-# filelock, rich and pytest; part 3 and 5 transformers; the pictures matplotlib. Where tyro or loguru are
-# missing, wheels in the folder .whl are installed first. On a machine with network:
+# filelock, rich and pytest, for parts 3 and 5 also transformers, and for pictures matplotlib. If tyro or
+# loguru is missing, the wheels in the folder .whl are installed. To download them:
 #   pip download --no-deps -d .whl tyro==1.0.17 loguru typeguard docstring_parser
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -37,7 +39,8 @@ failed=0
 
 say() { printf '\n== %s\n' "$*"; }
 
-# run SECONDS NAME COMMAND...: the command's output goes to NAME.txt, and its last lines to the screen.
+# run SECONDS NAME COMMAND...
+# Run a command with a time limit. Write its output to NAME.txt and print the last lines.
 run() {
     local limit=$1 name=$2 code=0
     shift 2
@@ -52,7 +55,8 @@ run() {
     tail -n "${LINES_SHOWN:-12}" "$out/$name.txt"
 }
 
-# bench SECONDS NAME ARGUMENTS...: `anew bench`, whose last line is a JSON object for figures.jsonl.
+# bench SECONDS NAME ARGUMENTS...
+# Run `anew bench` and append the JSON object on its last line to figures.jsonl.
 bench() {
     local limit=$1 name=$2
     shift 2

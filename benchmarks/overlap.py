@@ -1,12 +1,13 @@
-"""How much of the exchange of gradients does the backward pass hide?
+"""Measure how much of the gradient exchange is hidden behind the backward pass.
 
-    sudo .venv/bin/python benchmarks/overlap.py --ranks 2 --rate 1gbit      # two hosts in network namespaces
-    .venv/bin/python benchmarks/overlap.py --ranks 2                        # ranks on this host, without a limit
+    sudo .venv/bin/python benchmarks/overlap.py --ranks 2 --rate 1gbit   # in network namespaces
+    .venv/bin/python benchmarks/overlap.py --ranks 2                     # without a limited rate
 
-Each rank is a host of its own: a network namespace with a link of limited rate to a common bridge, so
-that an exchange takes time without taking the processor. The ranks take the same training step by
-turns in three ways: without any exchange, with the exchange after the backward pass, and with buckets
-that start during it. The share that is hidden is (after - during) / (after - without).
+With --rate, each rank runs in a network namespace with a link of limited rate to a common bridge,
+so an exchange takes time without using the processor, as between two hosts. The ranks repeat the
+same training step in three ways: without an exchange, with the exchange after the backward pass,
+and with buckets that start during the backward pass. The hidden share is
+(after - during) / (after - without).
 """
 
 import argparse
@@ -21,104 +22,138 @@ from collections.abc import Iterator
 from typing import Any
 
 NETWORK = "10.77.0"
+BRIDGE = "anew-bridge"
 WAYS = ("without", "after", "during")
 
 
-def sh(*words: str) -> None:
-    subprocess.run(words, check=True)
+def run(command: str) -> None:
+    """Run a command whose words contain no spaces."""
+    subprocess.run(command.split(), check=True)
 
 
 @contextlib.contextmanager
-def hosts(count: int, rate: str) -> Iterator[list[str]]:
-    """Names of `count` network namespaces whose links to a bridge have this rate."""
+def network_namespaces(count: int, rate: str) -> Iterator[list[str]]:
+    """Create network namespaces that are linked to a bridge at this rate. Yield their names."""
     names = [f"anew-overlap-{i}" for i in range(count)]
-    bridge = "anew-bridge"
     try:
-        sh("ip", "netns", "add", bridge)
-        sh("ip", "-n", bridge, "link", "add", "br0", "type", "bridge")
-        sh("ip", "-n", bridge, "link", "set", "br0", "up")
+        run(f"ip netns add {BRIDGE}")
+        run(f"ip -n {BRIDGE} link add br0 type bridge")
+        run(f"ip -n {BRIDGE} link set br0 up")
         for i, name in enumerate(names):
-            sh("ip", "netns", "add", name)
-            sh(
-                "ip",
-                "link",
-                "add",
-                f"anew{i}",
-                "netns",
-                bridge,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                name,
-            )
-            sh("ip", "-n", bridge, "link", "set", f"anew{i}", "master", "br0", "up")
-            sh("ip", "-n", name, "addr", "add", f"{NETWORK}.{i + 1}/24", "dev", "eth0")
-            sh("ip", "-n", name, "link", "set", "eth0", "up")
-            sh("ip", "-n", name, "link", "set", "lo", "up")
-            for namespace, device in ((bridge, f"anew{i}"), (name, "eth0")):
-                shaping = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
-                sh("ip", "netns", "exec", namespace, "tc", "qdisc", "add", "dev", device, *shaping)
+            run(f"ip netns add {name}")
+            run(f"ip link add anew{i} netns {BRIDGE} type veth peer name eth0 netns {name}")
+            run(f"ip -n {BRIDGE} link set anew{i} master br0 up")
+            run(f"ip -n {name} addr add {NETWORK}.{i + 1}/24 dev eth0")
+            run(f"ip -n {name} link set eth0 up")
+            run(f"ip -n {name} link set lo up")
+            shaping = f"root tbf rate {rate} burst 256kb latency 50ms"
+            run(f"ip netns exec {BRIDGE} tc qdisc add dev anew{i} {shaping}")
+            run(f"ip netns exec {name} tc qdisc add dev eth0 {shaping}")
         yield names
     finally:
-        for name in [*names, bridge]:
-            subprocess.run(["ip", "netns", "delete", name], check=False, stderr=subprocess.DEVNULL)
+        for name in [*names, BRIDGE]:
+            command = ["ip", "netns", "delete", name]
+            subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
 
 
-def rank(arguments: argparse.Namespace) -> None:
-    """One rank: prints the seconds of each step as JSON, if it is the first."""
+def run_rank(arguments: argparse.Namespace) -> None:
+    """Time the steps of one rank. Rank 0 prints the seconds of each step as JSON."""
     import torch
 
     from anew import recipe
     from anew.bench.timing import text_batch
-    from anew.config.schema import RunConfig
-    from anew.distributed.rendezvous import joined
+    from anew.distributed.world import joined
     from anew.training.setup import training_loss
     from anew.training.train_state import TrainState
     from anew.utils.device import start
 
     torch.set_num_threads(1)
-    tokens = arguments.micro_batch * arguments.seq_len
     config = recipe(
-        arguments.recipe, seq_len=arguments.seq_len, micro_batch=arguments.micro_batch, batch_tokens=tokens, steps=1000,
-        warmup_steps=0, device="cpu", precision="fp32", compile="blocks" if arguments.compile else "off",
-    )  # fmt: skip
+        arguments.recipe,
+        seq_len=arguments.seq_len,
+        micro_batch=arguments.micro_batch,
+        batch_tokens=arguments.micro_batch * arguments.seq_len,
+        steps=1000,
+        warmup_steps=0,
+        device="cpu",
+        precision="fp32",
+        compile="blocks" if arguments.compile else "off",
+    )
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with joined("cpu", 120) as world:
-        rt = start(RunConfig(device="cpu", precision="fp32", compile=config.run.compile))
-        state = TrainState(config, rt, "", world)
-        loss_of, batch = training_loss(state), text_batch(config, rt.device)
-        assert state.buckets is not None
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for turn in range(arguments.rounds + 1):
+        runtime = start(config.run)
+        state = State(config, runtime, "", world)
+        loss_of = training_loss(state)
+        micro_batches = text_batch(config, runtime.device)
+        buckets = state.buckets
+        assert buckets is not None
+        for round_number in range(arguments.rounds + 1):
             for way in WAYS:
-                world.gather(None)  # all begin together
+                world.gather(None)  # all ranks begin together
                 begin = time.perf_counter()
-                state.buckets.start_step()
+                buckets.start_step()
                 if way == "during":
-                    state.buckets.start_when_ready()
-                for ids, targets in batch:
+                    buckets.start_when_ready()
+                for ids, targets in micro_batches:
                     loss_of(ids, targets).backward()
                 if way != "without":
-                    state.buckets.all_reduce()
-                if turn:
+                    buckets.all_reduce()
+                if round_number > 0:  # the first round compiles and warms up
                     seconds[way].append(time.perf_counter() - begin)
         if world.rank == 0:
-            print(
-                json.dumps(
-                    {"seconds": seconds, "bytes": sum(4 * p.numel() for p in state.parameters)}
-                )
-            )
+            gradient_bytes = sum(4 * parameter.numel() for parameter in state.params)
+            print(json.dumps({"seconds": seconds, "bytes": gradient_bytes}))
+
+
+def run_ranks(count: int, namespaces: list[str]) -> dict[str, Any]:
+    """Start this script as `count` ranks, in these namespaces if any. Return rank 0's result."""
+    processes = []
+    for i in range(count):
+        environment = os.environ | {
+            "RANK": str(i),
+            "LOCAL_RANK": str(i),
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": f"{NETWORK}.1" if namespaces else "127.0.0.1",
+            "MASTER_PORT": "29577",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, __file__, *sys.argv[1:], "--rank", str(i)]
+        if namespaces:
+            environment["GLOO_SOCKET_IFNAME"] = "eth0"
+            command = ["ip", "netns", "exec", namespaces[i], *command]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate()[0] for process in processes]
+    result: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print the median times and the hidden share, and everything as JSON on the last line."""
+    for way in WAYS:
+        times = result["seconds"][way]
+        median = 1e3 * statistics.median(times)
+        print(f"{way:<8} {median:>8.0f} ms  ({1e3 * min(times):.0f} to {1e3 * max(times):.0f})")
+    rounds = zip(*(result["seconds"][way] for way in WAYS), strict=True)
+    shares = sorted(
+        (after - during) / (after - without) for without, after, during in rounds if after > without
+    )
+    share = statistics.median(shares)
+    print(
+        f"gradients: {result['bytes'] / 1e6:.1f} MB; "
+        f"hidden: {100 * share:.0f}% ({100 * shares[0]:.0f} to {100 * shares[-1]:.0f})"
+    )
+    print(json.dumps({**result, "hidden": share}))
 
 
 def main() -> None:
+    """Start the ranks, or become one of them with --rank."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="gpt2-5m")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument(
-        "--rate", default="", help="of each link, as `tc` writes it: 1gbit, 200mbit; needs root"
-    )
+    rate_help = "rate of each link in the notation of `tc`: 1gbit, 200mbit; needs root"
+    parser.add_argument("--rate", default="", help=rate_help)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
@@ -126,42 +161,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        rank(arguments)
-        return
-    with (
-        hosts(arguments.ranks, arguments.rate)
-        if arguments.rate
-        else contextlib.nullcontext([""] * arguments.ranks) as names
-    ):
-        address = f"{NETWORK}.1" if arguments.rate else "127.0.0.1"
-        started = []
-        for i, name in enumerate(names):
-            inside = ["ip", "netns", "exec", name] if name else []
-            environment = os.environ | {
-                "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": address,
-                "MASTER_PORT": "29577", "OMP_NUM_THREADS": "1", **({"GLOO_SOCKET_IFNAME": "eth0"} if name else {}),
-            }  # fmt: skip
-            command = [*inside, sys.executable, __file__, *sys.argv[1:], "--rank", str(i)]
-            started.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-            )
-        outputs = [process.communicate()[0] for process in started]
-    found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
-    middle = {way: statistics.median(found["seconds"][way]) for way in WAYS}
-    for way in WAYS:
-        times = found["seconds"][way]
-        print(
-            f"{way:<8} {1e3 * middle[way]:>8.0f} ms  ({1e3 * min(times):.0f} to {1e3 * max(times):.0f})"
-        )
-    rows = list(zip(*(found["seconds"][way] for way in WAYS), strict=True))
-    shares = sorted(
-        (after - during) / (after - without) for without, after, during in rows if after > without
-    )
-    share = statistics.median(shares)
-    print(
-        f"gradients: {found['bytes'] / 1e6:.1f} MB; hidden: {100 * share:.0f}% ({100 * shares[0]:.0f} to {100 * shares[-1]:.0f})"
-    )
-    print(json.dumps({**found, "hidden": share}))
+        run_rank(arguments)
+    elif arguments.rate:
+        with network_namespaces(arguments.ranks, arguments.rate) as namespaces:
+            result = run_ranks(arguments.ranks, namespaces)
+        print_result(result)
+    else:
+        print_result(run_ranks(arguments.ranks, []))
 
 
 if __name__ == "__main__":

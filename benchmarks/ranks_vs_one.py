@@ -1,9 +1,11 @@
-"""Tokens a second of two ranks with one thread each against one process with two, the same steps in turns: what sharing out costs.
+"""Compare two ranks with one thread each with one process with two threads, in tokens a second.
 
-    .venv/bin/python benchmarks/ranks_vs_one.py --rounds 2               # 124M, 8 x 1024 tokens a step
+    .venv/bin/python benchmarks/ranks_vs_one.py --rounds 2        # 124M, 8 x 1024 tokens a step
     .venv/bin/python benchmarks/ranks_vs_one.py --ranks 4 --parallel fsdp --recipe gpt2-124m
 
-Both sides are `anew train` as a user would start it; seconds a step are read from metrics.jsonl, the first two steps left out.
+The ratio shows what distributing a step over ranks costs. Both sides are `anew train` as a user
+starts it, and they take turns. The seconds of a step come from metrics.jsonl, without the first two
+steps.
 """
 
 import argparse
@@ -17,21 +19,19 @@ import tempfile
 from pathlib import Path
 
 
-def seconds(command: list[str], threads: int, out: Path) -> float:
-    """Median seconds of the steps of a run."""
+def seconds_per_step(command: list[str], threads: int, out: Path) -> float:
+    """Train with a number of threads in each process. Return the median seconds of a step."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    subprocess.run(
-        [*command, "--out", str(out)], check=True, env=environment, stdout=subprocess.DEVNULL
-    )
-    rows = [
-        json.loads(line)
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    steps = [row["seconds"] for row in rows if "train/loss" in row]
-    return statistics.median(b - a for a, b in itertools.pairwise(steps[1:]))
+    command = [sys.executable, *command, "--out", str(out)]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    times: list[float] = [row["seconds"] for row in rows if "train/loss" in row]
+    return statistics.median(end - begin for begin, end in itertools.pairwise(times[1:]))
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="gpt2-124m")
     parser.add_argument("--ranks", type=int, default=2)
@@ -42,32 +42,39 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    a = parser.parse_args()
-    settings = f"--data stdlib --batch-tokens {a.batch_tokens} --seq-len {a.seq_len} --micro-batch {a.micro_batch} --steps {a.steps}"
-    settings += (
-        " --warmup-steps 0 --evaluate-every 0 --val-tokens 0 --save-every 1000000 --device cpu"
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Time both sides in each round, and print the ratios."""
+    arguments = read_arguments()
+    ranks = arguments.ranks
+    tokens = arguments.batch_tokens
+    settings = (
+        f"--data stdlib --batch-tokens {tokens} --seq-len {arguments.seq_len} "
+        f"--micro-batch {arguments.micro_batch} --steps {arguments.steps} --warmup-steps 0 "
+        "--evaluate-every 0 --val-tokens 0 --save-every 1000000 --device cpu"
     )
-    train = ["-m", "anew", "train", a.recipe, *settings.split()]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(a.ranks)]
+    train = ["-m", "anew", "train", arguments.recipe, *settings.split()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    train_on_ranks = [*torchrun, *train, "--parallel", arguments.parallel]
     cores = os.cpu_count() or 1
     rates: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(a.rounds):
-            one = a.batch_tokens / seconds(
-                [sys.executable, *train], cores, Path(folder) / f"one-{i}"
-            )
-            ranks = [sys.executable, *torchrun, *train, "--parallel", a.parallel]
-            several = a.batch_tokens / seconds(
-                ranks, max(1, cores // a.ranks), Path(folder) / f"ranks-{i}"
-            )
+        for i in range(arguments.rounds):
+            one = tokens / seconds_per_step(train, cores, Path(folder, f"one-{i}"))
+            threads = max(1, cores // ranks)
+            out = Path(folder, f"ranks-{i}")
+            several = tokens / seconds_per_step(train_on_ranks, threads, out)
             rates.append((several, one))
             print(
-                f"round {i + 1}: {a.ranks} ranks {several:,.0f} tokens/s, one process {one:,.0f}, ratio {several / one:.2f}",
+                f"round {i + 1}: {ranks} ranks {several:,.0f} tokens/s, "
+                f"one process {one:,.0f}, ratio {several / one:.2f}",
                 flush=True,
             )
-    ratios = sorted(x / y for x, y in rates)
+    ratios = sorted(several / one for several, one in rates)
     print(f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    if a.json:
+    if arguments.json:
         print(json.dumps({"rates": rates, "ratio": statistics.median(ratios)}))
 
 
