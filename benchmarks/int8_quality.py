@@ -1,10 +1,8 @@
-"""Measure how much 8-bit weights (`--int8`) change the perplexity of a trained model.
+"""What `--int8` costs: perplexity of a trained model on held-out text, decoded token by token as sampling does, in bf16 and 8 bits.
 
     .venv/bin/python benchmarks/int8_quality.py runs/mine --tokens 20000
 
-The text is the validation split of the run. It is decoded token by token as in sampling, once with
-bf16 weights and once with 8-bit weights. The script also prints how often both choose the same
-likeliest token.
+The text is the validation split of the run. Also how often the likeliest token is another one.
 """
 
 import argparse
@@ -14,70 +12,54 @@ from pathlib import Path
 import torch
 
 from anew import GPT, Tokenizer
-from anew.checkpoint.huggingface import find
+from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data.dataset import open_data
-from anew.inference.decoders import Kernel, pack
-from anew.model.kv_cache import Cache
-
-
-def validation_text(config: Config, tokenizer: Tokenizer, count: int) -> torch.Tensor:
-    """Return at least the first `count` + 1 tokens of the validation split, if it has as many."""
-    with open_data(config.data.data, tokenizer) as data:
-        shards = [shard.tokens[: count + 1].astype("int64") for shard in data.splits["val"]]
-    return torch.cat([torch.from_numpy(shard) for shard in shards])
-
-
-def decode(
-    model: GPT, text: torch.Tensor, count: int, seq_len: int, int8: bool
-) -> tuple[float, list[int]]:
-    """Return the mean loss of the tokens in nats, and the likeliest token at each position.
-
-    The text is cut into windows of `seq_len` tokens.
-    """
-    decoder = pack(model, 1, int8)
-    assert isinstance(decoder, Kernel), "this machine has no C++ compiler or no bf16"
-    total = 0.0
-    likeliest = []
-    for start in range(0, min(count, len(text) - 1) - seq_len, seq_len):
-        cache = Cache.empty(model, 1, seq_len)
-        for position in range(start, start + seq_len):
-            [logits] = decoder.step([int(text[position])], cache)
-            log_probabilities = logits.log_softmax(0)
-            total -= log_probabilities[text[position + 1]].item()
-            likeliest.append(int(log_probabilities.argmax()))
-    return total / len(likeliest), likeliest
+from anew.inference.cpu_decoder import Kernel
+from anew.inference.decoders import pack
+from anew.model.gpt import Cache
 
 
 def main() -> None:
-    """Decode the text with both kinds of weights, and print the differences."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--tokens", type=int, default=20_000)
-    arguments = parser.parse_args()
-    config = Config.read(Path(arguments.run) / "config.json")
-    model = GPT.from_pretrained(arguments.run).eval()
+    a = parser.parse_args()
+    config = Config.read(Path(a.run) / "config.json")
+    model = GPT.from_pretrained(a.run).eval()
     model.compute_dtype = torch.bfloat16
-    tokenizer = Tokenizer.of_model(find(arguments.run), model.config.vocab_size)
-    text = validation_text(config, tokenizer, arguments.tokens)
-    losses = {}
-    choices = {}
-    for name in ("bf16", "int8"):
-        loss, likeliest = decode(
-            model, text, arguments.tokens, config.data.seq_len, int8=name == "int8"
+    folder = weights.find(a.run)
+    with open_data(config.data.data, Tokenizer.of_model(folder, model.config.vocab_size)) as data:
+        text = torch.cat(
+            [
+                torch.from_numpy(shard.tokens[: a.tokens + 1].astype("int64"))
+                for shard in data.splits["val"]
+            ]
         )
-        losses[name] = loss
-        choices[name] = likeliest
+    T = config.data.seq_len
+    losses, choices = {}, {}
+    for int8 in (False, True):
+        decoder = pack(model, 1, int8)
+        assert isinstance(decoder, Kernel), "this machine has no C++ compiler or no bf16"
+        total, likeliest, count = 0.0, [], 0
+        for start in range(0, min(a.tokens, len(text) - 1) - T, T):
+            cache = Cache.empty(model, 1, T)
+            for i in range(T):
+                log_p = decoder.step([int(text[start + i])], cache)[0].log_softmax(0)
+                total -= log_p[text[start + i + 1]].item()
+                likeliest.append(int(log_p.argmax()))
+                count += 1
+        losses[int8], choices[int8] = total / count, likeliest
         print(
-            f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {len(likeliest):,} tokens",
+            f"{'int8' if int8 else 'bf16'}: loss {losses[int8]:.4f}, perplexity {math.exp(losses[int8]):.2f}, {count:,} tokens",
             flush=True,
         )
-    pairs = list(zip(choices["bf16"], choices["int8"], strict=True))
-    same = sum(first == second for first, second in pairs) / len(pairs)
-    change = math.exp(losses["int8"] - losses["bf16"]) - 1
+    same = sum(x == y for x, y in zip(choices[False], choices[True], strict=True)) / len(
+        choices[True]
+    )
+    change = math.exp(losses[True] - losses[False]) - 1
     print(
-        f"perplexity changes by {100 * change:+.2f}%; "
-        f"the likeliest token is the same for {100 * same:.1f}%"
+        f"perplexity changes by {100 * change:+.2f}%; the likeliest token is the same for {100 * same:.1f}%"
     )
 
 

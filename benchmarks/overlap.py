@@ -62,7 +62,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
     from anew import recipe
     from anew.bench.timing import text_batch
-    from anew.distributed.world import joined
+    from anew.distributed.rendezvous import joined
     from anew.training.setup import training_loss
     from anew.training.train_state import TrainState
     from anew.utils.device import start
@@ -82,7 +82,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with joined("cpu", 120) as world:
         runtime = start(config.run)
-        state = State(config, runtime, "", world)
+        state = TrainState(config, runtime, "", world)
         loss_of = training_loss(state)
         micro_batches = text_batch(config, runtime.device)
         buckets = state.buckets
@@ -101,7 +101,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
                 if round_number > 0:  # the first round compiles and warms up
                     seconds[way].append(time.perf_counter() - begin)
         if world.rank == 0:
-            gradient_bytes = sum(4 * parameter.numel() for parameter in state.params)
+            gradient_bytes = sum(4 * parameter.numel() for parameter in state.parameters)
             print(json.dumps({"seconds": seconds, "bytes": gradient_bytes}))
 
 

@@ -20,7 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 MULTI_GPU = (ROOT / "docs" / "multi-gpu.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line.split("#")[0].strip() for line in QUICKSTART.splitlines() if line.startswith(".venv/bin/anew ")
+    line.split("#")[0].strip()
+    for line in QUICKSTART.splitlines()
+    if line.startswith(".venv/bin/anew ")
 ]
 PAST = ("log", "reliability")  # pages that say what was run at their time
 SHAPE = "--n-layer 1 --n-head 1 --n-embd 16"

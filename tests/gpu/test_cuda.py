@@ -34,7 +34,7 @@ from anew.distributed.world import World, full_tensor
 from anew.inference.decoders import Graphed, Packed, pack
 from anew.inference.generate import _prefill
 from anew.model.attention import attend
-from anew.training.train_state import State
+from anew.training.train_state import TrainState
 from anew.training.trainer import train, train_step
 from anew.utils.device import start
 from anew.utils.gpus import GPUS
@@ -225,9 +225,9 @@ def test_training_step_waits_for_the_device_once(optimizer: str, tmp_path: Path)
     """torch warns at each point where the host waits. A second wait would leave the GPU idle."""
     settings = {"precision": "bf16", "batch_tokens": 1024, "optimizer": optimizer}
     config = tiny(tmp_path / "run", device=DEVICE, **settings)
-    state = State(config, start(config.run), "")
-    batch = timing.text_batch(config, state.rt.device)
-    stop = Stop()
+    state = TrainState(config, start(config.run), "")
+    batch = timing.text_batch(config, state.runtime.device)
+    stop = StopFlag()
     for _ in range(2):
         train_step(state.model, state, batch, 1.0, stop)
     torch.cuda.set_sync_debug_mode("warn")
@@ -395,15 +395,15 @@ def test_stop_before_the_first_micro_batch_ends_the_step(
     """
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision)
     world = World(rank=0, size=2)
-    state = State(config, start(config.run), "", world)
-    before = [parameter.detach().clone() for parameter in state.params]
-    batch = timing.text_batch(config, state.rt.device)
-    stop = Stop()
+    state = TrainState(config, start(config.run), "", world)
+    before = [parameter.detach().clone() for parameter in state.parameters]
+    batch = timing.text_batch(config, state.runtime.device)
+    stop = StopFlag()
     stop.set()
     outcome = train_step(state.model, state, batch, 1.0, stop)
     assert outcome.stop
     assert not outcome.applied
-    assert_equal(state.params, before)
+    assert_equal(state.parameters, before)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_fsdp_on_one_rank_matches_the_plain_model(
         loss = model(ids, targets_of(ids)) / 2
         loss.backward()
     for gradient, expected_gradient in zip(gradients_of(model), expected, strict=True):
-        assert relative_error(whole(gradient), expected_gradient) < tolerance
+        assert relative_error(full_tensor(gradient), expected_gradient) < tolerance
     with fsdp.whole_model(model) as copy:
         assert_equal(list(copy.parameters()), list(plain.parameters()))
 
@@ -436,7 +436,7 @@ def test_fsdp_on_one_rank_matches_the_plain_model(
 def test_each_gpu_has_its_own_identity() -> None:
     """Two ranks on one GPU are refused by this identity, whatever the machines are called."""
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    identities = [identity_of(gpu) for gpu in gpus]
+    identities = [gpu_identity(gpu) for gpu in gpus]
     assert len(set(identities)) == len(identities)
     assert all(len(identity) > 8 for identity in identities)
 

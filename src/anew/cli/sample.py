@@ -1,50 +1,59 @@
-"""`anew sample MODEL`: let a model write."""
+"""`anew sample MODEL`: generate text with a model.
+
+anew sample runs/demo --prompt "def " --tokens 200
+"""
 
 import codecs
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from anew.checkpoint import huggingface as weights
+from anew.checkpoint.huggingface import find, load_model
 from anew.errors import UserError
-from anew.inference.generate import stream
+from anew.inference.generate import stream, until_end_of_text
+from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils import device as runtime
+from anew.utils.device import DTYPES, MATMUL, pick_device, pick_precision
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Let a model write. Example: anew sample runs/demo --prompt "def " --tokens 200"""
+    """Generate text with a model. Example: anew sample runs/demo --prompt "def " --tokens 200"""
 
     model: Annotated[
         str,
         tyro.conf.Positional,
         tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"),
     ]
-    prompt: Annotated[str, tyro.conf.arg(help="text to continue; none: start a new document")] = ""
+    prompt: Annotated[
+        str, tyro.conf.arg(help="text to continue; without one, a new document begins")
+    ] = ""
     prompt_file: Annotated[
         str, tyro.conf.arg(help="read the prompt from this file; - is standard input")
     ] = ""
     interactive: Annotated[
-        bool, tyro.conf.arg(help="ask for prompts, one a line, until an empty one")
+        bool, tyro.conf.arg(help="read prompts, one a line, until an empty line")
     ] = False
     tokens: Annotated[
-        int, tyro.conf.arg(help="most new tokens a sample; it also ends at end of text")
+        int, tyro.conf.arg(help="maximum new tokens of a sample, which may end before")
     ] = 128
-    count: Annotated[int, tyro.conf.arg(help="samples of the prompt")] = 1
+    count: Annotated[int, tyro.conf.arg(help="number of samples of the prompt")] = 1
     temperature: Annotated[
-        float, tyro.conf.arg(help="0: always the likeliest token; 1: as the model says")
+        float, tyro.conf.arg(help="0: always the likeliest token; 1: the model's probabilities")
     ] = 0.8
-    top_k: Annotated[int, tyro.conf.arg(help="draw among this many likeliest tokens; 0: all")] = 50
+    top_k: Annotated[
+        int, tyro.conf.arg(help="draw from this many likeliest tokens; 0: from all")
+    ] = 50
     top_p: Annotated[
-        float, tyro.conf.arg(help="draw among the likeliest tokens that hold this share")
+        float, tyro.conf.arg(help="draw from the likeliest tokens with this total probability")
     ] = 1.0
     seed: Annotated[int, tyro.conf.arg(help="the same seed draws the same text")] = 1337
     device: Annotated[
@@ -52,7 +61,7 @@ class SampleArgs:
         tyro.conf.arg(help="where to compute; auto: the accelerator that torch finds, else cpu"),
     ] = "auto"
     precision: Annotated[
-        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
+        Precision,
         tyro.conf.arg(help="auto: the fastest that is safe on the device"),
     ] = "auto"
     int8: Annotated[
@@ -67,74 +76,76 @@ class SampleArgs:
 
 
 def run_sample(argv: list[str]) -> None:
-    """Let a model write: from a prompt, a file, or a conversation of prompts."""
-    a = tyro.cli(SampleArgs, args=argv, prog="anew sample")
-    if a.count < 1:
-        raise UserError(f"count {a.count} must be at least 1.")
-    device = runtime.pick_device(a.device)
-    precision, _ = runtime.pick_precision(a.precision, device)
-    torch.set_float32_matmul_precision(runtime.MATMUL[precision])
-    path = weights.find(a.model)
-    model = weights.load_model(path, device, runtime.DTYPES[precision])
-    tokenizer = Tokenizer.of_model(path, model.config.vocab_size)
-    prompts = iter(input, "") if a.interactive else iter([_prompt(a)])
+    """Generate text from a prompt, a file, or prompts that are typed one after the other."""
+    args = tyro.cli(SampleArgs, args=argv, prog="anew sample")
+    if args.count < 1:
+        raise UserError(f"count {args.count} must be at least 1.")
+    model, tokenizer = open_model(find(args.model), args.device, args.precision)
+    prompts = iter(input, "") if args.interactive else iter([_prompt(args)])
     texts: list[str] = []
     try:
         for prompt in prompts:
-            texts = _write_samples(model, tokenizer, prompt, a)
-    except EOFError:
+            texts = _write_samples(model, tokenizer, prompt, args)
+    except EOFError:  # the end of the typed prompts
         pass
-    if a.json:
-        print(json.dumps({"model": a.model, "prompt": a.prompt, "samples": texts}))
+    if args.json:
+        print(json.dumps({"model": args.model, "prompt": args.prompt, "samples": texts}))
 
 
-def _prompt(a: SampleArgs) -> str:
-    if a.prompt and a.prompt_file:
+def open_model(path: Path, device_name: str, precision_name: str) -> tuple[GPT, Tokenizer]:
+    """Load a model and its tokenizer for generating text, and set the precision of torch."""
+    device = pick_device(device_name)
+    precision, _ = pick_precision(precision_name, device)
+    torch.set_float32_matmul_precision(MATMUL[precision])
+    model = load_model(path, device, DTYPES[precision])
+    return model, Tokenizer.of_model(path, model.config.vocab_size)
+
+
+def _prompt(args: SampleArgs) -> str:
+    if not args.prompt_file:
+        return args.prompt
+    if args.prompt:
         raise UserError("give --prompt or --prompt-file, not both.")
-    if not a.prompt_file:
-        return a.prompt
+    if args.prompt_file == "-":
+        return sys.stdin.read()
     try:
-        return (
-            sys.stdin.read()
-            if a.prompt_file == "-"
-            else Path(a.prompt_file).read_text(encoding="utf-8", errors="replace")
-        )
+        return Path(args.prompt_file).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(
-            f"the prompt file {a.prompt_file} cannot be read ({error.strerror})."
+            f"the prompt file {args.prompt_file} cannot be read ({error.strerror})."
         ) from error
 
 
-def _write_samples(model: Any, tokenizer: Tokenizer, prompt: str, a: SampleArgs) -> list[str]:
-    """Print the samples and return their texts. A single one appears as it is drawn; several are drawn together."""
+def _write_samples(model: GPT, tokenizer: Tokenizer, prompt: str, args: SampleArgs) -> list[str]:
+    """Print the samples and return their texts.
+
+    A single sample is printed token by token; several are drawn together and printed at the end.
+    """
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(a.count)]
-    texts, open_rows = [prompt] * a.count, set(range(a.count))
-    if a.count == 1:
+    # A token may end within a UTF-8 character.
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(args.count)]
+    texts = [prompt] * args.count
+    is_single = args.count == 1
+    if is_single:
         print(prompt, end="", flush=True)
-    for row_ids in stream(
+    steps = stream(
         model,
-        [ids] * a.count,
-        a.tokens,
-        temperature=a.temperature,
-        top_k=a.top_k,
-        top_p=a.top_p,
-        seed=a.seed,
-        int8=a.int8,
-    ):
-        for i in sorted(open_rows):
-            if row_ids[i] == tokenizer.end_of_text:
-                open_rows.discard(i)
-                continue
-            piece = decoders[i].decode(tokenizer.decode_bytes([row_ids[i]]))
-            texts[i] += piece
-            if a.count == 1:
-                print(piece, end="", flush=True)
-        if not open_rows:
-            break
-    if a.count == 1:
+        [ids] * args.count,
+        args.tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        int8=args.int8,
+    )
+    for row, token in until_end_of_text(steps, tokenizer.end_of_text):
+        piece = decoders[row].decode(tokenizer.decode_bytes([token]))
+        texts[row] += piece
+        if is_single:
+            print(piece, end="", flush=True)
+    if is_single:
         print()
     else:
-        for i, text in enumerate(texts, 1):
-            print(f"--- {i} of {a.count} ---\n{text}")
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number} of {args.count} ---\n{text}")
     return texts

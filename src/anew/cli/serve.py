@@ -1,17 +1,18 @@
-"""`anew serve MODEL [MODEL...]`: a page on this machine to watch models write, and OpenAI's completions API for other programs."""
+"""`anew serve MODEL [MODEL...]`: a page that shows models at work, and OpenAI's completions API.
+
+anew serve runs/demo gpt2
+"""
 
 import logging
+import socket
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import tyro
 
-from anew.checkpoint import huggingface as weights
+from anew.checkpoint.huggingface import find
+from anew.cli.sample import Device, Precision, open_model
 from anew.errors import UserError
-from anew.tokenizer.bpe import Tokenizer
-from anew.utils import device as runtime
 
 log = logging.getLogger("anew")
 OWN_NAMES = {"127.0.0.1", "localhost", "::1"}
@@ -28,64 +29,51 @@ class ServeArgs:
     ]
     host: Annotated[
         str,
-        tyro.conf.arg(help="address to listen on; only this machine unless it is said, as 0.0.0.0"),
+        tyro.conf.arg(help="address to listen on; the default is reachable from this machine only"),
     ] = "127.0.0.1"
-    port: Annotated[int, tyro.conf.arg(help="port to listen on; 0: any that is free")] = 8000
+    port: Annotated[int, tyro.conf.arg(help="port to listen on; 0: any free port")] = 8000
     waiting: Annotated[
         int, tyro.conf.arg(help="requests that may wait while one is answered; more are refused")
     ] = 8
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps", "xpu"], tyro.conf.arg(help="where to compute")
-    ] = "auto"
-    precision: Annotated[
-        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
-        tyro.conf.arg(help="auto: the fastest that is safe"),
-    ] = "auto"
+    device: Annotated[Device, tyro.conf.arg(help="where to compute")] = "auto"
+    precision: Annotated[Precision, tyro.conf.arg(help="auto: the fastest that is safe")] = "auto"
     int8: Annotated[
-        bool, tyro.conf.arg(help="CPU: weights in 8 bits; faster, and changes the model a little")
+        bool,
+        tyro.conf.arg(
+            help="CPU: weights in 8 bits, which is faster and changes the model a little"
+        ),
     ] = False
 
 
 def run_serve(argv: list[str]) -> None:
-    """Serve models: a page to watch them write, and OpenAI's completions API."""
-    a = tyro.cli(ServeArgs, args=argv, prog="anew serve")
-    if not a.models:
+    """Serve models: a page that shows them at work, and OpenAI's completions API."""
+    args = tyro.cli(ServeArgs, args=argv, prog="anew serve")
+    if not args.models:
         raise UserError("say which model: anew serve runs/NAME.")
-    if not 0 <= a.port < 65536 or a.waiting < 0:
-        raise UserError(
-            f"port {a.port} is not from 0 to 65535."
-            if a.waiting >= 0
-            else f"waiting {a.waiting} cannot be negative."
-        )
+    if args.waiting < 0:
+        raise UserError(f"waiting {args.waiting} cannot be negative.")
+    if not 0 <= args.port < 65536:
+        raise UserError(f"port {args.port} is not from 0 to 65535.")
     try:
         from anew.serve.app import app
-        from anew.serve.engine import Engine
+        from anew.serve.engine import Engine, Served
     except ImportError as error:
         raise UserError(f"serving needs {error.name}; pip install -e '.[serve]'.") from error
-    device = runtime.pick_device(a.device)
-    precision, _ = runtime.pick_precision(a.precision, device)
-    torch.set_float32_matmul_precision(runtime.MATMUL[precision])
-    served = [_load(name, device, runtime.DTYPES[precision]) for name in dict.fromkeys(a.models)]
-    hosts = OWN_NAMES if a.host in OWN_NAMES else set()
-    _listen(app(Engine(served, a.waiting, a.int8), hosts), a.host, a.port)
-
-
-def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from anew.serve.engine import Served
-
-    path = weights.find(name)
-    model = weights.load_model(path, device, dtype).eval()
-    log.info(f"{name}: {path}")
-    return Served(name, model, Tokenizer.of_model(Path(path), model.config.vocab_size))
+    served = []
+    for name in dict.fromkeys(args.models):
+        path = find(name)
+        log.info(f"{name}: {path}")
+        served.append(Served(name, *open_model(path, args.device, args.precision)))
+    hosts = OWN_NAMES if args.host in OWN_NAMES else set()
+    _listen(app(Engine(served, args.waiting, args.int8), hosts), args.host, args.port)
 
 
 def _listen(application: Any, host: str, port: int) -> None:
-    """Until Ctrl-C or SIGTERM, which let the answers under way end."""
-    import socket
-
+    """Answer requests until Ctrl-C or SIGTERM; answers that have begun are finished first."""
     import uvicorn
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    is_ipv6 = ":" in host
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -94,9 +82,15 @@ def _listen(application: Any, host: str, port: int) -> None:
             raise UserError(
                 f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port."
             ) from error
-        address = f"[{host}]" if ":" in host else host
-        listener.listen()  # whoever reads the address may come at once
+        # Whoever reads the printed address may connect at once.
+        listener.listen()
+        address = f"[{host}]" if is_ipv6 else host
         print(f"http://{address}:{listener.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 * 1024,
-                                limit_concurrency=200)  # fmt: skip
+        config = uvicorn.Config(
+            application,
+            log_level="warning",
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=64 * 1024,
+            limit_concurrency=200,
+        )
         uvicorn.Server(config).run([listener])

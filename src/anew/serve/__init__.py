@@ -1,1 +1,1 @@
-"""A page and an API on this machine: watch a model choose its tokens, and let other programs ask it."""
+"""A web page that shows how a model chooses its tokens, and OpenAI's completions API."""

@@ -1,250 +1,269 @@
-"""The web application: a page for people, OpenAI's completions API for programs.
+"""The web application: a page for people, and OpenAI's completions API for programs.
 
     uvicorn.run(app(engine, hosts={"127.0.0.1", "localhost"}), host="127.0.0.1", port=8000)
 
-Bound to this machine unless told otherwise. Requests from other web pages are refused: they cannot send JSON here without asking first, and
-an address that merely points here has another Host.
+/docs describes the API. Requests from other web pages are refused: a browser lets them send JSON
+only after asking this server, which does not allow it, and a foreign name that points to this
+machine is not among `hosts` (DNS rebinding).
 """
 
 import asyncio
+import dataclasses
 import json
 import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
 from anew.errors import UserError
-from anew.serve import openai_api as completions
-from anew.serve import schemas as wanted
-from anew.serve.engine import Busy, Engine, Token
+from anew.serve.engine import POLL_SECONDS, Busy, Engine
+from anew.serve.openai_api import chunks, joined
+from anew.serve.schemas import CompletionRequest, PageRequest, error_sentence
 
 log = logging.getLogger("anew")
 T = TypeVar("T")
+
+MAX_BODY_BYTES = 256 * 1024
 STATIC = Path(__file__).parent / "static"
-FILES = {
+PAGE_FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-LOOK_SECONDS = 0.25  # between looks whether the visitor is still there
+SAME_ORIGIN = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+HEADERS = {
+    "content-security-policy": (
+        f"default-src 'none'; script-src 'self'; style-src 'self'; {SAME_ORIGIN}"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+# FastAPI's page of the API has inline code and loads the rest from this address.
+DOCS_SOURCES = "'unsafe-inline' https://cdn.jsdelivr.net"
+DOCS_POLICY = (
+    f"default-src 'none'; script-src {DOCS_SOURCES}; style-src {DOCS_SOURCES}; {SAME_ORIGIN}"
+)
 
 
 def app(engine: Engine, hosts: set[str]) -> Any:
-    """The ASGI application. `hosts`: names that a request may call this machine by; empty: any."""
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    born = int(time.time())
-
-    def page(name: str, kind: str) -> Response:
-        return Response((STATIC / name).read_bytes(), media_type=kind)
-
-    for path, (name, kind) in FILES.items():
-        api.add_api_route(path, partial(page, name, kind), methods=["GET"])
-
-    @api.get("/v1/models")
-    def models() -> JSONResponse:
-        listed = [
-            {"id": name, "object": "model", "created": born, "owned_by": "anew"}
-            for name in engine.models
-        ]
-        return JSONResponse({"object": "list", "data": listed})
-
-    @api.get("/v1/models/{name:path}")
-    def model(name: str) -> JSONResponse:
-        return JSONResponse(
-            {"id": engine.find(name).name, "object": "model", "created": born, "owned_by": "anew"}
-        )
-
-    @api.get("/api/models")
-    def shapes() -> JSONResponse:
-        return JSONResponse(
-            [
-                {"name": s.name, "positions": s.model.config.n_positions}
-                for s in engine.models.values()
-            ]
-        )
-
-    @api.post("/v1/completions")
-    async def complete(request: Request) -> Response:
-        asked = wanted.completion(engine, wanted.read(await _body(request)))
-        facts = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": asked.served.name,
-        }
-        place = engine.take_place()
-        stop = threading.Event()
-        writing = completions.chunks(engine, place, asked, stop)
-        if asked.stream:
-            lines = (json.dumps(facts | chunk) async for chunk in _thread(request, writing, stop))
-            return StreamingResponse(_events(lines, end="[DONE]"), media_type="text/event-stream")
-        return JSONResponse(
-            facts
-            | completions.joined([chunk async for chunk in _thread(request, writing, stop)], asked)
-        )
-
-    @api.post("/api/write")
-    async def write(request: Request) -> Response:
-        asked = wanted.playground(engine, wanted.read(await _body(request)))
-        place, stop = engine.take_place(), threading.Event()
-        tokens = engine.write(place, asked.served, asked.prompts, asked.rules, stop)
-
-        async def lines() -> AsyncIterator[str]:
-            yield json.dumps({"prompt_ids": asked.prompts[0]})
-            async for _, token in _thread(request, tokens, stop):
-                yield json.dumps(_shown(asked, token))
-
-        return StreamingResponse(_events(lines()), media_type="text/event-stream")
-
-    @api.exception_handler(UserError)
-    async def wrong(_: Request, error: UserError) -> JSONResponse:
-        return _error(400, str(error))
-
-    @api.exception_handler(Busy)
-    async def busy(_: Request, __: Busy) -> JSONResponse:
-        return _error(
-            429, "as many requests wait as may wait; try again in a moment.", {"retry-after": "2"}
-        )
-
-    @api.exception_handler(HTTPException)
-    async def missing(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail))
-
+    """Return the ASGI application. `hosts`: the names that requests may use; empty: any name."""
+    api = FastAPI(title="anew", redoc_url=None)
+    for path, (name, kind) in PAGE_FILES.items():
+        respond = partial(_page_file, name, kind)
+        api.add_api_route(path, respond, methods=["GET"], include_in_schema=False)
+    _add_models(api, engine)
+    _add_generation(api, engine)
+    _add_error_handlers(api)
     return Guard(api, hosts)
 
 
+def _page_file(name: str, kind: str) -> Response:
+    return FileResponse(STATIC / name, media_type=kind)
+
+
+def _add_models(api: FastAPI, engine: Engine) -> None:
+    created = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "anew"}
+
+    @api.get("/v1/models")
+    def models() -> Any:
+        """List the models, in OpenAI's form."""
+        return {"object": "list", "data": [described(name) for name in engine.models]}
+
+    @api.get("/v1/models/{name:path}")
+    def model(name: str) -> Any:
+        """Return one model, in OpenAI's form."""
+        return described(engine.find(name).name)
+
+    @api.get("/api/models")
+    def page_models() -> Any:
+        """List the models with their numbers of positions, for the page."""
+        return [
+            {"name": served.name, "positions": served.model.config.n_positions}
+            for served in engine.models.values()
+        ]
+
+
+def _add_generation(api: FastAPI, engine: Engine) -> None:
+    @api.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts, in the form of OpenAI's completions API."""
+        job = body.job(engine)
+        common = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": job.served.name,
+        }
+        stop = threading.Event()
+        parts = chunks(engine, engine.take_place(), job, body, stop)
+        arriving = _in_thread(request, parts, stop)
+        if body.stream:
+            lines = (json.dumps(common | chunk) async for chunk in arriving)
+            return _event_stream(lines, end="[DONE]")
+        answer = joined([chunk async for chunk in arriving], len(job.prompts))
+        return JSONResponse(common | answer)
+
+    @api.post("/api/write")
+    async def write(body: PageRequest, request: Request) -> Response:
+        """Continue one text, with the alternatives of each token, for the page."""
+        job = body.job(engine)
+        stop = threading.Event()
+        tokens = engine.write(engine.take_place(), job, stop)
+
+        async def lines() -> AsyncIterator[str]:
+            yield json.dumps({"prompt_ids": job.prompts[0]})
+            async for _, token in _in_thread(request, tokens, stop):
+                yield json.dumps(dataclasses.asdict(token))
+
+        return _event_stream(lines())
+
+
+def _add_error_handlers(api: FastAPI) -> None:
+    @api.exception_handler(UserError)
+    async def refused(_: Request, error: UserError) -> JSONResponse:
+        return _error(400, str(error))
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _error(400, error_sentence(error.errors()))
+
+    @api.exception_handler(Busy)
+    async def busy(_: Request, __: Busy) -> JSONResponse:
+        message = "as many requests wait as may wait; try again in a moment."
+        return _error(429, message, {"retry-after": "2"})
+
+    @api.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, error.detail)
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return an error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    # The message may quote half a surrogate pair of the request, which UTF-8 does not have.
+    message = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status, headers)
+
+
 class Guard:
-    """Before everything: who may ask, and how much they may send."""
+    """Check who sends a request and how long it is, before the application reads it.
+
+    The headers of every answer tell the browser what its content may load.
+    """
 
     def __init__(self, inner: Any, hosts: set[str]) -> None:
-        self.inner, self.hosts = inner, hosts
+        self.inner = inner
+        self.hosts = hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request (the interface of ASGI)."""
         if scope["type"] != "http":
             await self.inner(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        refused = self._refused(scope["method"], headers)
 
-        async def guarded(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                out = MutableHeaders(scope=message)
-                (
-                    out["content-security-policy"],
-                    out["x-content-type-options"],
-                    out["referrer-policy"],
-                ) = POLICY, "nosniff", "no-referrer"
-                out["cache-control"] = "no-store"
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if scope["path"] == "/docs":
+                    headers["content-security-policy"] = DOCS_POLICY
             await send(message)
 
-        await (refused or self.inner)(scope, receive, guarded)
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        await (refusal or self.inner)(scope, _limited(receive), send_with_headers)
 
-    def _refused(self, method: str, headers: Headers) -> Any:
-        host = (
-            headers.get("host", "").rsplit(":", 1)[0]
-            if not headers.get("host", "").endswith("]")
-            else headers["host"]
-        )
+    def _refusal(self, method: str, headers: Headers) -> JSONResponse | None:
+        host = headers.get("host", "")
+        if not host.endswith("]"):  # an IPv6 address without a port
+            host = host.rsplit(":", 1)[0]
         if self.hosts and host.strip("[]").lower() not in self.hosts:
             return _error(403, "this server answers to its own address only.")
-        if (
-            method == "POST"
-            and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
-        ):
+        content_type = headers.get("content-type", "").split(";")[0].strip().lower()
+        if method == "POST" and content_type != "application/json":
             return _error(415, "send JSON, with the content type application/json.")
         return None
 
 
-async def _body(request: Request) -> bytes:
-    """The body, as far as it may be long."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > wanted.MOST_BYTES:
-            break
-    return body
+def _limited(receive: Callable[[], Any]) -> Callable[[], Any]:
+    """Return `receive` of ASGI with a limit: a request that is longer is answered with 400."""
+    n_bytes = 0
+
+    async def receive_limited() -> Any:
+        nonlocal n_bytes
+        message = await receive()
+        n_bytes += len(message.get("body", b""))
+        if n_bytes > MAX_BODY_BYTES:
+            raise HTTPException(400, f"the request has more than {MAX_BODY_BYTES:,} bytes.")
+        return message
+
+    return receive_limited
 
 
-async def _thread(request: Request, items: Iterator[T], stop: threading.Event) -> AsyncIterator[T]:
-    """What an iterator of the engine yields in a thread of its own. A visitor who leaves sets `stop`, which ends it at the next token."""
+async def _in_thread(
+    request: Request, items: Iterator[T], stop: threading.Event
+) -> AsyncIterator[T]:
+    """Yield the items of an iterator that runs in a thread.
+
+    When the client leaves, `stop` is set, which ends the iterator at the next token.
+    """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Any] = asyncio.Queue()
-    over = object()
+    end = object()
 
     def work() -> None:
-        last: Any = over
+        last: Any = end
         try:
             for item in items:
                 loop.call_soon_threadsafe(queue.put_nowait, item)
-        except Exception as error:  # noqa: BLE001 (it is raised where it is waited for)
+        except Exception as error:  # noqa: BLE001 (it is raised below)
             last = error
         loop.call_soon_threadsafe(queue.put_nowait, last)
 
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(POLL_SECONDS)
+        stop.set()
+
     thread = loop.run_in_executor(None, work)
-    looked = loop.time()
+    watcher = asyncio.create_task(watch())
     try:
-        while True:
-            if loop.time() - looked > LOOK_SECONDS:
-                if await request.is_disconnected():
-                    return
-                looked = loop.time()
-            try:
-                item = await asyncio.wait_for(queue.get(), LOOK_SECONDS)
-            except TimeoutError:
-                continue
-            if item is over:
-                return
+        while (item := await queue.get()) is not end:
             if isinstance(item, Exception):
-                log.error(f"a text could not be written: {item}")
+                log.error(f"a text could not be generated: {item}")
                 raise item
             yield item
     finally:
         stop.set()
+        watcher.cancel()
         await asyncio.shield(thread)
 
 
-async def _events(lines: AsyncIterator[str], end: str = "") -> AsyncIterator[str]:
-    """Server-sent events; an error is one of them, as headers are gone by then."""
-    try:
-        async for line in lines:
-            yield f"data: {line}\n\n"
-    except (UserError, RuntimeError) as error:
-        yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error'}})}\n\n"
-    if end:
-        yield f"data: {end}\n\n"
+def _event_stream(lines: AsyncIterator[str], end: str = "") -> StreamingResponse:
+    """Return lines as server-sent events, with `end` as the last one."""
 
+    async def events() -> AsyncIterator[str]:
+        try:
+            async for line in lines:
+                yield f"data: {line}\n\n"
+        except (UserError, RuntimeError) as error:  # the status has been sent already
+            message = {"message": str(error), "type": "server_error"}
+            yield f"data: {json.dumps({'error': message})}\n\n"
+        if end:
+            yield f"data: {end}\n\n"
 
-def _shown(asked: wanted.Wanted, token: Token) -> dict[str, Any]:
-    """A token for the page."""
-    tokenizer = asked.served.tokenizer
-    others = [
-        {"id": i, "label": tokenizer.decode([i]), "log_p": log_p} for i, log_p in token.alternatives
-    ]
-    ended = token.id == tokenizer.end_of_text
-    return {
-        "id": token.id,
-        "text": token.text,
-        "log_p": token.log_p,
-        "end": ended,
-        "alternatives": others,
-    }
-
-
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    message = message.encode("utf-8", "backslashreplace").decode(
-        "utf-8"
-    )  # what was sent may hold half a surrogate pair, and is quoted
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers
-    )
+    return StreamingResponse(events(), media_type="text/event-stream")

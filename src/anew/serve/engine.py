@@ -1,7 +1,10 @@
-"""Models that write for several visitors: one text at a time on the device, the others wait, and whoever leaves frees the place.
+"""Generate text for several clients: one text at a time, while a limited number of others wait.
 
-engine = Engine([Served("gpt2", model, tokenizer)])
-for row, token in engine.write(engine.take_place(), served, [ids], Rules(n_tokens=64), stop=threading.Event()): ...
+    engine = Engine([Served("gpt2", model, tokenizer)])
+    job = Job(engine.find("gpt2"), [ids], n_tokens=64)
+    for row, token in engine.write(engine.take_place(), job, stop=threading.Event()): ...
+
+A client that leaves sets `stop`, and its place in the queue is free again.
 """
 
 import codecs
@@ -13,21 +16,24 @@ import torch
 from torch import Tensor
 
 from anew.errors import UserError
-from anew.inference.generate import check_options, stream_with_logits
+from anew.inference.generate import stream_with_logits
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 
-MOST_ROWS = 16  # texts of one request that are written at once
+MAX_TEXTS = 16  # of one request; they are generated together
 ALTERNATIVES = 10
-LOOK_SECONDS = 0.25  # between looks whether a visitor who waits is still there
+POLL_SECONDS = 0.25  # how often a waiting request checks whether its client has left
 
 
 class Busy(Exception):
-    """As many wait as may wait."""
+    """All places of the queue are taken."""
 
 
 class Place:
-    """A place in the queue. It is given back when its work ends, and also when nobody holds it any more: a visitor may leave before."""
+    """A place in the queue. It is free again when its work ends, or when nothing refers to it.
+
+    The second case is that of a client that leaves before its work has begun.
+    """
 
     def __init__(self, places: threading.BoundedSemaphore) -> None:
         self.places: threading.BoundedSemaphore | None = None
@@ -36,7 +42,7 @@ class Place:
         self.places = places
 
     def free(self) -> None:
-        """Give it back, once."""
+        """Give the place back; later calls do nothing."""
         places, self.places = self.places, None
         if places is not None:
             places.release()
@@ -47,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Served:
-    """A model under the name that visitors know it by."""
+    """A model under the name that clients use."""
 
     name: str
     model: GPT
@@ -55,31 +61,64 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How a text is continued; see `generate.steps`."""
+class Job:
+    """Prompts to continue. The options are those of `generate.stream_with_logits`.
 
-    n_tokens: int = 64
+    Raises UserError for a job that the model cannot do.
+    """
+
+    served: Served
+    prompts: Sequence[Sequence[int]]
+    n_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        config = self.served.model.config
+        longest = max(map(len, self.prompts))
+        if len(self.prompts) > MAX_TEXTS:
+            raise UserError(
+                f"{len(self.prompts)} texts at once are more than the {MAX_TEXTS} that one request "
+                "may have."
+            )
+        if longest + self.n_tokens > config.n_positions:
+            raise UserError(
+                f"{longest} tokens of prompt and {self.n_tokens} new ones are more than the "
+                f"{config.n_positions} that {self.served.name} reads at once."
+            )
+        if any(not 0 <= token < config.vocab_size for ids in self.prompts for token in ids):
+            raise UserError(f"a token id is outside 0 to {config.vocab_size - 1}.")
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that the model could have chosen."""
+
+    id: int
+    label: str
+    log_p: float
+
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a text: what it adds to it, how likely the model found it, and its likeliest alternatives as (id, log p).
+    """A token of a text, its log-probability in nats, and the likeliest tokens in its place.
 
-    `text` is empty while a character is still incomplete. Probabilities are the model's own, before temperature, top-k and top-p.
+    `text` is what the token adds to the text; it is empty while a character is incomplete, and at
+    end of text. Probabilities are the model's own, before temperature, top-k and top-p. The first
+    token of a prompt has none.
     """
 
     id: int
     text: str
-    log_p: float
-    alternatives: list[tuple[int, float]]
+    is_end_of_text: bool = False
+    log_p: float | None = None
+    alternatives: list[Alternative] | None = None
 
 
 class Engine:
-    """The models, and the queue in front of them."""
+    """The models, and a queue in which `waiting` requests may wait while one is answered."""
 
     def __init__(self, models: Sequence[Served], waiting: int = 8, int8: bool = False) -> None:
         self.models = {served.name: served for served in models}
@@ -87,97 +126,108 @@ class Engine:
         self.device = threading.Lock()
         self.int8 = int8
 
-    def find(self, name: str) -> Served:
-        """The model of this name; UserError if there is none."""
+    def find(self, name: str | None) -> Served:
+        """Return the model of this name, or the first model; raise UserError if there is none."""
+        if name is None:
+            return next(iter(self.models.values()))
         if name not in self.models:
             raise UserError(
-                f"there is no model '{name}' here; choose one of {', '.join(self.models)}."
+                f"there is no model '{name[:200]}' here; choose one of {', '.join(self.models)}."
             )
         return self.models[name]
 
-    def check(self, served: Served, prompts: Sequence[Sequence[int]], rules: Rules) -> None:
-        """Refuse what cannot be written: UserError says why."""
-        check_options(rules.temperature, rules.top_k, rules.top_p, prompts, rules.n_tokens)
-        positions, longest = served.model.config.n_positions, max(map(len, prompts))
-        if len(prompts) > MOST_ROWS:
-            raise UserError(
-                f"{len(prompts)} texts at once are more than the {MOST_ROWS} that one request may have."
-            )
-        if longest + rules.n_tokens > positions:
-            raise UserError(
-                f"{longest} tokens of prompt and {rules.n_tokens} new ones are more than the {positions} that {served.name} reads at once."
-            )
-        if any(not 0 <= i < served.model.config.vocab_size for prompt in prompts for i in prompt):
-            raise UserError(f"a token id is outside 0 to {served.model.config.vocab_size - 1}.")
-
     def take_place(self) -> Place:
-        """A place in the queue; Busy if all are taken."""
+        """Return a place in the queue; raise Busy if all are taken."""
         return Place(self.places)
 
     def write(
         self,
         place: Place,
-        served: Served,
-        prompts: Sequence[Sequence[int]],
-        rules: Rules,
+        job: Job,
         stop: threading.Event,
         alternatives: int = ALTERNATIVES,
     ) -> Iterator[tuple[int, Token]]:
-        """(row, token) as they are drawn, until each row has its tokens or end of text, or `stop` is set."""
-        mine = False
+        """Yield (row, token) as they are drawn, until each row has all its tokens or end of text.
+
+        Nothing more is drawn once `stop` is set. `place` is given back at the end.
+        """
+        has_device = False
         try:
-            while not (mine := self.device.acquire(timeout=LOOK_SECONDS)):
-                if stop.is_set():  # left while waiting
+            while not has_device:
+                has_device = self.device.acquire(timeout=POLL_SECONDS)
+                if stop.is_set():
                     return
-            yield from self._write(served, prompts, rules, stop, alternatives)
+            yield from self._write(job, stop, alternatives)
         finally:
-            if mine:
+            if has_device:
                 self.device.release()
             place.free()
 
     def _write(
         self,
-        served: Served,
-        prompts: Sequence[Sequence[int]],
-        rules: Rules,
+        job: Job,
         stop: threading.Event,
         alternatives: int,
     ) -> Iterator[tuple[int, Token]]:
-        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
-        left = set(range(len(prompts)))
-        int8 = self.int8 and len(prompts) == 1
-        drawn = stream_with_logits(
-            served.model,
-            prompts,
-            rules.n_tokens,
-            rules.temperature,
-            rules.top_k,
-            rules.top_p,
-            rules.seed,
-            int8=int8,
+        tokenizer = job.served.tokenizer
+        # A token may end within a UTF-8 character.
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in job.prompts]
+        unfinished = set(range(len(job.prompts)))
+        steps = stream_with_logits(
+            job.served.model,
+            job.prompts,
+            job.n_tokens,
+            temperature=job.temperature,
+            top_k=job.top_k,
+            top_p=job.top_p,
+            seed=job.seed,
+            int8=self.int8 and len(job.prompts) == 1,
         )
-        for ids, logits in drawn:
-            log_p = logits.float().cpu().log_softmax(-1)
-            top = log_p.topk(min(alternatives, log_p.size(-1))) if alternatives else None
-            for row in sorted(left):
-                i = ids[row]
-                ended = i == served.tokenizer.end_of_text
-                text = "" if ended else decoders[row].decode(served.tokenizer.decode_bytes([i]))
-                others = (
-                    list(zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True))
-                    if top
-                    else []
+        for ids, logits in steps:
+            log_p = logits.float().cpu().log_softmax(-1)  # (B, 50257)
+            top = log_p.topk(alternatives)  # (B, alternatives)
+            for row in sorted(unfinished):
+                is_end = ids[row] == tokenizer.end_of_text
+                content = b"" if is_end else tokenizer.decode_bytes([ids[row]])
+                yield (
+                    row,
+                    Token(
+                        id=ids[row],
+                        text=decoders[row].decode(content),
+                        is_end_of_text=is_end,
+                        log_p=log_p[row, ids[row]].item(),
+                        alternatives=_alternatives(tokenizer, top.indices[row], top.values[row]),
+                    ),
                 )
-                yield row, Token(i, text, log_p[row, i].item(), others)
-                if ended:
-                    left.discard(row)
-            if not left or stop.is_set():
+                if is_end:
+                    unfinished.discard(row)
+            if not unfinished or stop.is_set():
                 return
 
     @torch.inference_mode()
-    def read(self, served: Served, ids: Sequence[int]) -> Tensor:
-        """Log-probabilities (T - 1, 50257) of what follows each token of a text but its last."""
+    def score(self, served: Served, ids: Sequence[int], alternatives: int) -> list[Token]:
+        """Return the tokens of a text with their log-probabilities."""
+        model, tokenizer = served.model, served.tokenizer
         with self.device:
-            model = served.model
-            logits = model(torch.tensor([ids], device=model.transformer.wte.weight.device))[0, :-1]
-            return logits.float().cpu().log_softmax(-1)
+            logits = model(torch.tensor([ids], device=model.transformer.wte.weight.device))
+            log_p = logits[0, :-1].float().cpu().log_softmax(-1)  # (T - 1, 50257)
+        top = log_p.topk(alternatives)  # (T - 1, alternatives)
+        tokens = [Token(ids[0], tokenizer.decode([ids[0]]))]
+        for row, token in enumerate(ids[1:]):
+            tokens.append(
+                Token(
+                    id=token,
+                    text=tokenizer.decode([token]),
+                    log_p=log_p[row, token].item(),
+                    alternatives=_alternatives(tokenizer, top.indices[row], top.values[row]),
+                )
+            )
+        return tokens
+
+
+def _alternatives(tokenizer: Tokenizer, ids: Tensor, log_p: Tensor) -> list[Alternative]:
+    """Return the alternatives of one token from two vectors of the same length."""
+    return [
+        Alternative(token, tokenizer.decode([token]), value)
+        for token, value in zip(ids.tolist(), log_p.tolist(), strict=True)
+    ]

@@ -1,154 +1,166 @@
-"""OpenAI's completions API: chunks of a stream, and their sum as one answer."""
+"""Answers in the form of OpenAI's completions API: as chunks of a stream, or joined into one.
+
+for chunk in chunks(engine, place, job, request, stop): ...
+answer = joined(list_of_chunks, n_choices)
+"""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anew.serve.engine import Engine, Place, Token
-from anew.serve.schemas import Wanted
+from anew.serve.engine import Engine, Job, Place, Token
+from anew.serve.schemas import CompletionRequest
+from anew.tokenizer.bpe import Tokenizer
 
 Chunk = dict[str, Any]
+Logprobs = dict[str, list[Any]]
 
 
 @dataclass
 class Text:
-    """One text on its way: what is shown, and the end of it that may turn out to begin a stop sequence."""
+    """A text while it is generated. Its end is held back while a stop text may begin there."""
 
-    shown: str = ""
+    n_sent: int = 0  # characters
     held: str = ""
-    tokens: list[Token] = field(default_factory=list)  # behind `shown`, not yet sent
-    finished: bool = False
+    tokens: list[Token] = field(default_factory=list)  # not sent yet
+    n_tokens: int = 0
+    finish_reason: str | None = None
 
-    def add(self, token: Token, stops: tuple[str, ...]) -> bool:
-        """Take one token; True if a stop sequence is complete, which is then cut off."""
+    def add(self, token: Token, stops: Sequence[str], n_tokens: int) -> None:
+        """Append a token, of at most `n_tokens`. A stop text is cut off and finishes the text."""
         self.tokens.append(token)
+        self.n_tokens += 1
         self.held += token.text
-        places = [self.held.find(stop) for stop in stops if stop in self.held]
-        if places:
-            self.held = self.held[: min(places)]
-            return True
-        return False
+        starts = [self.held.index(stop) for stop in stops if stop in self.held]
+        if starts:
+            self.held = self.held[: min(starts)]
+        if starts or token.is_end_of_text:
+            self.finish_reason = "stop"
+        elif self.n_tokens == n_tokens:
+            self.finish_reason = "length"
 
-    def ready(self, stops: tuple[str, ...], last: bool) -> str:
-        """The part of the text that no stop sequence can begin in."""
-        keep = (
-            0
-            if last
-            else max(
-                (n for stop in stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])),
-                default=0,
-            )
-        )
-        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        self.shown += ready
+    def take(self, stops: Sequence[str]) -> str:
+        """Remove and return the part that may be sent: no stop text can begin in it."""
+        n_kept = 0 if self.finish_reason else self._possible_stop(stops)
+        end = len(self.held) - n_kept
+        ready, self.held = self.held[:end], self.held[end:]
+        self.n_sent += len(ready)
         return ready
 
+    def _possible_stop(self, stops: Sequence[str]) -> int:
+        """Return how many characters at the end may be the beginning of a stop text."""
+        longest = 0
+        for stop in stops:
+            for n in range(1, len(stop)):
+                if self.held.endswith(stop[:n]):
+                    longest = max(longest, n)
+        return longest
 
-def chunks(engine: Engine, place: Place, asked: Wanted, stop: threading.Event) -> Iterator[Chunk]:
-    """The answer piece by piece, each with the choice it belongs to; at the end, if asked for, the counts."""
-    tokenizer = asked.served.tokenizer
-    texts = [Text() for _ in asked.prompts]
-    counts = [0] * len(texts)
-    nothing_new = asked.rules.n_tokens == 0
-    for row, prompt in enumerate(asked.prompts if asked.echo or nothing_new else []):
-        found = (
-            _scored(engine, asked, prompt) if asked.echo and asked.logprobs is not None else None
-        )
-        texts[row].shown = tokenizer.decode(prompt) if asked.echo else ""
-        yield _chunk(row, texts[row].shown, found, "length" if nothing_new else None)
-    if nothing_new:
+
+def chunks(
+    engine: Engine,
+    place: Place,
+    job: Job,
+    request: CompletionRequest,
+    stop: threading.Event,
+) -> Iterator[Chunk]:
+    """Yield the answer in pieces, each with the index of its choice; then the counts, if wanted."""
+    tokenizer = job.served.tokenizer
+    texts = [Text() for _ in job.prompts]
+    finish_reason = "length" if job.n_tokens == 0 else None
+    if request.echo or job.n_tokens == 0:
+        for row, prompt in enumerate(job.prompts):
+            echoed = tokenizer.decode(prompt) if request.echo else ""
+            texts[row].n_sent = len(echoed)
+            logprobs = None
+            if request.echo and request.logprobs is not None:
+                scored = engine.score(job.served, prompt, request.logprobs)
+                logprobs = _logprobs(tokenizer, scored, offset=0)
+            yield _chunk(row, echoed, logprobs, finish_reason)
+    if job.n_tokens == 0:
         place.free()
-        if asked.usage or not asked.stream:
-            yield {"choices": [], "usage": _usage(sum(map(len, asked.prompts)), 0)}
-        return
-    for row, token in engine.write(
-        place, asked.served, asked.prompts, asked.rules, stop, alternatives=asked.logprobs or 0
-    ):
+    else:
+        yield from _generated(engine, place, job, request, stop, texts)
+    if request.stream_options.include_usage or not request.stream:
+        n_prompt = sum(map(len, job.prompts))
+        n_generated = sum(text.n_tokens for text in texts)
+        usage = {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_generated,
+            "total_tokens": n_prompt + n_generated,
+        }
+        yield {"choices": [], "usage": usage}
+
+
+def _generated(
+    engine: Engine,
+    place: Place,
+    job: Job,
+    request: CompletionRequest,
+    stop: threading.Event,
+    texts: list[Text],
+) -> Iterator[Chunk]:
+    """Yield the generated part of the answer."""
+    stops = request.stops
+    for row, token in engine.write(place, job, stop, alternatives=request.logprobs or 0):
         text = texts[row]
-        if text.finished:
+        if text.finish_reason:
             continue
-        counts[row] += 1
-        ended = text.add(token, asked.stop) or token.id == tokenizer.end_of_text
-        text.finished = ended or counts[row] == asked.rules.n_tokens
-        reason = "stop" if ended else "length" if text.finished else None
-        offset = len(text.shown)
-        ready = text.ready(asked.stop, last=text.finished)
-        if ready or reason:
-            yield _chunk(
-                row,
-                ready,
-                _logprobs(asked, text.tokens, offset) if asked.logprobs is not None else None,
-                reason,
-            )
+        offset = text.n_sent
+        text.add(token, stops, job.n_tokens)
+        ready = text.take(stops)
+        if ready or text.finish_reason:
+            logprobs = None
+            if request.logprobs is not None:
+                logprobs = _logprobs(job.served.tokenizer, text.tokens, offset)
+            yield _chunk(row, ready, logprobs, text.finish_reason)
             text.tokens = []
-        if all(t.finished for t in texts):
-            break
-    for row, text in enumerate(texts):
-        if not text.finished:
-            yield _chunk(row, text.ready(asked.stop, last=True), None, "length")
-    if asked.usage or not asked.stream:
-        yield {"choices": [], "usage": _usage(sum(map(len, asked.prompts)), sum(counts))}
+        if all(text.finish_reason for text in texts):
+            return
 
 
-def joined(found: list[Chunk], asked: Wanted) -> Chunk:
-    """One answer from all chunks."""
-    choices = [_choice(row) for row in range(len(asked.prompts))]
-    usage: dict[str, int] = {}
-    for chunk in found:
-        usage = chunk.get("usage", usage)
+def joined(parts: Iterable[Chunk], n_choices: int) -> Chunk:
+    """Return one answer that contains all chunks."""
+    choices = [_choice(row, "", None, None) for row in range(n_choices)]
+    answer: Chunk = {"choices": choices}
+    for chunk in parts:
+        if "usage" in chunk:
+            answer["usage"] = chunk["usage"]
         for part in chunk["choices"]:
             choice = choices[part["index"]]
             choice["text"] += part["text"]
-            choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
-            if part["logprobs"]:
-                held = choice["logprobs"] or {name: [] for name in part["logprobs"]}
-                choice["logprobs"] = {
-                    name: held[name] + values for name, values in part["logprobs"].items()
-                }
-    return {"choices": choices, "usage": usage}
+            choice["finish_reason"] = part["finish_reason"]
+            if choice["logprobs"] is None:
+                choice["logprobs"] = part["logprobs"]
+            elif part["logprobs"]:
+                for name, values in part["logprobs"].items():
+                    choice["logprobs"][name] += values
+    return answer
 
 
-def _scored(engine: Engine, asked: Wanted, prompt: list[int]) -> dict[str, list[Any]]:
-    """The log-probabilities of a prompt's own tokens, which evaluation harnesses ask for. Nothing came before the first."""
-    tokenizer = asked.served.tokenizer
-    log_p = engine.read(asked.served, prompt)
-    labels = [tokenizer.decode([i]) for i in prompt]
-    count = asked.logprobs or 0
-    top = [
-        {tokenizer.decode([i]): value for i, value in zip(ids, values, strict=True)}
-        for values, ids in zip(*(part.tolist() for part in log_p.topk(count)), strict=True)
-    ]
+def _logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: int) -> Logprobs:
+    """Return the log-probabilities of tokens whose text begins at `offset`, in OpenAI's form."""
+    top_logprobs = []
+    text_offsets = []
+    for token in tokens:
+        top = None
+        if token.alternatives is not None:
+            top = {choice.label: choice.log_p for choice in token.alternatives}
+        top_logprobs.append(top)
+        text_offsets.append(offset)
+        offset += len(token.text)
     return {
-        "tokens": labels,
-        "token_logprobs": [None, *(log_p[n, i].item() for n, i in enumerate(prompt[1:]))],
-        "top_logprobs": [None, *top],
-        "text_offset": [sum(map(len, labels[:n])) for n in range(len(labels))],
+        "tokens": [tokenizer.decode([token.id]) for token in tokens],
+        "token_logprobs": [token.log_p for token in tokens],
+        "top_logprobs": top_logprobs,
+        "text_offset": text_offsets,
     }
 
 
-def _logprobs(asked: Wanted, tokens: list[Token], offset: int) -> dict[str, list[Any]]:
-    tokenizer = asked.served.tokenizer
-    offsets = [offset + sum(len(t.text) for t in tokens[:n]) for n in range(len(tokens))]
-    return {
-        "tokens": [tokenizer.decode([t.id]) for t in tokens],
-        "token_logprobs": [t.log_p for t in tokens],
-        "top_logprobs": [
-            {tokenizer.decode([i]): value for i, value in t.alternatives} for t in tokens
-        ],
-        "text_offset": offsets,
-    }
+def _chunk(row: int, text: str, logprobs: Logprobs | None, reason: str | None) -> Chunk:
+    return {"choices": [_choice(row, text, logprobs, reason)]}
 
 
-def _choice(row: int) -> dict[str, Any]:
-    return {"text": "", "index": row, "logprobs": None, "finish_reason": None}
-
-
-def _chunk(row: int, text: str, logprobs: Any, reason: str | None) -> Chunk:
-    return {
-        "choices": [{"text": text, "index": row, "logprobs": logprobs, "finish_reason": reason}]
-    }
-
-
-def _usage(prompt: int, written: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+def _choice(row: int, text: str, logprobs: Logprobs | None, reason: str | None) -> dict[str, Any]:
+    return {"text": text, "index": row, "logprobs": logprobs, "finish_reason": reason}

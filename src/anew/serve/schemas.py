@@ -1,153 +1,147 @@
-"""A request's body, judged: what was asked for, or one sentence about what is wrong with it. Whatever is sent, nothing else comes out."""
+"""The requests of the server: their fields, limits and defaults, which /docs describes.
 
-import json
-import math
+    request = CompletionRequest.model_validate({"prompt": "It was", "max_tokens": 40})
+    job = request.job(engine)
+
+A field that is null has its default. Values are not converted: "5" and true are not numbers.
+"""
+
 import secrets
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from anew.errors import UserError
-from anew.serve.engine import Engine, Rules, Served
+from anew.serve.engine import Engine, Job
 
-MOST_BYTES = 256 * 1024
-COMPLETION = {
-    "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "logprobs", "echo", "stop", "seed",
-    "user", "best_of", "presence_penalty", "frequency_penalty", "logit_bias", "suffix",
-}  # fmt: skip
-NEUTRAL = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "suffix": "",
-}  # of OpenAI's API: accepted where they change nothing
+SEED_LIMIT = 2**63
+StopText = Annotated[str, Field(max_length=200)]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A request that can be fulfilled."""
+class Sampling(BaseModel):
+    """The fields that all requests have."""
 
-    served: Served
-    prompts: list[list[int]]  # one for each text to write: `n` of each prompt
-    rules: Rules
-    stream: bool = False
-    usage: bool = False  # in a stream, counts at its end
-    logprobs: int | None = None
-    echo: bool = False
-    stop: tuple[str, ...] = ()
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-
-def read(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`."""
-    if len(body) > MOST_BYTES:
-        raise UserError(f"the request has more than {MOST_BYTES:,} bytes.")
-    try:
-        found = json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError("the request is not JSON in UTF-8.") from error
-    if not isinstance(found, dict):
-        raise UserError("the request is not a JSON object.")
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(name)  # NaN and Infinity are not JSON
-
-
-def completion(engine: Engine, body: dict[str, Any]) -> Wanted:
-    """A request of OpenAI's completions API. Settings that it has and this has not are refused unless they change nothing."""
-    if strange := sorted(set(body) - COMPLETION):
-        raise UserError(f"'{strange[0][:40]}' is not a setting of completions here.")
-    for name, neutral in NEUTRAL.items():
-        if body.get(name) not in (None, neutral):
-            raise UserError(f"{name} is not supported.")
-    served = engine.find(_model(engine, body))
-    prompts = _prompts(served, body.get("prompt", ""))
-    n = _whole(body, "n", 1, 1, 16)
-    if _whole(body, "best_of", n, 1, 16) != n:
-        raise UserError("best_of is not supported.")
-    rules = _rules(body, 16, "max_tokens")
-    asked = body.get("logprobs")
-    logprobs = None if asked is None or asked is False else _whole(body, "logprobs", 0, 0, 10)
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise UserError("stream_options is not an object.")
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
-    if (
-        not isinstance(stops, list)
-        or len(stops) > 4
-        or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stops)
-    ):
-        raise UserError("stop is not a text, or a list of up to 4 texts of up to 200 characters.")
-    wanted = Wanted(served, [p for p in prompts for _ in range(n)], rules, _yes(body, "stream"), _yes(options, "include_usage"), logprobs,
-                    _yes(body, "echo"), tuple(stops))  # fmt: skip
-    engine.check(served, wanted.prompts, rules)
-    return wanted
-
-
-def playground(engine: Engine, body: dict[str, Any]) -> Wanted:
-    """A request of the page: a text, or the ids of a text whose end was changed."""
-    served = engine.find(_model(engine, body))
-    wanted = Wanted(
-        served, _prompts(served, body.get("prompt", "")), _rules(body, 64, "n_tokens"), stream=True
+    model: str | None = Field(None, description="a name of /v1/models; by default the first")
+    prompt: str | list[int] | list[str | list[int]] = Field(
+        "",
+        description="a text, a list of token ids, or a list of these",
     )
-    engine.check(served, wanted.prompts, wanted.rules)
-    if len(wanted.prompts) != 1:
-        raise UserError("the page continues one text at a time.")
-    return wanted
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0, le=10**9, description="0: all tokens")
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(
+        default_factory=lambda: secrets.randbits(32),
+        ge=-SEED_LIMIT,
+        lt=SEED_LIMIT,
+        description="by default another one for each request",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_null(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _job(self, engine: Engine, n_tokens: int, copies: int = 1) -> Job:
+        """Return the job of continuing each prompt `copies` times; UserError if not possible."""
+        served = engine.find(self.model)
+        is_single = isinstance(self.prompt, str) or all(isinstance(i, int) for i in self.prompt)
+        prompts: Sequence[Any] = [self.prompt] if is_single else self.prompt
+        rows = []
+        for prompt in prompts:
+            ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            rows += [ids or [served.tokenizer.end_of_text]] * copies
+        return Job(
+            served=served,
+            prompts=rows,
+            n_tokens=n_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed % SEED_LIMIT,
+        )
 
 
-def _rules(body: dict[str, Any], n_tokens: int, name: str) -> Rules:
-    return Rules(
-        _whole(body, name, n_tokens, 0, 1_000_000), _number(body, "temperature", 1.0, 0, 100), _whole(body, "top_k", 0, 0, 10**9),
-        _number(body, "top_p", 1.0, 0, 1), _whole(body, "seed", secrets.randbits(32), -(2**63), 2**63 - 1) & (2**63 - 1),
-    )  # fmt: skip
+class PageRequest(Sampling):
+    """A request of the page: a text, or the ids of a text whose end was changed."""
+
+    n_tokens: int = Field(64, ge=0, le=1_000_000)
+
+    def job(self, engine: Engine) -> Job:
+        """Return what the engine has to do; raise UserError if it is impossible."""
+        job = self._job(engine, self.n_tokens)
+        if len(job.prompts) != 1:
+            raise UserError("the page continues one text at a time.")
+        return job
 
 
-def _prompts(served: Served, prompt: Any) -> list[list[int]]:
-    """A text, ids, or a list of either; an empty one begins a new document."""
-    several = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
-    if (
-        not isinstance(several, list)
-        or not several
-        or not all(isinstance(p, str) or _is_ids(p) for p in several)
-    ):
-        raise UserError("prompt is not a text, a list of token ids, or a list of these.")
-    begin = [served.tokenizer.end_of_text]
-    return [
-        (served.tokenizer.encode(p) if isinstance(p, str) else list(p)) or begin for p in several
-    ]
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = Field(default=False, strict=True)
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+class CompletionRequest(Sampling):
+    """A request of OpenAI's completions API. Fields without a function here are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_tokens: int = Field(16, ge=0, le=1_000_000)
+    n: int = Field(1, ge=1, le=16, description="texts for each prompt")
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] = Field(
+        "", description="a text of up to 200 characters, or a list of up to 4 of these"
+    )
+    logprobs: int | None = Field(None, ge=0, le=10)
+    echo: bool = Field(False, description="begin the answer with the prompt")
+    stream: bool = False
+    stream_options: StreamOptions = Field(
+        StreamOptions(), description='an object such as {"include_usage": true}'
+    )
+    user: Any = Field(None, description="has no effect")
+    best_of: int | None = Field(None, description="must be equal to n")
+    presence_penalty: float = Field(0, description="must be 0")
+    frequency_penalty: float = Field(0, description="must be 0")
+    logit_bias: dict[str, Any] = Field({}, description="must be empty")
+    suffix: str = Field("", description="must be empty")
+
+    @field_validator("presence_penalty", "frequency_penalty", "logit_bias", "suffix")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("is not supported")
+        return value
+
+    @field_validator("best_of")
+    @classmethod
+    def _refuse_unless_n(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value != info.data.get("n"):
+            raise ValueError("is not supported")
+        return value
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        return [stop for stop in stops if stop]
+
+    def job(self, engine: Engine) -> Job:
+        """Return what the engine has to do; raise UserError if it is impossible."""
+        return self._job(engine, self.max_tokens, copies=self.n)
 
 
-def _model(engine: Engine, body: dict[str, Any]) -> str:
-    value = body.get("model", next(iter(engine.models)))
-    if not isinstance(value, str) or (len(value) > 200 and value not in engine.models):
-        raise UserError("model is not a name.")
-    return value
-
-
-def _yes(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value not in (None, True, False):
-        raise UserError(f"{name} is neither true nor false.")
-    return bool(value)
-
-
-def _whole(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = default if body.get(name) is None else body[name]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if type(value) is not int or not low <= value <= high:
-        raise UserError(f"{name} is not a whole number from {low} to {high}.")
-    return value
-
-
-def _number(body: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = default if body.get(name) is None else body[name]
-    if type(value) not in (int, float) or not low <= value <= high or math.isnan(value):
-        raise UserError(f"{name} is not a number from {low:g} to {high:g}.")
-    return float(value)
+def error_sentence(errors: Sequence[Any]) -> str:
+    """Return the first error of pydantic's `errors()` for a request as a sentence."""
+    _, *location = errors[0]["loc"]
+    name = location[0] if location else None
+    if not isinstance(name, str):
+        return "the request is not a JSON object."
+    if errors[0]["type"] == "extra_forbidden":
+        return f"'{name[:40]}' is not a field of this request."
+    if len(location) > 1:  # a part of a list or of alternative types
+        return f"{name} should be {CompletionRequest.model_fields[name].description}."
+    message = errors[0]["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{name} {message}."

@@ -64,7 +64,7 @@ class Text {
 
   add(token) {
     const index = this.tokens.length;
-    const span = make("span", { className: token.end ? "token end" : "token", tabIndex: 0, textContent: token.end ? "end of text" : token.text });
+    const span = make("span", { className: token.is_end_of_text ? "token end" : "token", tabIndex: 0, textContent: token.is_end_of_text ? "end of text" : token.text });
     span.title = `${percent(token.log_p)}`;
     span.style.setProperty("--doubt", Math.min(1, -token.log_p / 6).toFixed(3));
     span.addEventListener("click", () => offer(this, index, span));
@@ -77,7 +77,7 @@ class Text {
     this.leaving?.abort();
     const old = this.tokens[index];
     for (const token of this.tokens.splice(index)) token.span.remove();
-    this.add({ id: choice.id, text: choice.label, log_p: choice.log_p, alternatives: old.alternatives, end: false });
+    this.add({ id: choice.id, text: choice.label, log_p: choice.log_p, alternatives: old.alternatives, is_end_of_text: false });
     this.tokens[index].span.classList.add("chosen");
     await run([this]);
   }
@@ -105,7 +105,7 @@ function offer(text, index, span) {
     row.addEventListener("click", () => { close(); text.branch(index, choice); });
     return row;
   });
-  const said = token.end ? "The text ended here" : `Taken: “${visible(token.text)}”, ${percent(token.log_p)}`;
+  const said = token.is_end_of_text ? "The text ended here" : `Taken: “${visible(token.text)}”, ${percent(token.log_p)}`;
   box.replaceChildren(make("p", { textContent: `${said}. The ten likeliest; choose one to go on from it:` }), ...rows);
   box.hidden = false;
   const at = span.getBoundingClientRect();

@@ -1,0 +1,64 @@
+"""Two small models on disk, and `anew serve` in a process of its own."""
+
+import contextlib
+import http.client
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from anew import GPT, GPTConfig, Tokenizer
+from anew.checkpoint.huggingface import save_model
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=256, vocab_size=257)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of two models that read bytes."""
+    folders = []
+    for seed in (1, 2):
+        folder = tmp_path_factory.mktemp("models") / f"model-{seed}"
+        folder.mkdir()
+        model = GPT(CONFIG, seed=seed)
+        with torch.no_grad():
+            # Larger weights make some choices clear and end of text rare.
+            model.transformer.wte.weight.mul_(8)
+        save_model(folder, model, Tokenizer.named("bytes"))
+        folders.append(folder)
+    return folders
+
+
+@contextlib.contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """Run `anew serve` in a process of its own, and give its address."""
+    command = [sys.executable, "-m", "anew", "serve", *arguments]
+    command += ["--port", "0", "--precision", "fp32", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        try:
+            assert address.startswith("http://127.0.0.1:"), address
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) in (0, 130, -signal.SIGINT)
+
+
+def request(
+    address: str, method: str, path: str, body: bytes | None = None, **headers: str
+) -> http.client.HTTPResponse:
+    """Send a request; its content type is JSON unless `headers` has another one."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.request(method, path, body, {"content-type": "application/json", **headers})
+    return connection.getresponse()
+
+
+def post(address: str, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
+    """Send JSON; return the status and the body of the answer."""
+    answer = request(address, "POST", path, body, **headers)
+    return answer.status, answer.read()

@@ -1,0 +1,65 @@
+"""The queue in front of the models, without a server."""
+
+import threading
+
+import pytest
+
+from anew import GPT, Tokenizer
+from anew.errors import UserError
+from anew.serve.engine import Busy, Engine, Job, Served
+from tests.support.serving import CONFIG
+
+
+def engine_of_two_places() -> Engine:
+    served = Served("m", GPT(CONFIG).eval(), Tokenizer.named("bytes"))
+    return Engine([served], waiting=1)
+
+
+def job(engine: Engine, n_tokens: int, **options: float) -> Job:
+    return Job(engine.find("m"), [[65]], n_tokens, **options)  # type: ignore[arg-type]
+
+
+def assert_all_places_are_free(engine: Engine) -> None:
+    assert [engine.take_place(), engine.take_place()]
+
+
+def test_place_is_free_after_its_text() -> None:
+    engine = engine_of_two_places()
+    first, second = engine.take_place(), engine.take_place()
+    with pytest.raises(Busy):
+        engine.take_place()
+    writing = engine.write(first, job(engine, 5, seed=1), threading.Event())
+    assert len(list(writing)) <= 5
+    third = engine.take_place()
+    never_begun = engine.write(third, job(engine, 5), threading.Event())
+    del never_begun, third, second
+    assert_all_places_are_free(engine)
+
+
+def test_client_that_leaves_while_waiting_frees_its_place() -> None:
+    engine = engine_of_two_places()
+    stop = threading.Event()
+    waiting = engine.write(engine.take_place(), job(engine, 5), stop)
+    stop.set()
+    with engine.device:  # as if another text were being generated
+        assert list(waiting) == []
+    assert_all_places_are_free(engine)
+
+
+def test_text_ends_at_the_next_token_after_stop() -> None:
+    engine = engine_of_two_places()
+    stop = threading.Event()
+    writing = engine.write(engine.take_place(), job(engine, 200, temperature=0.0), stop)
+    next(writing)
+    stop.set()
+    assert len(list(writing)) <= 1
+
+
+def test_impossible_jobs_are_refused() -> None:
+    served = engine_of_two_places().find("m")
+    with pytest.raises(UserError, match="at once are more"):
+        Job(served, [[65]] * 17, 5)
+    with pytest.raises(UserError, match="more than the 256 that m reads at once"):
+        Job(served, [[65]], 256)
+    with pytest.raises(UserError, match="a token id is outside 0 to 256"):
+        Job(served, [[257]], 5)
