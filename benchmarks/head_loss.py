@@ -16,13 +16,13 @@ from collections.abc import Callable
 import torch
 
 from anew import recipe
-from anew.model import loss as head
-from anew.training.step import train_step
-from anew.training.train_state import TrainState
+from anew.model import loss
+from anew.training.train_state import State
+from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import StopFlag
 
-WAYS = {"one pass": head.fused_chunk_loss, "in place": head.chunk_loss}
+WAYS = {"one pass": loss.fused_chunk_loss, "in place": loss.in_place_chunk_loss}
 
 
 def step_of(a: argparse.Namespace) -> Callable[[str], object]:
@@ -38,7 +38,7 @@ def step_of(a: argparse.Namespace) -> Callable[[str], object]:
     batches = [(part, part.roll(-1, 1)) for part in ids.split(config.micro_batches(1)[0])]
 
     def step(way: str) -> object:
-        head.chunk_loss = WAYS[way]
+        loss.chunk_loss = WAYS[way]
         return train_step(state.model, state, batches, 0.1, stop)
 
     return step

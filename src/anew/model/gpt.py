@@ -12,8 +12,8 @@ Weights are stored in fp32. The sum of the embeddings is cast to `compute_dtype`
 casts its weights to the dtype of its input. There is no autocast, so this file shows what is
 computed in bf16.
 
-In shape comments, B is the number of sequences, T the number of tokens in each, C is n_embd and S
-the number of keys that attention sees: T, and behind a cache the tokens in it too.
+In shape comments, B is the number of sequences, T the number of tokens in each and C is n_embd. S
+is the number of keys that attention sees: T, and with a cache the tokens in it too.
 """
 
 import math
@@ -106,8 +106,8 @@ class Attention(nn.Module):
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # each (B, heads, S, head_dim)
-        # Without a mask, the one query behind a cache (S > T) sees every key.
-        causal = mask is None and (cache is None or k.size(2) == T)
+        # Behind a filled cache, a mask says what is visible; without one it is every key.
+        causal = mask is None and (cache is None or cache.used == 0)
         dropout = config.dropout if self.training else 0.0
         y = attend(
             q,
