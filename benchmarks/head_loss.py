@@ -17,7 +17,6 @@ import torch
 
 from anew import recipe
 from anew.model import loss
-from anew.training.train_state import State
 from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import StopFlag

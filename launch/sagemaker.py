@@ -28,6 +28,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,8 @@ def install() -> None:
     sys.path.insert(0, source)
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = source if not inherited else source + os.pathsep + inherited
-    imports = "import anew.cli.main, torch.utils.tensorboard"
-    with (ROOT / ".install.lock").open("w") as lock:
+    imports = "import anew.cli.train, torch.utils.tensorboard"
+    with (Path(tempfile.gettempdir()) / "anew-install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         check = subprocess.run([sys.executable, "-c", imports], stderr=subprocess.DEVNULL)
         if check.returncode != 0:

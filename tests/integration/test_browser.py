@@ -16,8 +16,8 @@ from anew.report import html as page
 from anew.report.run import Run
 from anew.training.trainer import train
 from tests.faults.common import tiny
-from tests.support.serving import models, served
 from tests.support.pages import like_gpt2
+from tests.support.serving import models, served
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),

@@ -225,7 +225,7 @@ def test_interrupted_download_resumes_where_it_stopped(
     server.faults = ["cut"]
     outcome = load(server, tmp_path)
     if outcome.returncode == 2:  # Some versions of huggingface_hub do not try again by themselves.
-        assert "resumes where it stopped" in outcome.stdout
+        assert "continues where it stopped" in outcome.stdout
         outcome = load(server, tmp_path)
     assert outcome.stdout.strip() == fingerprint(folder), outcome.stdout + outcome.stderr
     assert any(byte_range for _, _, byte_range in server.seen), (

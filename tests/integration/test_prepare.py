@@ -258,7 +258,9 @@ def test_hub_that_stops_answering_is_tried_again_and_then_a_user_error(
 
 
 def test_unknown_dataset_and_unknown_name_are_refused(hub: Hub) -> None:
-    with pytest.raises(UserError, match="somebody/nothing is no public dataset on the hub"):
+    with pytest.raises(
+        UserError, match="somebody/nothing is neither a local folder nor a public dataset"
+    ):
         sources.find("somebody/nothing:config:train")
     with pytest.raises(UserError, match="there is no data at 'nothing at all'"):
         sources.find("nothing at all")

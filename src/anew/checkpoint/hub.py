@@ -14,12 +14,12 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from anew.data.hub_datasets import is_network_error
 from anew.errors import UserError
 from anew.utils.files import sha256_of
+from anew.utils.hub_errors import MissingFileError, hub_errors
 
 log = logging.getLogger("anew")
 
@@ -34,10 +34,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-
-
-class _MissingFileError(UserError):
-    """The repository exists and does not have the file."""
 
 
 def is_hub_name(model: str) -> bool:
@@ -63,18 +59,24 @@ def download(model: str) -> Path:
     fetch = functools.partial(_fetch, model, repository, commit)
     try:
         fetch(WEIGHTS)
-    except _MissingFileError:
-        for shard in _shards(model, index=fetch(INDEX)):
+    except MissingFileError:
+        for shard in _shards(model, fetch):
             fetch(shard)
     if model not in OPENAI_MODELS:  # Their tokenizer is part of this package.
         for name in TOKENIZER_FILES:
-            with contextlib.suppress(_MissingFileError):
+            with contextlib.suppress(MissingFileError):
                 fetch(name)
     return config.parent
 
 
-def _shards(model: str, index: Path) -> list[str]:
-    """Return the names of the weights files that an index lists."""
+def _shards(model: str, fetch: Callable[[str], Path]) -> list[str]:
+    """Return the names of the weights files that the index of a model lists."""
+    try:
+        index = fetch(INDEX)
+    except MissingFileError as error:
+        raise UserError(
+            f"{model} has no {WEIGHTS} on the hub; only safetensors weights are downloaded."
+        ) from error
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,54 +88,10 @@ def _fetch(model: str, repository: str, revision: str, file: str) -> Path:
     """Return the path of a verified file in the cache, after downloading it if necessary."""
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(model, revision, file):
+    with hub_errors("model", repository, revision, file):
         path = Path(hf_hub_download(repository, file, revision=revision))
     _verify(model, path)
     return path
-
-
-@contextlib.contextmanager
-def _hub_errors(model: str, revision: str, file: str) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into a UserError."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{model} is neither a local folder nor a public model on the hub; check the name."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{model} has no revision {revision} on the hub.") from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{model} is neither a local folder nor in the hub's cache, and the hub cannot be "
-            "reached; pass the path of its folder, or try again with a network connection."
-        ) from error
-    except EntryNotFoundError as error:
-        raise _MissingFileError(
-            f"{model} has no {file} on the hub; only safetensors weights are downloaded."
-        ) from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "an error")
-        raise UserError(
-            f"{model} could not be downloaded: the hub answered {status}; try again later, the "
-            "download resumes where it stopped."
-        ) from error
-    except Exception as error:
-        if not (isinstance(error, OSError | ValueError | RuntimeError) or is_network_error(error)):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{model} could not be downloaded ({reason}); try again, the download resumes where it "
-            "stopped."
-        ) from error
 
 
 def _verify(model: str, path: Path) -> None:

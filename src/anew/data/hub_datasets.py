@@ -23,7 +23,6 @@ from pathlib import Path
 from anew.errors import UserError
 from anew.utils.files import sha256_of
 from anew.utils.hub_errors import HubError, hub_errors
-from anew.utils.hub_errors import is_network_error as is_network_error  # for checkpoint/hub.py
 
 NAMED = {  # name: (repository, what the paths of its files begin with)
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/"),
