@@ -1,1 +1,1 @@
-"""Text in, batches of tokens out: shards (the file format), sources, preparation, batches."""
+"""Text sources, the shard format, preparation, and batches of tokens for training."""

@@ -34,7 +34,7 @@ from anew.data.hub_datasets import HubFile
 from anew.data.read_ahead import prefetch
 from anew.data.shards import DataFolder
 from anew.data.sources import Source
-from anew.data.tokenize import Document, Text, hash_of, tokenize
+from anew.data.tokenize import Document, Text, encode_in_order, hash_of
 from anew.errors import UserError
 from anew.tokenizer.bpe import FILE as TOKENIZER
 from anew.tokenizer.bpe import Tokenizer
@@ -272,7 +272,7 @@ class _Job:
         texts = self._texts(files, skip=self.progress.document)
         block: list[Document] = []
         size = 0
-        for document in tokenize(texts, self.tokenizer, self.workers):
+        for document in encode_in_order(texts, self.tokenizer, self.workers):
             block.append(document)
             size += document.bytes
             if size >= self.settings.block_bytes:

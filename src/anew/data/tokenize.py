@@ -39,7 +39,9 @@ class Document:
     tokens: np.ndarray
 
 
-def tokenize(texts: Iterable[Text], tokenizer: Tokenizer, threads: int) -> Iterator[Document]:
+def encode_in_order(
+    texts: Iterable[Text], tokenizer: Tokenizer, threads: int
+) -> Iterator[Document]:
     """Yield each text as a tokenised document, in order."""
 
     def work(job: list[Text]) -> list[Document]:
