@@ -1,6 +1,8 @@
-"""The pages in a real browser: what people see, touch and wait for. Skipped where Debian's chromium is not there.
+"""The report and the playground in a real browser. Skipped without Debian's chromium.
 
-ANEW_PICTURES=DIR python -m pytest tests/integration/test_browser.py      # also writes what it saw; tools/screenshots.py makes the documentation's
+    ANEW_PICTURES=DIR python -m pytest tests/integration/test_browser.py
+
+also writes pictures of the pages; docs/screenshots.py makes those of the documentation.
 """
 
 import os
@@ -16,16 +18,17 @@ from anew.report import html as page
 from anew.report.run import Run
 from anew.training.trainer import train
 from tests.faults.common import tiny
-from tests.support.pages import like_gpt2
 from tests.support.serving import models, served
+from tests.unit.report.test_report import like_gpt2
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="needs Debian's chromium and chromium-driver",
 )
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --hide-scrollbars --force-color-profile=srgb"
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --hide-scrollbars "
+    "--force-color-profile=srgb"
 )
 __all__ = ["models"]  # a fixture
 
@@ -46,29 +49,25 @@ def browser() -> Iterator[Any]:
 
 
 def look(browser: Any, name: str, width: int, dark: bool = False) -> None:
-    """At this width: nothing sticks out to the side, nothing was complained about; a picture if wanted."""
+    """Check that the page fits this width and logged no errors; take a picture if wanted."""
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     sizes = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
     wait_for(browser, f"innerWidth == {width}", 5)
-    sizes["height"] = min(
-        max(700, browser.execute_script("return document.documentElement.scrollHeight")), 2600
-    )
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    sizes["height"] = min(max(700, height), 2600)
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
     wait_for(browser, f"document.documentElement.scrollWidth <= {width}", 5)
     if folder := os.environ.get("ANEW_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
-    complaints = [
-        entry
-        for entry in browser.get_log("browser")
-        if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
-    ]
-    assert complaints == []
+    severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [entry for entry in severe if "favicon" not in entry["message"]] == []
 
 
 def wait_for(browser: Any, script: str, seconds: float = 30) -> Any:
+    """Wait until a JavaScript expression is true, and return its value."""
     deadline = time.monotonic() + seconds
     while not (found := browser.execute_script(f"return {script}")):
         assert time.monotonic() < deadline, script
@@ -76,7 +75,7 @@ def wait_for(browser: Any, script: str, seconds: float = 30) -> Any:
     return found
 
 
-def test_a_report_fits_a_phone_and_a_desk_and_shows_values_under_the_pointer(
+def test_report_fits_phone_and_desktop_and_shows_values_under_the_pointer(
     browser: Any, tmp_path: Path
 ) -> None:
     config = tiny(
@@ -95,26 +94,30 @@ def test_a_report_fits_a_phone_and_a_desk_and_shows_values_under_the_pointer(
         for width, dark in ((375, False), (1200, True), (1200, False)):
             look(browser, f"{name}-{width}{'-dark' if dark else ''}", width, dark)
         assert not Run.read(folder).baseline
-        assert (
-            browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-        ), "nothing was fetched"
+        fetched = browser.execute_script("return performance.getEntriesByType('resource').length")
+        assert fetched == 0
         browser.execute_script("""
-            const svg = document.querySelector("svg[data-lines]"), box = svg.getBoundingClientRect();
-            svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 4, clientY: box.top + 50, bubbles: true}));
+            const svg = document.querySelector("svg[data-lines]");
+            const box = svg.getBoundingClientRect();
+            const at = {clientX: box.left + box.width / 4, clientY: box.top + 50, bubbles: true};
+            svg.dispatchEvent(new PointerEvent("pointermove", at));
         """)
         tip = browser.execute_script("return document.querySelector('.tip').innerText")
         assert "training" in tip or "validation" in tip
         assert any(c.isdigit() for c in tip)
 
 
-def test_the_playground_writes_branches_compares_and_stops(
-    browser: Any, models: list[Path]
-) -> None:
+def test_playground_generates_branches_compares_and_stops(browser: Any, models: list[Path]) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    tokens = "document.querySelectorAll('article:nth-child({}) .token').length"
-    texts = "[...document.querySelectorAll('article:nth-child({}) .token')].map(t => t.textContent)"
+    def tokens(article: int) -> str:
+        return f"document.querySelectorAll('article:nth-child({article}) .token')"
+
+    def texts(article: int) -> Any:
+        return browser.execute_script(f"return [...{tokens(article)}].map(t => t.textContent)")
+
+    is_idle = "!document.getElementById('write').disabled"
     with served(*map(str, models)) as address:
         browser.get(address)
         wait_for(browser, "document.querySelectorAll('#model option').length == 2")
@@ -124,37 +127,30 @@ def test_the_playground_writes_branches_compares_and_stops(
             element.clear()
             element.send_keys(value)
         browser.find_element(By.ID, "write").click()
-        wait_for(
-            browser,
-            f"!document.getElementById('write').disabled && {tokens.format(1)} > 20 && {tokens.format(2)} > 20",
-        )
-        assert (
-            browser.execute_script("return document.querySelector('.prompt').textContent")
-            == "The tower <b>"
-        )
-        before = browser.execute_script(f"return {texts.format(1)}")
-        other = browser.execute_script(f"return {texts.format(2)}")
+        wait_for(browser, f"{is_idle} && {tokens(1)}.length > 20 && {tokens(2)}.length > 20")
+        prompt = browser.execute_script("return document.querySelector('.prompt').textContent")
+        assert prompt == "The tower <b>"
+        before, other = texts(1), texts(2)
         assert before != other, "two models side by side"
-        browser.execute_script(
-            "document.querySelectorAll('article:nth-child(1) .token')[7].click()"
-        )
+        browser.execute_script(f"{tokens(1)}[7].click()")
         wait_for(browser, "!document.getElementById('choices').hidden")
         choices = browser.find_elements(By.CSS_SELECTOR, "#choices button")
         assert len(choices) == 10
         look(browser, "playground", 1200)
-        wanted = next(c for c in choices if "taken" not in (c.get_attribute("class") or ""))
-        label = wanted.find_element(By.TAG_NAME, "code").text
-        wanted.click()
-        wait_for(browser, f"!document.getElementById('write').disabled && {tokens.format(1)} > 20")
-        after = browser.execute_script(f"return {texts.format(1)}")
-        assert after[:7] == before[:7], "what came before stays"
+        chosen = next(c for c in choices if "taken" not in (c.get_attribute("class") or ""))
+        label = chosen.find_element(By.TAG_NAME, "code").text
+        chosen.click()
+        wait_for(browser, f"{is_idle} && {tokens(1)}.length > 20")
+        after = texts(1)
+        assert after[:7] == before[:7], "the tokens before the chosen one stay"
         assert after[7].replace(" ", "\u00b7").replace("\n", "\u21b5") == label
-        assert browser.execute_script(f"return {texts.format(2)}") == other
+        assert texts(2) == other
         look(browser, "playground-375", 375, dark=True)
         browser.find_element(By.ID, "n_tokens").clear()
         browser.find_element(By.ID, "n_tokens").send_keys("240")
         browser.find_element(By.ID, "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
-        wait_for(browser, f"{tokens.format(1)} > 3")
+        wait_for(browser, f"{tokens(1)}.length > 3")
         browser.find_element(By.ID, "stop").click()
-        wait_for(browser, "!document.getElementById('write').disabled")
-        assert browser.execute_script(f"return {tokens.format(1)} + {tokens.format(2)}") < 480
+        wait_for(browser, is_idle)
+        n_tokens = browser.execute_script(f"return {tokens(1)}.length + {tokens(2)}.length")
+        assert n_tokens < 480

@@ -270,6 +270,8 @@ def test_openapi_document_describes_the_fields(address: str) -> None:
     assert sorted(described) == FIELDS
     assert described["max_tokens"]["default"] == 16
     assert described["temperature"]["maximum"] == 100
+    statuses = document["paths"]["/v1/completions"]["post"]["responses"]
+    assert sorted(statuses) == ["200", "4XX"]
     docs = request(address, "GET", "/docs")
     assert docs.status == 200
     assert "/openapi.json" in docs.read().decode()

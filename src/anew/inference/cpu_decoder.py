@@ -38,6 +38,12 @@ ROWS_EXPECTED = 16  # oneDNN orders weights for about this many rows
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
+class _Norm(ctypes.Structure):
+    """`Norm` of decode.cpp."""
+
+    _fields_ = [("weight", POINTER), ("bias", POINTER)]
+
+
 class _Matrix(ctypes.Structure):
     """`Matrix` of decode.cpp."""
 
@@ -48,12 +54,10 @@ class _Layer(ctypes.Structure):
     """`Layer` of decode.cpp."""
 
     _fields_ = [
-        ("ln_1_weight", POINTER),
-        ("ln_1_bias", POINTER),
+        ("ln_1", _Norm),
         ("c_attn", _Matrix),
         ("attn_c_proj", _Matrix),
-        ("ln_2_weight", POINTER),
-        ("ln_2_bias", POINTER),
+        ("ln_2", _Norm),
         ("c_fc", _Matrix),
         ("mlp_c_proj", _Matrix),
     ]
@@ -72,8 +76,7 @@ class _Model(ctypes.Structure):
         ("layer", ctypes.POINTER(_Layer)),
         ("wte", POINTER),
         ("wpe", POINTER),
-        ("ln_f_weight", POINTER),
-        ("ln_f_bias", POINTER),
+        ("ln_f", _Norm),
         ("head", _Matrix),
     ]
 
@@ -112,8 +115,7 @@ class Kernel:
             layer=self.layers,
             wte=self._keep(transformer.wte.weight),
             wpe=self._keep(transformer.wpe.weight),
-            ln_f_weight=self._keep(transformer.ln_f.weight),
-            ln_f_bias=self._keep(transformer.ln_f.bias),
+            ln_f=self._norm(transformer.ln_f),
             head=self._matrix(transformer.wte.weight[: config.vocab_size]),
         )
 
@@ -138,15 +140,16 @@ class Kernel:
 
     def _layer(self, block: Block) -> _Layer:
         return _Layer(
-            ln_1_weight=self._keep(block.ln_1.weight),
-            ln_1_bias=self._keep(block.ln_1.bias),
+            ln_1=self._norm(block.ln_1),
             c_attn=self._linear(block.attn.c_attn),
             attn_c_proj=self._linear(block.attn.c_proj),
-            ln_2_weight=self._keep(block.ln_2.weight),
-            ln_2_bias=self._keep(block.ln_2.bias),
+            ln_2=self._norm(block.ln_2),
             c_fc=self._linear(block.mlp.c_fc),
             mlp_c_proj=self._linear(block.mlp.c_proj),
         )
+
+    def _norm(self, norm: LayerNorm) -> _Norm:
+        return _Norm(weight=self._keep(norm.weight), bias=self._keep(norm.bias))
 
     def _linear(self, linear: Linear) -> _Matrix:
         return self._matrix(linear.weight.t(), self._keep(linear.bias))
@@ -180,16 +183,19 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.reshape(weight.shape).contiguous(), scales.squeeze(-1).contiguous()
 
 
+WeightAndBias = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class _BatchLayer:
     """The weights of one block, in the forms that `CpuBatchDecoder` uses."""
 
-    ln_1: tuple[Tensor, Tensor]  # weight and bias (C,) in fp32
-    c_attn: tuple[Tensor, Tensor]  # weight in oneDNN's order and bias (out,) in bf16
-    attn_c_proj: tuple[Tensor, Tensor]
-    ln_2: tuple[Tensor, Tensor]
-    c_fc: tuple[Tensor, Tensor]
-    mlp_c_proj: tuple[Tensor, Tensor]
+    ln_1: WeightAndBias  # (C,) in fp32
+    c_attn: WeightAndBias  # a matrix in oneDNN's order and (out,), in bf16
+    attn_c_proj: WeightAndBias
+    ln_2: WeightAndBias
+    c_fc: WeightAndBias
+    mlp_c_proj: WeightAndBias
 
 
 class CpuBatchDecoder:
@@ -274,12 +280,13 @@ class CpuBatchDecoder:
         return normed
 
 
-def _norm_weights(norm: LayerNorm) -> tuple[Tensor, Tensor]:
+def _norm_weights(norm: LayerNorm) -> WeightAndBias:
     return norm.weight.detach().float(), norm.bias.detach().float()
 
 
-def _linear_weights(linear: Linear) -> tuple[Tensor, Tensor]:
-    return _reordered(linear.weight.detach().t()), linear.bias.detach().bfloat16()
+def _linear_weights(linear: Linear) -> WeightAndBias:
+    weight = _reordered(linear.weight.detach().t())
+    return weight, linear.bias.detach().bfloat16()
 
 
 def _reordered(weight: Tensor) -> Tensor:

@@ -28,10 +28,14 @@ struct Matrix {
     const float *bias;    // (out), or null
 };
 
+struct Norm {
+    const float *weight, *bias;
+};
+
 struct Layer {
-    const float *ln_1_weight, *ln_1_bias;
+    Norm ln_1;
     Matrix c_attn, attn_c_proj;
-    const float *ln_2_weight, *ln_2_bias;
+    Norm ln_2;
     Matrix c_fc, mlp_c_proj;
 };
 
@@ -39,8 +43,9 @@ struct Model {
     int64_t layers, heads, width, capacity, vocabulary;
     float epsilon;
     const Layer *layer;
-    const float *wte, *wpe, *ln_f_weight, *ln_f_bias;  // wte is used for looking up ids
-    Matrix head;                                       // the same weights for the logits
+    const float *wte, *wpe;  // ids and positions are looked up in fp32
+    Norm ln_f;
+    Matrix head;  // wte again, for the logits
 };
 
 inline float to_float(uint16_t bf16) {
@@ -77,14 +82,14 @@ inline float dot(const uint16_t *a, const float *b, int64_t n) {
     return total;
 }
 
-void layer_norm(const float *x, const float *weight, const float *bias, float epsilon, int64_t n,
-                float *out) {
+void layer_norm(const float *x, const Norm &norm, float epsilon, int64_t n, float *out) {
     double sum = 0, squares = 0;
     for (int64_t i = 0; i < n; i++) sum += x[i];
     const float mean = float(sum / n);
     for (int64_t i = 0; i < n; i++) squares += double(x[i] - mean) * (x[i] - mean);
     const float scale = 1.0f / std::sqrt(float(squares / n) + epsilon);
-    for (int64_t i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
 }
 
 inline float gelu(float x) {
@@ -217,7 +222,7 @@ extern "C" void anew_decode(const Model *model, int64_t id, int64_t position, ui
         QuantizedVector quantized;
         for (int64_t l = 0; l < m.layers; l++) {
             const Layer &layer = m.layer[l];
-            layer_norm(x, layer.ln_1_weight, layer.ln_1_bias, m.epsilon, C, normed.data());
+            layer_norm(x, layer.ln_1, m.epsilon, C, normed.data());
             multiply(layer.c_attn, normed.data(), quantized, C, 3 * C,
                      [&](int64_t n, float y) { qkv[n] = y; });
 #pragma omp for schedule(static)
@@ -229,13 +234,13 @@ extern "C" void anew_decode(const Model *model, int64_t id, int64_t position, ui
             }
             multiply(layer.attn_c_proj, mixed, quantized, C, C,
                      [&](int64_t n, float y) { x[n] += y; });
-            layer_norm(x, layer.ln_2_weight, layer.ln_2_bias, m.epsilon, C, normed.data());
+            layer_norm(x, layer.ln_2, m.epsilon, C, normed.data());
             multiply(layer.c_fc, normed.data(), quantized, C, 4 * C,
                      [&](int64_t n, float y) { wide[n] = gelu(y); });
             multiply(layer.mlp_c_proj, wide, quantized, 4 * C, C,
                      [&](int64_t n, float y) { x[n] += y; });
         }
-        layer_norm(x, m.ln_f_weight, m.ln_f_bias, m.epsilon, C, normed.data());
+        layer_norm(x, m.ln_f, m.epsilon, C, normed.data());
         multiply(m.head, normed.data(), quantized, C, m.vocabulary,
                  [&](int64_t n, float y) { logits[n] = y; });
     }
@@ -279,7 +284,7 @@ extern "C" void anew_norm(float *x, const uint16_t *added, const float *weight, 
             float *x_row = x + row * width;
             if (added)
                 for (int64_t i = 0; i < width; i++) x_row[i] += to_float(added[row * width + i]);
-            layer_norm(x_row, weight, bias, epsilon, width, normed.data());
+            layer_norm(x_row, {weight, bias}, epsilon, width, normed.data());
             for (int64_t i = 0; i < width; i++) out[row * width + i] = to_bf16(normed[i]);
         }
     }

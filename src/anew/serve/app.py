@@ -58,7 +58,8 @@ DOCS_POLICY = (
 
 def app(engine: Engine, hosts: set[str]) -> Any:
     """Return the ASGI application. `hosts`: the names that requests may use; empty: any name."""
-    api = FastAPI(title="anew", redoc_url=None)
+    errors: dict[int | str, Any] = {"4XX": {"description": "an error, as OpenAI's API has it"}}
+    api = FastAPI(title="anew", redoc_url=None, responses=errors)
     for path, (name, kind) in PAGE_FILES.items():
         respond = partial(_page_file, name, kind)
         api.add_api_route(path, respond, methods=["GET"], include_in_schema=False)

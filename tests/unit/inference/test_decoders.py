@@ -99,7 +99,7 @@ def test_logits_are_those_of_the_stored_weights_in_fp64(
 
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 9, 17]])
 def test_step_over_fixed_slots_equals_the_usual_step(lengths: list[int]) -> None:
-    """A GPU records attention over more slots than are filled; here the others hold large values."""
+    """A GPU records attention over more slots than are filled; here those hold large values."""
     model = model_of()
     usual = Packed(model)
     cache, _ = _prefill(model, prompts_of(lengths), 64)

@@ -1,11 +1,11 @@
 "use strict";
-// A text is a list of tokens, each with what else it might have been. To branch is to keep the tokens before one, put another in its
-// place and let the model go on from their ids.
+// The page shows texts as tokens, each with its likeliest alternatives. Choosing an alternative keeps
+// the tokens before it and lets the model continue from their ids.
 const $ = id => document.getElementById(id);
 const visible = text => text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
 const percent = logP => { const p = 100 * Math.exp(logP); return p >= 0.1 ? p.toFixed(1) + "%" : "<0.1%"; };
 const brief = name => name.split("/").slice(-2).join("/");
-const running = new Set();  // texts that are being written
+const running = new Set();  // texts that are being generated
 
 function make(kind, attributes = {}, ...children) {
   const element = Object.assign(document.createElement(kind), attributes);
@@ -35,13 +35,13 @@ class Text {
     $("texts").append(this.article);
   }
 
-  // Goes on from what is there: the prompt, and the tokens that were kept.
+  // Continue the prompt and the tokens that were kept.
   async write() {
     const rules = Object.fromEntries(["n_tokens", "temperature", "top_k", "top_p", "seed"].map(name => [name, Number($(name).value)]));
     rules.n_tokens = Math.max(1, rules.n_tokens - this.tokens.length);
     const prompt = this.promptIds ? [...this.promptIds, ...this.tokens.map(t => t.id)] : this.promptText;
     this.leaving = new AbortController();
-    let began = 0, count = 0;  // the clock starts with the first token: texts are written one after the other
+    let began = 0, count = 0;  // The clock starts with the first token, since texts are generated one after the other.
     this.note.textContent = "waiting for its turn";
     try {
       const answer = await fetch("api/write", { method: "POST", signal: this.leaving.signal, headers: { "content-type": "application/json" },
@@ -118,7 +118,7 @@ function close() { $("choices").hidden = true; }
 
 async function run(texts) {
   await Promise.all(texts.map(async text => {
-    const mine = {};  // a text that branches is written anew while its old writing ends
+    const mine = {};  // a branched text starts again while its old request ends
     text.writing = mine;
     running.add(text);
     $("write").disabled = true; $("stop").disabled = false;
