@@ -17,6 +17,7 @@ import torch
 
 from anew import recipe
 from anew.model import loss
+from anew.training.train_state import TrainState
 from anew.training.trainer import train_step
 from anew.utils import device as runtime
 from anew.utils.signals import StopFlag

@@ -18,8 +18,8 @@ from anew.report import html as page
 from anew.report.run import Run
 from anew.training.trainer import train
 from tests.faults.common import tiny
+from tests.support.pages import like_gpt2
 from tests.support.serving import models, served
-from tests.unit.report.test_report import like_gpt2
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
