@@ -21,7 +21,6 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import tyro
 
 from anew.config.recipes import RECIPES
-from anew.config.recipes import read_recipe as read_recipe
 from anew.config.schema import FIELDS, GROUP_OF, GROUPS, REMOVED, Config
 from anew.errors import UserError
 
@@ -151,27 +150,3 @@ def _optional_keys(types: dict[str, Any]) -> Any:
     """Return a TypedDict type of which every key may be absent."""
     typed_dict: Any = TypedDict  # mypy wants literal keys
     return typed_dict("Flags", types, total=False)
-
-
-# The three functions below serve plan.py and bench.py until they use `Command`.
-def recipe_and_flags(
-    argv: Sequence[str], command: str, own: list[Flag]
-) -> tuple[str, dict[str, Any]]:
-    """Return the recipe and the settings that were typed."""
-    flags = [flag for flag in own if flag.name != "from"]
-    typed = Command(command, "", flags).read(argv)
-    return typed.recipe, typed.settings
-
-
-def parse(
-    argv: Sequence[str], command: str, base: Config, own: list[Flag], about: str
-) -> SimpleNamespace:
-    """Return the values of the command's own flags; show the help if it was asked for."""
-    described = Command(command, about, own)
-    described.show_help(argv, base)
-    return described.read(argv).options
-
-
-def changed(base: Config, _: Any, given: dict[str, Any]) -> tuple[Config, set[str]]:
-    """Return `base` with the settings that were typed, and their names."""
-    return base.override(**given), set(given)

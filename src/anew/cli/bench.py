@@ -18,7 +18,8 @@ from anew.bench.competitors import is_installed
 from anew.bench.ladder import Rung
 from anew.bench.timing import Measured, apart, at, measure_attention, measure_ladder
 from anew.cli import experiments
-from anew.cli.args import changed, flag, parse, read_recipe, recipe_and_flags
+from anew.cli.args import Command, flag
+from anew.config.recipes import read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.tasks.table import TASKS
@@ -26,7 +27,7 @@ from anew.model.flops import flops_per_token
 from anew.report import png
 from anew.utils.device import peak_flops, pick_device, start
 
-OWN = [
+FLAGS = [
     flag("rounds", int, 5, "timed steps a rung, or turns a side"),
     flag("alone", bool, False, "train: no other side"),
     flag("rows", int, 1, "generate: sequences at once"),
@@ -75,10 +76,13 @@ def run_bench(argv: list[str]) -> None:
     if what not in known and not {"-h", "--help"} & set(argv):
         given_word = f", not {what}." if what else "."
         raise UserError(f"`anew bench` times {', '.join(known)}; say which{given_word}")
-    name, given = recipe_and_flags(rest, f"bench {what}", OWN)
-    base = read_recipe(name or ("gpt2-5m" if what in EXPERIMENTS else "gpt2-124m"))
-    arguments = parse(rest, "bench", base, OWN, ABOUT)
-    config, chosen = changed(base, arguments, given)
+    command = Command(f"bench {what or 'WHAT'}", ABOUT, FLAGS)
+    typed = command.read(rest)
+    base = read_recipe(typed.recipe or ("gpt2-5m" if what in EXPERIMENTS else "gpt2-124m"))
+    command.show_help(rest, base)
+    arguments = typed.options
+    chosen = set(typed.settings)
+    config = base.override(**typed.settings)
     device = pick_device(config.run.device).type
     if arguments.picture:
         png.check()

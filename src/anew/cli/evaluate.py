@@ -4,9 +4,6 @@ import dataclasses
 import json
 import logging
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,13 +12,14 @@ import torch
 import tyro
 
 from anew.checkpoint import huggingface
+from anew.cli.progress import progress_bar
 from anew.config.schema import Config
 from anew.data.dataset import open_data
 from anew.distributed.rendezvous import joined
 from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
-from anew.evaluate.runner import Progress, Report, compile_blocks, evaluation_key, run
+from anew.evaluate.runner import Report, compile_blocks, evaluation_key, run
 from anew.evaluate.tasks.table import TASKS, removed_task
 from anew.evaluate.tasks.task import Example, Task
 from anew.evaluate.tasks.validation import Validation
@@ -311,7 +309,11 @@ def _score(evaluation: Evaluation, subject: Subject, task: Task, examples: list[
         for path in store.glob("*.jsonl"):
             path.unlink()
     world.gather(None)  # wait, so that no rank reads a file that rank 0 removes
-    with _progress(f"{task.name} {subject.name}"[:30], world) as progress:
+    with progress_bar() as update:
+
+        def progress(done: int, total: int) -> None:
+            update(done / total, f"{task.name}: {done:,} of {total:,}")
+
         report = run(subject.model, task, examples, world, store, progress)
     if world.rank == 0:
         stored = report.examples - report.scored
@@ -322,47 +324,6 @@ def _score(evaluation: Evaluation, subject: Subject, task: Task, examples: list[
             line += f", {stored:,} of them kept from an earlier evaluation"
         log.info(line)
     return report
-
-
-@contextmanager
-def _progress(title: str, world: World) -> Iterator[Progress | None]:
-    """Give a function that shows progress: a bar on a terminal, else a line every tenth.
-
-    Ranks other than 0 show nothing.
-    """
-    if world.rank != 0:
-        yield None
-        return
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bar
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-        )
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    shown_tenth = 0
-
-    def log_progress(done: int, total: int) -> None:
-        nonlocal shown_tenth
-        tenth = 10 * done // total
-        if tenth > shown_tenth:
-            shown_tenth = tenth
-            log.info(f"{title}: {done:,} of {total:,}")
-
-    yield log_progress
 
 
 def _table_rows(

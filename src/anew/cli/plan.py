@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from anew.bench.timing import Measured, apart, at, machine_memory
-from anew.cli.args import changed, flag, parse, read_recipe, recipe_and_flags
+from anew.cli.args import Command, flag
+from anew.config.recipes import read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.plan import Plan, from_run, lines, make
 from anew.utils.device import Runtime, peak_flops, start
 from anew.utils.gpus import GPU, find, known
 
-OWN = [
+FLAGS = [
     flag("gpu", str, "", "the kind of GPU, e.g. h100, a100-40, 4090, t4, m2 max"),
     flag("count", int, 1, "how many of them"),
     flag("price", float | None, None, "dollars a GPU and hour"),
@@ -22,15 +23,16 @@ OWN = [
     flag("json", bool, False, "the last line of standard output is one JSON object"),
 ]
 ABOUT = "What a run needs. Example: anew plan gpt2-124m --gpu h100 --count 8 --price 2.5"
+COMMAND = Command("plan", ABOUT, FLAGS)
 
 
 def run_plan(argv: list[str]) -> None:
     """Say what a run needs: memory, hours, dollars, disk."""
-    name, given = recipe_and_flags(argv, "plan", [*OWN, flag("from", str, "", "")])
-    base = read_recipe(name or "gpt2-124m")
-    arguments = parse(argv, "plan", base, OWN, ABOUT)
-    config, chosen = changed(base, arguments, given)
-    config, _ = config.adapted(chosen)
+    typed = COMMAND.read(argv)
+    base = read_recipe(typed.recipe or "gpt2-124m")
+    COMMAND.show_help(argv, base)
+    arguments = typed.options
+    config, _ = base.override(**typed.settings).adapted(set(typed.settings))
     config.check()
     if arguments.from_run:
         for line in from_run(Path(arguments.from_run), config):

@@ -12,10 +12,10 @@ from typing import Annotated
 from loguru import logger
 from tyro.conf import DisallowNone
 
-from anew.cli.args import Command, CommandLine, flag, read_recipe, read_run
+from anew.cli.args import Command, CommandLine, flag, read_run
 from anew.cli.demo import show_demo
 from anew.cli.progress import Update, is_rank_0, progress_bar
-from anew.config.recipes import RECIPES
+from anew.config.recipes import RECIPES, read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.report.html import write as write_page

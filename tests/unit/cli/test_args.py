@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from anew.cli.args import BASIC_SETTINGS, SETTINGS, Command, flag, read_recipe
+from anew.cli.args import BASIC_SETTINGS, SETTINGS, Command, flag
 from anew.cli.main import main
+from anew.config.recipes import read_recipe
 from anew.config.schema import GROUP_OF, GROUPS
 from anew.errors import UserError
 
