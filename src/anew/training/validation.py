@@ -16,7 +16,7 @@ from anew.distributed.fsdp import whole_model
 from anew.errors import UserError
 from anew.evaluate.loss import computing_in, mean_loss
 from anew.evaluate.runner import run as run_task
-from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.table import TASKS, removed_task
 from anew.evaluate.tasks.task import Example, Task
 from anew.inference.generate import generate
 from anew.model.gpt import GPT
@@ -62,7 +62,8 @@ class Validation:
         for name in names:
             if name not in TASKS:
                 choices = ", ".join(TASKS)
-                raise UserError(f"there is no task '{name}' to evaluate; choose among {choices}.")
+                problem = f"there is no task '{name}' to evaluate; choose among {choices}."
+                raise UserError(removed_task(name) or problem)
             task = TASKS[name]
             positions = self.config.model.n_positions
             examples = task.examples(task.fetch(), self.tokenizer, positions)
