@@ -15,14 +15,14 @@ from anew.training import trainer
 original_step = trainer.train_step
 
 
-def train_step_or_raise(loss_function: Any, state: Any, *arguments: Any) -> Any:
+def train_step_or_raise(loss_function: Any, state: Any, *arguments: Any, **named: Any) -> Any:
     """Raise at the planned rank and step, and call the original `train_step` otherwise."""
     rank, step, marker = os.environ["ANEW_FAULT"].split(":", 2)
     is_planned = os.environ["RANK"] == rank and state.step == int(step)
     if is_planned and not Path(marker).exists():
         Path(marker).touch()
         raise RuntimeError("a planned error")
-    return original_step(loss_function, state, *arguments)
+    return original_step(loss_function, state, *arguments, **named)
 
 
 if __name__ == "__main__":

@@ -76,14 +76,17 @@ def _sigterm(step: int, moment: str) -> Iterator[None]:
     """Send SIGTERM once: in the second micro-batch of `step`, after it, or in an evaluation."""
     train_step = trainer.train_step
     is_sent = False
+    is_first = True  # until the first step of a process, signals have their default behaviour
 
     def send() -> None:
         nonlocal is_sent
-        if not is_sent:
+        if not is_sent and not is_first:
             is_sent = True
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def step_with_signal(loss_of: Any, state: Any, micro_batches: Any, *arguments: Any) -> Any:
+    def step_with_signal(
+        loss_of: Any, state: Any, micro_batches: Any, *arguments: Any, **named: Any
+    ) -> Any:
         calls = 0
 
         def loss_with_signal(*batch: Any) -> Any:
@@ -93,10 +96,15 @@ def _sigterm(step: int, moment: str) -> Iterator[None]:
                 send()
             return loss_of(*batch)
 
+        nonlocal is_first
         is_due = state.step >= step
-        if is_due and moment == "micro-batch":
-            return train_step(loss_with_signal, state, micro_batches, *arguments)
-        outcome = train_step(loss_of, state, micro_batches, *arguments)
+        in_micro_batch = is_due and moment == "micro-batch"
+        loss_function = loss_with_signal if in_micro_batch else loss_of
+        outcome = train_step(loss_function, state, micro_batches, *arguments, **named)
+        if is_first:  # as the training loop does right after the step
+            stop = arguments[1]
+            stop.listen()
+        is_first = False
         if is_due and moment == "step":
             send()
         return outcome
@@ -311,14 +319,15 @@ def train_with_bad_loss(config: Config, factor: float, bad_step: int) -> list[St
     train_step = trainer.train_step
     steps: list[Step] = []
 
-    def bad_train_step(loss_of: Any, state: Any, *arguments: Any) -> Any:
+    def bad_train_step(loss_of: Any, state: Any, *arguments: Any, **named: Any) -> Any:
         def bad_loss(*batch: Any) -> Any:
             return loss_of(*batch) * factor
 
         is_bad = state.step == bad_step
         before = _digest(state) if is_bad else ""
         has_bad_loss = is_bad and os.environ["RANK"] == "1"
-        outcome = train_step(bad_loss if has_bad_loss else loss_of, state, *arguments)
+        loss_function = bad_loss if has_bad_loss else loss_of
+        outcome = train_step(loss_function, state, *arguments, **named)
         kept_weights = is_bad and _digest(state) == before
         steps.append(Step(state.step, repr(outcome), kept_weights))
         return outcome
