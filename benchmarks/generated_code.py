@@ -1,8 +1,8 @@
 """Counts the bytes that a compiled training pass moves on an H200, without an H200.
 
     .venv/bin/python benchmarks/generated_code.py gpt2-124m --micro-batch 64
-    .venv/bin/python benchmarks/generated_code.py gpt2-124m --micro-batch 64 --kernels 12   # and the largest kernels
-    .venv/bin/python benchmarks/generated_code.py gpt2-124m --code generated                # and the generated code
+    python benchmarks/generated_code.py gpt2-124m --micro-batch 64 --kernels 12   # largest kernels
+    python benchmarks/generated_code.py gpt2-124m --code generated                # generated code
 
 The model's loss is traced with fake tensors, which have shapes but no values. The forward and the
 backward graph are moved to a fake CUDA device, and Inductor generates its kernels for compute
@@ -80,7 +80,10 @@ class H200Driver:
 
 
 def pretend_h200() -> None:
-    """Make torch, Inductor and Triton believe in an H200. For a process that generates code and does nothing else."""
+    """Make torch, Inductor and Triton believe in an H200.
+
+    For a process that generates code and does nothing else.
+    """
     import torch._inductor.config as inductor
     import torch.utils._triton
     from torch._dynamo.device_interface import CudaInterface
@@ -98,11 +101,19 @@ def pretend_h200() -> None:
     CudaInterface.Worker.get_device_properties = staticmethod(constant(H200))  # type: ignore[assignment]
     CudaInterface.Worker.current_device = staticmethod(constant(0))  # type: ignore[method-assign]
     for name, value in {
-        "get_device_properties": H200, "current_device": 0, "device_count": 1, "synchronize": None, "init": None,
-        "get_device_capability": (9, 0), "is_initialized": False, "_lazy_init": None, "is_bf16_supported": True,
-        "get_device_name": H200.name, "set_rng_state": None,
+        "get_device_properties": H200,
+        "current_device": 0,
+        "device_count": 1,
+        "synchronize": None,
+        "init": None,
+        "get_device_capability": (9, 0),
+        "is_initialized": False,
+        "_lazy_init": None,
+        "is_bf16_supported": True,
+        "get_device_name": H200.name,
+        "set_rng_state": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-    }.items():  # fmt: skip
+    }.items():
         setattr(torch.cuda, name, constant(value))
     torch.version.cuda = "13.0"
     inductor.compile_threads = 1
@@ -143,7 +154,9 @@ class CodeGenerator:
         self.found: dict[str, Generated] = {}
 
     def compile(self, name: str, graph: Any, inputs: list[Tensor]) -> Any:
-        """A compiler for `aot_function`: generates code for a copy of `graph`, and returns the graph itself."""
+        """A compiler for `aot_function`: generates code for a copy of `graph`, and returns the
+        graph itself.
+        """
         from torch._functorch.aot_autograd import make_boxed_func
         from torch._inductor import compile_fx
         from torch._inductor.debug import DebugContext
@@ -301,16 +314,19 @@ def report(config: Any, micro_batch: int, found: dict[str, Generated]) -> dict[s
     )
     products = flops_per_token(config.model, config.data.seq_len) * tokens - attention
     print(
-        f"{config.recipe}, {micro_batch} x {config.data.seq_len} tokens, H200, torch {torch.__version__}, Triton {triton.__version__}\n"
+        f"{config.recipe}, {micro_batch} x {config.data.seq_len} tokens, H200, torch "
+        f"{torch.__version__}, Triton {triton.__version__}\n"
     )
     print(f"{'':<30}{'kernels':>8}{'GB':>8}")
     for name, graph in found.items():
         print(
-            f"{name + ', fused by Inductor':<30}{graph.count_of('fused'):>8}{graph.bytes_of('fused') / 1e9:>8.1f}"
+            f"{name + ', fused by Inductor':<30}{graph.count_of('fused'):>8}"
+            f"{graph.bytes_of('fused') / 1e9:>8.1f}"
         )
         if graph.count_of("ours"):
             print(
-                f"{name + ', own kernels':<30}{graph.count_of('ours'):>8}{graph.bytes_of('ours') / 1e9:>8.1f}"
+                f"{name + ', own kernels':<30}{graph.count_of('ours'):>8}"
+                f"{graph.bytes_of('ours') / 1e9:>8.1f}"
             )
         print(f"{name + ', library calls':<30}{graph.count_of('library'):>8}")
     fused = sum(graph.bytes_of("fused") for graph in found.values())
@@ -342,10 +358,16 @@ def report(config: Any, micro_batch: int, found: dict[str, Generated]) -> dict[s
     print(f"  {'a step of one pass':<22}{1e3 * usual:>8.1f} ms   {tokens / usual:,.0f} tokens/s")
     print(f"  {'at the ceilings':<22}{1e3 * least:>8.1f} ms   {tokens / least:,.0f} tokens/s")
     return {
-        "recipe": config.recipe, "micro_batch": micro_batch, "fused_gb": fused / 1e9, "own_gb": own / 1e9, "loss_gb": loss / 1e9,
-        "saved_gb": found["forward"].saved / 1e9, "kernels": sum(len(graph.kernels) for graph in found.values()),
-        "expected_tokens_per_second": tokens / usual, "ceiling_tokens_per_second": tokens / least,
-    }  # fmt: skip
+        "recipe": config.recipe,
+        "micro_batch": micro_batch,
+        "fused_gb": fused / 1e9,
+        "own_gb": own / 1e9,
+        "loss_gb": loss / 1e9,
+        "saved_gb": found["forward"].saved / 1e9,
+        "kernels": sum(len(graph.kernels) for graph in found.values()),
+        "expected_tokens_per_second": tokens / usual,
+        "ceiling_tokens_per_second": tokens / least,
+    }
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""The head's loss without a compiler, written in place, against the one pass that a compiler makes its code of.
+"""The head's loss without a compiler, written in place, against the one pass that a compiler makes
+its code of.
 
-    .venv/bin/python benchmarks/head_loss.py                    # alone, 1,024 rows of GPT-2's vocabulary in bf16
-    .venv/bin/python benchmarks/head_loss.py --recipe gpt2-124m --batch-tokens 1024 --seq-len 256 --micro-batch 4
+    python benchmarks/head_loss.py      # alone, 1,024 rows of GPT-2's vocabulary in bf16
+    python benchmarks/head_loss.py --recipe gpt2-124m --batch-tokens 1024 --seq-len 256
     .venv/bin/python benchmarks/head_loss.py --recipe shakespeare
 
-With a recipe: whole uncompiled steps. Both take turns; medians, and the median ratio of pairs with its spread.
+With a recipe: whole uncompiled steps. Both take turns; medians, and the median ratio of pairs with
+its spread.
 """
 
 import argparse
@@ -45,7 +47,10 @@ def step_of(a: argparse.Namespace) -> Callable[[str], object]:
 
 
 def alone() -> Callable[[str], object]:
-    """The loss and its gradient alone, in memory as a run keeps it. The second way spoils the logits, which changes no time."""
+    """The loss and its gradient alone, in memory as a run keeps it.
+
+    The second way spoils the logits, which changes no time.
+    """
     runtime.start(recipe("gpt2-124m", compile="off").run)
     logits, targets = torch.randn(1024, 50304).bfloat16(), torch.randint(0, 50257, (1024,))
     return lambda way: WAYS[way](logits, targets, 50257, True)
@@ -72,7 +77,8 @@ def main() -> None:
         )
     )
     print(
-        f"in place takes {statistics.median(ratios):.2f} times less ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        f"in place takes {statistics.median(ratios):.2f} times less ({ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f})"
     )
 
 

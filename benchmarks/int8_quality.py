@@ -1,4 +1,5 @@
-"""What `--int8` costs: perplexity of a trained model on held-out text, decoded token by token as sampling does, in bf16 and 8 bits.
+"""What `--int8` costs: perplexity of a trained model on held-out text, decoded token by token as
+sampling does, in bf16 and 8 bits.
 
     .venv/bin/python benchmarks/int8_quality.py runs/mine --tokens 20000
 
@@ -51,7 +52,8 @@ def main() -> None:
                 count += 1
         losses[int8], choices[int8] = total / count, likeliest
         print(
-            f"{'int8' if int8 else 'bf16'}: loss {losses[int8]:.4f}, perplexity {math.exp(losses[int8]):.2f}, {count:,} tokens",
+            f"{'int8' if int8 else 'bf16'}: loss {losses[int8]:.4f}, perplexity "
+            f"{math.exp(losses[int8]):.2f}, {count:,} tokens",
             flush=True,
         )
     same = sum(x == y for x, y in zip(choices[False], choices[True], strict=True)) / len(
@@ -59,7 +61,8 @@ def main() -> None:
     )
     change = math.exp(losses[True] - losses[False]) - 1
     print(
-        f"perplexity changes by {100 * change:+.2f}%; the likeliest token is the same for {100 * same:.1f}%"
+        f"perplexity changes by {100 * change:+.2f}%; the likeliest token is the same for "
+        f"{100 * same:.1f}%"
     )
 
 

@@ -5,8 +5,8 @@
     model = anew.GPT.from_pretrained("runs/demo")
     result = anew.train(anew.recipe("shakespeare", steps=200))
 
-The public names below are loaded when they are first used, so `import anew` itself loads neither torch
-nor any other part of the package.
+The public names below are loaded when they are first used, so `import anew` itself loads neither
+torch nor any other part of the package.
 """
 
 import os

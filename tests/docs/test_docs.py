@@ -1,4 +1,6 @@
-"""The documentation builds without a warning: no link inside it leads nowhere, and every lesson is in it."""
+"""The documentation builds without a warning: no link inside it leads nowhere, and every lesson is
+in it.
+"""
 
 import subprocess
 import sys

@@ -31,7 +31,9 @@ SHORTER = "--seq-len 32 --batch-tokens 128 --steps 3 --compile off --evaluate-ev
 
 @pytest.fixture
 def user_folder(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the README's commands name: my.txt, a model, a data folder, a cache that has Shakespeare."""
+    """A folder with what the README's commands name: my.txt, a model, a data folder, a cache that
+    has Shakespeare.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ANEW_CACHE", str(tmp_path / "cache"))
     text = text_file.read_text()
@@ -79,7 +81,10 @@ def test_the_python_of_the_readme_runs_as_written(
 def test_the_commands_of_many_processes_mean_what_they_say(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What torchrun starts is checked here without it; `tests/integration/test_parallel.py` and `tests/integration/test_launch.py` run such commands."""
+    """What torchrun starts is checked here without it;
+
+    `tests/integration/test_parallel.py` and `tests/integration/test_launch.py` run such commands.
+    """
     text = MULTI_GPU + (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
     lines = [
         shlex.split(line, comments=True)
@@ -137,7 +142,9 @@ class Parsed(Exception):
 def test_commands_of_the_docs_are_understood(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each `anew` line and each inline command of a page goes through the command line's own reading; what it would do is not done."""
+    """Each `anew` line and each inline command of a page goes through the command line's own
+    reading; what it would do is not done.
+    """
     import tyro
 
     read = tyro.cli

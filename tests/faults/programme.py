@@ -83,7 +83,8 @@ PROGRAMME = {
         12,
         100,
         "SIGTERM, SIGUSR1, SIGINT or two SIGTERM in each phase of a run",
-        "the last complete step is saved and the exit code is 75 (before the first step: the process "
+        "the last complete step is saved and the exit code is 75 (before the first step: the "
+        "process "
         "ends as usual), within 20 s",
     ),
     "full-disk": Row(

@@ -127,7 +127,8 @@ def _run(trial: Trial, out: Path, stop: StopFlag) -> TrialResult:
 
 @contextlib.contextmanager
 def stop_after(minutes: float) -> Iterator[StopFlag]:
-    """Give a StopFlag that is set by the signals that end a process, and after some minutes (0: never).
+    """Give a StopFlag that is set by the signals that end a process, and after some minutes (0:
+    never).
 
     When the time is over, this process sends SIGTERM to itself, which the current run receives.
     """

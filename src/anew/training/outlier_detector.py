@@ -39,7 +39,9 @@ class OutlierDetector:
         """Update the statistics with one applied step."""
         self.steps += 1
         decay = min(DECAY, 1 - 1 / self.steps)  # a plain mean until there are enough steps
+        new = 1 - decay
         for i, value in enumerate((loss, grad_norm)):
             difference = value - self.mean[i]
-            self.mean[i] += (1 - decay) * difference
-            self.variance[i] = decay * (self.variance[i] + (1 - decay) * difference * difference)
+            self.mean[i] += new * difference
+            variance = self.variance[i] + new * difference * difference
+            self.variance[i] = decay * variance

@@ -49,7 +49,8 @@ def hub_errors(kind: str, repository: str, revision: str, path: str) -> Iterator
         yield
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"{repository} is neither a local folder nor a public {kind} on the hub; check the name."
+            f"{repository} is neither a local folder nor a public {kind} on the hub; check the "
+            "name."
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repository} has no revision {revision} on the hub.") from error
