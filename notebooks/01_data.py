@@ -88,7 +88,7 @@ for path in bench.stdlib()[:60]:
     (folder / "texts" / f"{path.stem}.txt").write_text(
         path.read_text(encoding="utf-8"), encoding="utf-8"
     )
-data = prepare.prepare(
+data = prepare.prepare_data(
     sources.find(str(folder / "texts")), prepare.Settings("gpt2"), folder / "tokens"
 )
 for split, shards in data.splits.items():

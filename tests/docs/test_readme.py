@@ -41,7 +41,7 @@ def user_folder(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
     shakespeare = Path("cache/downloads/tinyshakespeare.txt")
     shakespeare.parent.mkdir(parents=True)
     shakespeare.write_text(text * 5)
-    prepare.prepare(sources.find("my.txt"), prepare.Settings("gpt2"), Path("DIR"))
+    prepare.prepare_data(sources.find("my.txt"), prepare.Settings("gpt2"), Path("DIR"))
     small = {
         "n_layer": 1,
         "n_head": 1,

@@ -54,12 +54,12 @@ def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(posts: Path, tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
     """The posts, prepared without interruption."""
     out = tmp_path_factory.mktemp("whole") / "data"
-    return prepare.prepare(sources.find(str(posts)), SMALL, out, workers=1)
+    return prepare.prepare_data(sources.find(str(posts)), SMALL, out, workers=1)
 
 
 def prepare_posts(posts: Path, out: Path) -> None:
     """Prepare the posts; other processes call this."""
-    prepare.prepare(sources.find(str(posts)), SMALL, out, workers=2)
+    prepare.prepare_data(sources.find(str(posts)), SMALL, out, workers=2)
 
 
 def assert_same_weights(run_a: Path, run_b: Path, step: int) -> None:
@@ -165,7 +165,7 @@ def test_long_document_in_pieces_has_the_tokens_of_the_whole(text: str) -> None:
 
 def test_web_text_is_prepared_without_loss(tmp_path: Path) -> None:
     path = shared("web_text/openwebtext_1000.jsonl")
-    folder = prepare.prepare(sources.find(str(path)), Settings("gpt2"), tmp_path / "data")
+    folder = prepare.prepare_data(sources.find(str(path)), Settings("gpt2"), tmp_path / "data")
     documents = read_documents(path)
     assert sorted(texts_of(folder, "train") + texts_of(folder, "val")) == sorted(documents)
 
@@ -194,7 +194,7 @@ def hub(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hu
 
 
 def prepare_edu(out: Path, settings: Settings = SMALL, **options: Any) -> DataFolder:
-    return prepare.prepare(sources.find("fineweb-edu"), settings, out, **options)
+    return prepare.prepare_data(sources.find("fineweb-edu"), settings, out, **options)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_file_that_changed_on_the_server_is_refused(hub: Hub, tmp_path: Path) ->
     source = sources.find("fineweb-edu")
     hub.files["sample/10BT/005_00000.parquet"] = parquet_file(77)
     with pytest.raises(UserError, match=r"another sha256|could not be downloaded"):
-        prepare.prepare(source, SMALL, tmp_path / "data")
+        prepare.prepare_data(source, SMALL, tmp_path / "data")
 
 
 def test_hub_that_stops_answering_is_tried_again_and_then_a_user_error(

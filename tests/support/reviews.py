@@ -19,4 +19,4 @@ def write_reviews(folder: Path) -> Path:
 def prepare_reviews(reviews: Path, out: Path, workers: int = 1) -> None:
     """Prepare the reviews with a learned vocabulary of 1,000 ids."""
     settings = prepare.Settings("train:1000", val_tokens=5000)
-    prepare.prepare(sources.find(str(reviews)), settings, out, workers=workers)
+    prepare.prepare_data(sources.find(str(reviews)), settings, out, workers=workers)

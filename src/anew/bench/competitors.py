@@ -35,7 +35,7 @@ from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data.dataloader import evaluation_windows
 from anew.data.dataset import open_data
 from anew.data.holdout import Settings
-from anew.data.prepare import cores, prepare
+from anew.data.prepare import cores, prepare_data
 from anew.data.readers import documents
 from anew.data.sources import find
 from anew.evaluate import runner
@@ -337,7 +337,7 @@ def anew_preparing(file: Path, folder: Path) -> Turn:
 
     def prepare_text() -> None:
         out = folder / f"ours-{next(numbers)}"
-        prepare(find(str(file)), Settings("gpt2"), out, disk_budget=10**12)
+        prepare_data(find(str(file)), Settings("gpt2"), out, disk_budget=10**12)
 
     return prepare_text
 

@@ -26,7 +26,7 @@ FORMATS: dict[str, list[str]] = {
 }
 
 
-def export(model: str, to: str, out: Path, dtype: str = "f32", readme: str = "") -> None:
+def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str = "") -> None:
     """Write a model to `out` in the format `to`; `out` appears only when it is complete.
 
     `dtype` is the type of the matrices in a GGUF file; the other formats keep fp32. `readme` is the

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from anew.checkpoint.export import export
+from anew.checkpoint.export import export_model
 from anew.report.model_card import model_card
 
 
@@ -35,7 +35,7 @@ def run_export(argv: list[str]) -> None:
     args = tyro.cli(ExportArgs, args=argv, prog="anew export")
     out = Path(args.out)
     readme = model_card(args.model) if args.to == "hf" else ""
-    export(args.model, args.to, out, args.dtype, readme)
+    export_model(args.model, args.to, out, args.dtype, readme)
     files = out.rglob("*") if out.is_dir() else [out]
     size = sum(file.stat().st_size for file in files)
     print(f"{args.model} is now {out} ({args.to}, {size / 1e6:,.1f} MB)")

@@ -20,7 +20,7 @@ from anew.cli.progress import progress_bar
 from anew.config.values import bytes_of, ids_of
 from anew.data import sources
 from anew.data.holdout import SHARD_0_TOKENS, VAL_TOKENS, Settings
-from anew.data.prepare import INDEX, Status, begun_at, cores, prepare
+from anew.data.prepare import INDEX, Status, begun_at, cores, prepare_data
 from anew.data.shards import SHARD_TOKENS, DataFolder, disk_bytes
 from anew.data.token_formats import open_others, write_others
 from anew.errors import UserError
@@ -128,7 +128,7 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
     source = sources.find(args.source, begun_at(out) or "main")
     budget = bytes_of(args.disk_budget)
     with progress_bar() as update:
-        folder = prepare(
+        folder = prepare_data(
             source,
             settings,
             out,

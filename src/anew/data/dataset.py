@@ -60,7 +60,7 @@ def open_data(
     if isinstance(tokenizer, Tokenizer):
         tokenizer.keep(folder)
     if not source.is_remote:
-        return prepare.prepare(source, settings, folder, wait=True)
+        return prepare.prepare_data(source, settings, folder, wait=True)
     process = None
     if leads:
         process = start_preparation(data, source.revision, settings, folder, disk_budget)

@@ -63,7 +63,7 @@ class Status:
     share: float  # of the source's files or of the limit, 0 to 1
 
 
-def prepare(
+def prepare_data(
     source: Source,
     settings: Settings,
     out: Path,

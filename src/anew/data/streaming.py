@@ -130,7 +130,7 @@ def _prepare(
         if os.getppid() != parent:  # the parent ended before prctl was called
             return
     try:
-        prepare.prepare(
+        prepare.prepare_data(
             sources.find(data, revision),
             settings,
             out,

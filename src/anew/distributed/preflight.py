@@ -14,7 +14,7 @@ MOST_BYTES = 64 << 20  # exchanged to measure the connection
 LISTED_RANKS = 4  # in an error
 
 
-def preflight(
+def check_ranks(
     world: World, device: torch.device, facts: dict[str, str], gradient_bytes: int
 ) -> str:
     """Return a line that says how long the exchange of the gradients takes.

@@ -134,8 +134,7 @@ class Kernel:
             logits.data_ptr(),
             torch.get_num_threads(),
         )
-        cache.lengths = cache.lengths + 1
-        cache.used += 1
+        cache.advance(1)
         return logits
 
     def _layer(self, block: Block) -> _Layer:
@@ -237,8 +236,7 @@ class CpuBatchDecoder:
             wide = _product(normed, *layer.c_fc, activation="gelu")  # (B, 4 C)
             added = _product(wide, *layer.mlp_c_proj)
         normed = self._add_and_norm(x, added, *self.ln_f)
-        cache.lengths = cache.lengths + 1
-        cache.used += 1
+        cache.advance(1)
         return _product(normed, self.head, None)
 
     def _attend(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:

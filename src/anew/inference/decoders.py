@@ -130,8 +130,7 @@ class Graphed(Packed):
             recording.ids.copy_(torch.tensor(ids)[:, None])
             recording.lengths.copy_(cache.lengths)
             recording.graph.replay()
-        cache.lengths = cache.lengths + 1
-        cache.used += 1
+        cache.advance(1)
         likeliest = recording.likeliest
         if likeliest is not None:
             likeliest = Likeliest(

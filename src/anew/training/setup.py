@@ -22,7 +22,7 @@ from anew.config.values import bytes_of, ids_of
 from anew.data.dataloader import Batches
 from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
-from anew.distributed.preflight import preflight, refuse_shared_gpus
+from anew.distributed.preflight import check_ranks, refuse_shared_gpus
 from anew.distributed.rendezvous import joined
 from anew.distributed.world import World
 from anew.errors import UserError
@@ -228,7 +228,7 @@ def compare_ranks(config: Config, state: TrainState) -> str:
         "data": state.data_revision,
     }
     gradient_bytes = 4 * sum(parameter.numel() for parameter in state.parameters)
-    return preflight(state.world, state.runtime.device, facts, gradient_bytes)
+    return check_ranks(state.world, state.runtime.device, facts, gradient_bytes)
 
 
 def log_start(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from anew import Tokenizer, UserError
-from anew.checkpoint.export import export
+from anew.checkpoint.export import export_model
 from tests.support.exports import GGUF_DTYPES, check_gguf_reads_back, saved_model
 
 BYTES = Tokenizer.named("bytes")
@@ -22,11 +22,11 @@ def test_unknown_formats_and_dtypes_and_existing_targets_are_refused(tmp_path: P
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(UserError, match="no format"):
-        export(str(tmp_path), "tflite", out / "x")
+        export_model(str(tmp_path), "tflite", out / "x")
     with pytest.raises(UserError, match="hf, which supports f32"):
-        export(str(tmp_path), "hf", out / "x", "f16")
+        export_model(str(tmp_path), "hf", out / "x", "f16")
     with pytest.raises(UserError, match="exists already"):
-        export(str(tmp_path), "hf", out)
+        export_model(str(tmp_path), "hf", out)
     assert list(out.iterdir()) == []
 
 
@@ -35,7 +35,7 @@ def test_missing_package_of_a_format_is_reported(
 ) -> None:
     monkeypatch.setattr("anew.checkpoint.export.find_spec", lambda package: None)
     with pytest.raises(UserError, match="needs the package gguf"):
-        export(str(tmp_path), "gguf", tmp_path / "x.gguf")
+        export_model(str(tmp_path), "gguf", tmp_path / "x.gguf")
 
 
 def test_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,5 +47,5 @@ def test_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.Mo
     out.mkdir()
     monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", fail)
     with pytest.raises(OSError, match="No space"):
-        export(str(tmp_path), "gguf", out / "x.gguf")
+        export_model(str(tmp_path), "gguf", out / "x.gguf")
     assert list(out.iterdir()) == []

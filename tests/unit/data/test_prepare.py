@@ -35,7 +35,7 @@ BYTES = Tokenizer.named("bytes")
 
 
 def prepared(source: Path, out: Path, settings: Settings = SMALL, workers: int = 0) -> DataFolder:
-    return prepare.prepare(sources.find(str(source)), settings, out, workers=workers)
+    return prepare.prepare_data(sources.find(str(source)), settings, out, workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_interrupted_preparation_continues_only_with_its_settings(
 
     out = tmp_path / "data"
     with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(sources.find(str(posts)), SMALL, out, report=interrupt)
+        prepare.prepare_data(sources.find(str(posts)), SMALL, out, report=interrupt)
     assert (out / "progress.json").exists()
     with pytest.raises(UserError, match="other settings or another text"):
         prepared(posts, out, Settings("gpt2"))

@@ -36,7 +36,7 @@ def test_damaged_shard_is_refused_before_its_tokens_are_used(
     text_file: Path, tmp_path: Path, damage: str
 ) -> None:
     out = tmp_path / "data"
-    folder = prepare.prepare(sources.find(str(text_file)), prepare.Settings("bytes"), out)
+    folder = prepare.prepare_data(sources.find(str(text_file)), prepare.Settings("bytes"), out)
     path = folder.splits["train"][0].path
     raw = bytearray(path.read_bytes())
     if damage == "flip":

@@ -110,7 +110,9 @@ def test_folder_source_skips_hidden_and_binary_files(tmp_path: Path) -> None:
     folder_names = [path.name for path in sources.find(str(tmp_path)).files]
     glob_names = [path.name for path in sources.find(str(tmp_path / "*.txt")).files]
     assert folder_names == glob_names == ["a.txt", "invalid.txt"]
-    data = prepare.prepare(sources.find(str(tmp_path)), prepare.Settings("gpt2"), tmp_path / "data")
+    data = prepare.prepare_data(
+        sources.find(str(tmp_path)), prepare.Settings("gpt2"), tmp_path / "data"
+    )
     assert data.n_tokens("train") + data.n_tokens("val") > 4
 
 

@@ -117,7 +117,7 @@ def test_validation_task_equals_the_loss_that_training_reports(
     text_file: Path, tmp_path: Path
 ) -> None:
     model = task_model()
-    prepare.prepare(sources.find(str(text_file)), prepare.Settings("gpt2"), tmp_path / "data")
+    prepare.prepare_data(sources.find(str(text_file)), prepare.Settings("gpt2"), tmp_path / "data")
     folder = open_data(str(tmp_path / "data"), "gpt2")
     task = Validation(folder, 48, 500)
     examples = task.examples(Path(), TOKENIZER, 128)

@@ -186,7 +186,7 @@ def test_shard_is_unmapped_before_it_is_removed(tmp_path: Path) -> None:
     """Windows refuses to remove a file that is mapped into memory."""
     text = tmp_path / "text.txt"
     text.write_text("A sentence of some length that is read again and again.\n" * 400)
-    prepare.prepare(sources.find(str(text)), prepare.Settings("bytes"), tmp_path / "data")
+    prepare.prepare_data(sources.find(str(text)), prepare.Settings("bytes"), tmp_path / "data")
     folder = DataFolder.open(tmp_path / "data")
     shard = folder.splits["train"][0]
     assert len(shard.tokens) > 1000
