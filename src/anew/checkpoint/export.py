@@ -43,7 +43,7 @@ def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str
     elif to == "gguf":
         with atomic_file(out) as file:
             write_gguf(file, gpt, tokenizer, dtype, name=out.stem)
-    else:
+    elif to == "onnx":
         write_onnx(out, gpt)
 
 

@@ -23,7 +23,7 @@ from anew.utils.signals import StopFlag
 
 MicroBatch = tuple[Tensor, Tensor]  # token ids and targets, each (sequences, T) of int64
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (ids, targets) -> mean loss
-NO_LIMITS = (math.inf, math.inf)
+NO_LIMITS = (math.inf, math.inf)  # largest loss, largest gradient norm
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StepResult:
     """The result of one step, the same on every rank."""
 
     loss: float  # mean over all tokens of the step, in nats
-    grad_norm: float  # global norm before clipping
+    grad_norm: float  # global norm before clipping; NaN if the step ended before it was known
     applied: bool  # False if weights and optimizer state were left unchanged
     stop: bool = False  # a rank was asked to stop, so the step was not applied
     save: bool = False  # a rank asks for a checkpoint
@@ -60,8 +60,9 @@ def train_step(
 
     `rate` is the learning rate as a share of its peak.
 
-    Weights, optimizer state and loss scale stay unchanged if, on any rank, the loss or the
-    gradient norm is not finite or above `limits` (loss, norm), or if any rank was asked to stop.
+    Weights and optimizer state stay unchanged if the loss or the gradient norm is not finite or
+    above `limits` (loss, norm), or if any rank was asked to stop. After a stop the loss scale of
+    fp16 is unchanged too; after an overflow it is lowered.
     `save` is this rank's request for a checkpoint. `while_device_works` is called once, after the
     first micro-batch has been submitted to the device.
     """
@@ -96,6 +97,7 @@ def accumulate_gradients(
         # FSDP exchanges data in every pass, so no rank of a sharded model may leave the loop early.
         if stop.is_set() and not state.is_sharded:
             break
+        # Each pass has a seed of its own, so that a resumed run drops the same activations.
         if state.config.model.dropout > 0:
             seed = dropout_seed(state.config.run.seed, state.step, index, state.world.rank)
             torch.manual_seed(seed)
@@ -110,8 +112,10 @@ def accumulate_gradients(
 
 def all_reduce_gradients(state: TrainState, loss: Tensor, stop: bool, save: bool) -> RankSums:
     """Average gradients and loss over all ranks, and count the requests to stop and to save."""
-    if state.buckets is not None:  # FSDP has reduced sharded gradients in the backward pass
+    # Sharded gradients have no buckets: FSDP has averaged them in the backward pass.
+    if state.buckets is not None:
         state.buckets.all_reduce()
+    # One exchange of three values takes less time than three exchanges.
     shared = torch.zeros(3, device=loss.device)
     shared[0] = loss
     shared[1] = float(stop)
@@ -123,10 +127,11 @@ def all_reduce_gradients(state: TrainState, loss: Tensor, stop: bool, save: bool
 def must_end_before_update(state: TrainState, stop_here: bool, stop_requests: Tensor) -> bool:
     """Return whether the step must end before the optimizer runs, because a rank was asked to stop.
 
-    A single process knows this without waiting for its device. Of several ranks, only those with a
-    GradScaler wait: unscaling needs a loss scale, which a rank without a micro-batch does not have,
-    and `scaler.update` would change the scale after a step that was not completed. All other ranks
-    continue with `skip` set.
+    A single process reads its own flag. Several ranks compare the sum of the requests, so all of
+    them decide alike; reading it waits for the device, which is done only with a GradScaler. There
+    the step must end here, because the scaler creates its scale in the first backward pass, which a
+    rank that stopped early has not run, and because `scaler.update` would change the scale after an
+    incomplete step. Without a scaler, the ranks continue with `skip` set.
     """
     if state.world.size == 1:
         return stop_here
@@ -145,15 +150,17 @@ def apply_update(state: TrainState, skip: Tensor, rate: float) -> None:
     """Update the weights at `rate` of the peak learning rate, unless `skip` is true."""
     config = state.config.optim
     set_learning_rates(state.optimizers, rate, muon_momentum(state.step, config))
-    # Fused AdamW and Muon read `found_inf` on the device, so the host need not wait for `skip`.
-    # The optimizers on MPS, of sharded parameters, and the unfused ones do not read it.
+    # `found_inf` is PyTorch's name for a flag on the device: fused AdamW, and Muon here, leave
+    # weights and state alone where it is not zero, so the host does not wait for `skip`. The
+    # optimizers on MPS, of sharded parameters, and the unfused ones do not read it.
     host_must_decide = (
         state.scaler.is_enabled()
         or state.is_sharded
         or skip.device.type == "mps"
         or not config.fused
     )
-    if not (host_must_decide and skip.item()):
+    must_skip = host_must_decide and skip.item()
+    if not must_skip:
         for optimizer in state.optimizers:
             if not host_must_decide:
                 optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
@@ -186,4 +193,5 @@ def read_result(sums: RankSums, grad_norm: Tensor, skip: Tensor) -> StepResult:
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """Return the seed of one forward pass, so that dropout is a function of these four numbers."""
     key = struct.pack("<4q", seed, step, micro_batch, rank)
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # 63 bits, because a seed is a signed integer

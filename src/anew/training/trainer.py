@@ -183,7 +183,8 @@ def micro_batches_of(run: Run, step: int) -> list[MicroBatch]:
     share = config.batch_sequences // world.size
     first = 0 if config.data.one_batch else step * config.batch_sequences
     rows = torch.from_numpy(run.batches.rows(first + world.rank * share, share))
-    # A copy to MPS that is not waited for may read memory that was freed meanwhile.
+    # Only a copy from pinned memory may run in the background; on MPS the source of such a copy
+    # may be freed too early.
     is_cuda = device.type == "cuda"
     if is_cuda:
         rows = rows.pin_memory()
@@ -197,7 +198,7 @@ def split_targets(rows: torch.Tensor) -> MicroBatch:
 
 
 def blank_micro_batches(run: Run) -> list[MicroBatch]:
-    """Return as many micro-batches as a step has, of token 0."""
+    """Return the micro-batches of a step with all ids and targets 0."""
     micro_batch = micro_batch_size(run)
     share = run.config.batch_sequences // run.state.world.size
     shape = (micro_batch, run.config.data.seq_len)
@@ -219,7 +220,7 @@ def outlier_limits(run: Run) -> tuple[float, float]:
 
 
 def saves_at(run: Run, step: int) -> bool:
-    """Return whether a checkpoint is saved after `step` steps, whatever the clock says."""
+    """Return whether a checkpoint is saved after `step` steps, apart from `save_minutes`."""
     config = run.config.run
     return step % config.save_every == 0 or step == config.steps
 
@@ -244,7 +245,8 @@ class DelayedRows:
     def __init__(self, run: Run, progress: ProgressCallback | None) -> None:
         self.run = run
         self.progress = progress
-        self.is_delayed = run.state.runtime.device.type != "cpu"  # a CPU would have to wait for it
+        # A CPU computes the steps itself, so a delay gains nothing there.
+        self.is_delayed = run.state.runtime.device.type != "cpu"
         self.waiting: list[tuple[Row, bool]] = []
 
     def add(self, row: Row, applied: bool, is_urgent: bool) -> None:
@@ -257,8 +259,9 @@ class DelayedRows:
         """Write the rows that are waiting."""
         while self.waiting:
             row, applied = self.waiting.pop(0)
-            first = (row["step"] - 1) * self.run.config.batch_sequences
-            last = first + self.run.config.batch_sequences - 1
+            config = self.run.config
+            first = 0 if config.data.one_batch else (row["step"] - 1) * config.batch_sequences
+            last = first + config.batch_sequences - 1
             self.run.log.step(row, applied, f"sequences {first:,} to {last:,}")
             if self.progress is not None:
                 self.progress(row)
