@@ -235,7 +235,7 @@ def _attention_at(
     def forward_and_backward() -> None:
         product.grad = None
         q, k, v = product.permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
-        attention(q, k, v, None, 0.0, True, kind).backward(d_out)
+        attention(q, k, v, causal=True, kernel=kind).backward(d_out)
         assert product.grad is not None
         product.grad.flatten()[:1].cpu()  # waits for the device
 
