@@ -167,7 +167,7 @@ def test_attention_runs_the_requested_kernel(kind: str, training: bool, expected
     qkv.requires_grad_(training)
     q, k, v = qkv.unbind()  # each (B, heads, T, head_dim)
     with torch.set_grad_enabled(training), torch.profiler.profile() as profile:
-        attend(q, k, v, None, 0.0, True, kind)
+        attend(q, k, v, causal=True, kernel=kind)
     names = {event.key for event in profile.key_averages()}
     found = {
         kernel
