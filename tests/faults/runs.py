@@ -270,6 +270,8 @@ def train_with_delay(arguments: list[str], phase: Phase, marker: Path) -> None:
             time.sleep(phase.seconds)
         return function(*values, **named)
 
+    # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = sys.stdout = marker.with_suffix(".log").open("w")
     with patch(phase.function, delayed):
         main(arguments)
