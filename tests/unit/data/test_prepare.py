@@ -196,7 +196,7 @@ def test_two_preparations_cannot_share_a_folder(posts: Path, tmp_path: Path) -> 
 
     source = sources.find(str(posts))
     first = threading.Thread(
-        target=prepare.prepare, args=(source, SMALL, out), kwargs={"report": pause}
+        target=prepare.prepare_data, args=(source, SMALL, out), kwargs={"report": pause}
     )
     first.start()
     assert has_begun.wait(20)
