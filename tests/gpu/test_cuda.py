@@ -379,7 +379,7 @@ def test_gradient_buckets_of_one_rank_return_its_gradients(group: World) -> None
         buckets.start_when_ready()
         loss = model(ids, targets_of(ids))
         loss.backward()
-        started = len(buckets.works)
+        started = len(buckets.started)
         assert started == SMALL.n_layer + 1, "all buckets start before the backward pass ends"
         buckets.all_reduce()
     assert_close(gradients_of(model), expected, rtol=1e-4, atol=1e-6)
