@@ -16,6 +16,7 @@ from anew import Config
 from anew.checkpoint import folder as checkpoint
 from anew.training import run_log as metrics
 from anew.training.trainer import train
+from tests.faults.common import tiny
 from tests.support.ranks import free_port, run_ranks
 
 
@@ -49,32 +50,14 @@ def ok(found: list[tuple[str, Any]]) -> list[dict[str, Any]]:
 def alone(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Config, list[dict[str, Any]]]:
-    config = (
-        dataclasses.replace(Config(), recipe="tiny")
-        .override(
-            n_layer=2,
-            n_head=2,
-            n_embd=32,
-            n_positions=16,
-            seq_len=16,
-            vocab_size=257,
-            tokenizer="bytes",
-            data=str(text_file),
-            steps=50,
-            warmup_steps=5,
-            batch_tokens=256,
-            micro_batch=2,
-            lr=3e-3,
-            min_lr=3e-4,
-            precision="fp32",
-            device="cpu",
-            compile="off",
-            evaluate_every=20,
-            save_every=20,
-            out=str(tmp_path_factory.mktemp("alone") / "run"),
-            timeout_seconds=30.0,
-        )
-        .check()
+    config = tiny(
+        tmp_path_factory.mktemp("alone") / "run",
+        data=str(text_file),
+        steps=50,
+        warmup_steps=5,
+        micro_batch=2,
+        evaluate_every=20,
+        save_every=20,
     )
     return config, ok(run_ranks(1, trained, config))
 

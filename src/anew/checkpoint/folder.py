@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anew.errors import UserError
-from anew.utils.files import flush_to_disk, rename, sha256_of
+from anew.utils.files import flush_to_disk, rename, sha256_of, temporary_name
 
 MANIFEST = "manifest.json"
 STEP_PREFIX = "step-"
@@ -53,7 +53,7 @@ def steps(run: Path) -> list[Path]:
 def writing(run: Path, step: int) -> Iterator[Path]:
     """Give a temporary folder, which becomes the checkpoint if the block ends without an error."""
     final = folder_of(run, step)
-    temporary = _temporary_name(final)
+    temporary = temporary_name(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -147,11 +147,6 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
         elif keep_every == 0 or step_of(folder) % keep_every != 0:
             # Renamed first: if the process is killed while it deletes, a temporary folder is left,
             # which `clean` removes, and not a damaged checkpoint.
-            leftover = _temporary_name(folder)
+            leftover = temporary_name(folder)
             rename(folder, leftover)
             shutil.rmtree(leftover)
-
-
-def _temporary_name(final: Path) -> Path:
-    """Return the hidden name of a checkpoint folder that is being written or deleted."""
-    return final.with_name(f".{final.name}.tmp")

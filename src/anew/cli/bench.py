@@ -301,7 +301,11 @@ def compare_scoring(config: Config, device: str, arguments: Any) -> dict[str, An
     return _print_rates(times, arguments.examples, "examples")
 
 
-def compare_preparing(config: Config, device: str, arguments: Any) -> dict[str, Any]:  # noqa: ARG001
+def compare_preparing(
+    config: Config,  # noqa: ARG001 (all measurements have one signature)
+    device: str,  # noqa: ARG001
+    arguments: Any,
+) -> dict[str, Any]:
     """Compare the conversion of text to shards with a common script."""
     sides: dict[str, Any] = {
         "anew": competitors.anew_preparing,

@@ -151,7 +151,8 @@ def optimizer_state_placeholder(state: TrainState) -> list[torch.Tensor]:
         return []
     local_parts = state.parameters
     if state.is_sharded:
-        local_parts = [parameter.to_local() for parameter in state.parameters]  # type: ignore[attr-defined]
+        sharded: list[Any] = state.parameters
+        local_parts = [parameter.to_local() for parameter in sharded]
     device = state.runtime.device
     sizes = [ADAMW_STATE_BYTES * part.numel() for part in local_parts]
     return [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]

@@ -51,7 +51,7 @@ def test_larger_recipes_have_the_published_shapes_and_learning_rates(
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_run(name: str) -> None:
     settings = {"init": "x"} if name == "finetune" else {}
-    recipe(name, **settings)
+    assert recipe(name, **settings).recipe == name
 
 
 def test_every_recipe_summary_fits_the_overview() -> None:
