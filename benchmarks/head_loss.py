@@ -35,7 +35,7 @@ def step_of(a: argparse.Namespace) -> Callable[[str], object]:
         if (value := getattr(a, name))
     }
     config = recipe(a.recipe, compile="off", out=tempfile.mkdtemp(), **shape)
-    state, stop = TrainState(config, runtime.start(config.run), ""), StopFlag()
+    state, stop = TrainState(config, runtime.set_up_device(config.run), ""), StopFlag()
     ids = torch.randint(0, config.model.vocab_size, (config.batch_sequences, config.data.seq_len))
     batches = [(part, part.roll(-1, 1)) for part in ids.split(config.micro_batches(1)[0])]
 
@@ -51,7 +51,7 @@ def alone() -> Callable[[str], object]:
 
     The second way spoils the logits, which changes no time.
     """
-    runtime.start(recipe("gpt2-124m", compile="off").run)
+    runtime.set_up_device(recipe("gpt2-124m", compile="off").run)
     logits, targets = torch.randn(1024, 50304).bfloat16(), torch.randint(0, 50257, (1024,))
     return lambda way: WAYS[way](logits, targets, 50257, True)
 

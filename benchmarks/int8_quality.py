@@ -16,8 +16,8 @@ from anew import GPT, Tokenizer
 from anew.checkpoint import huggingface as weights
 from anew.config.schema import Config
 from anew.data.dataset import open_data
-from anew.inference.cpu_decoder import Kernel
-from anew.inference.decoders import pack
+from anew.inference.cpu_decoder import CpuDecoder
+from anew.inference.decoders import decoder_for
 from anew.model.gpt import Cache
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     config = Config.read(Path(a.run) / "config.json")
     model = GPT.from_pretrained(a.run).eval()
     model.compute_dtype = torch.bfloat16
-    folder = weights.find(a.run)
+    folder = weights.find_model(a.run)
     with open_data(config.data.data, Tokenizer.of_model(folder, model.config.vocab_size)) as data:
         text = torch.cat(
             [
@@ -40,8 +40,8 @@ def main() -> None:
     T = config.data.seq_len
     losses, choices = {}, {}
     for int8 in (False, True):
-        decoder = pack(model, 1, int8)
-        assert isinstance(decoder, Kernel), "this machine has no C++ compiler or no bf16"
+        decoder = decoder_for(model, 1, int8)
+        assert isinstance(decoder, CpuDecoder), "this machine has no C++ compiler or no bf16"
         total, likeliest, count = 0.0, [], 0
         for start in range(0, min(a.tokens, len(text) - 1) - T, T):
             cache = Cache.empty(model, 1, T)

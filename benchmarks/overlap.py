@@ -65,7 +65,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     from anew.distributed.rendezvous import joined
     from anew.training.setup import training_loss
     from anew.training.train_state import TrainState
-    from anew.utils.device import start
+    from anew.utils.device import set_up_device
 
     torch.set_num_threads(1)
     config = recipe(
@@ -81,7 +81,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     )
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with joined("cpu", 120) as world:
-        runtime = start(config.run)
+        runtime = set_up_device(config.run)
         state = TrainState(config, runtime, "", world)
         loss_of = training_loss(state)
         micro_batches = text_batch(config, runtime.device)

@@ -158,11 +158,11 @@ def torchrun_command(processes: int, hosts: list[str], this_host: str) -> list[s
 
 def publish(run: Path) -> None:
     """Copy the model and the run's records to the folders that SageMaker uploads."""
-    from anew.checkpoint.folder import newest
+    from anew.checkpoint.folder import newest_valid
 
     model = Path(os.environ.get("SM_MODEL_DIR", SAGEMAKER / "model"))
     output = Path(os.environ.get("SM_OUTPUT_DATA_DIR", SAGEMAKER / "output" / "data"))
-    checkpoint, _ = newest(run)
+    checkpoint, _ = newest_valid(run)
     if checkpoint is not None:
         ignore = shutil.ignore_patterns("optimizer.safetensors", "trainer.json", "manifest.json")
         shutil.copytree(checkpoint, model, dirs_exist_ok=True, ignore=ignore)

@@ -20,12 +20,12 @@ from anew.bench import timing as bench
 from anew.utils import device as runtime
 
 V, C, LAYERS, HEADS, T, B = 50257, 64, 4, 4, 64, 4
-runtime.start(
+runtime.set_up_device(
     anew.recipe("demo").run
 )  # torch's settings as in training: memory that is freed is kept, results can be repeated
 tokenizer = anew.Tokenizer.named("gpt2")
 text = torch.tensor(
-    [i for path in bench.stdlib()[:40] for i in tokenizer.encode(path.read_text(encoding="utf-8"))]
+    [i for path in bench.standard_library_files()[:40] for i in tokenizer.encode(path.read_text(encoding="utf-8"))]
 )
 print(f"{len(text):,} tokens of Python's own source")
 

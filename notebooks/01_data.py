@@ -16,10 +16,11 @@ import numpy as np
 import anew
 from anew.bench import timing as bench
 from anew.data import prepare, sources
-from anew.data.dataloader import Batches, permute
+from anew.data.dataloader import DataLoader
+from anew.data.shuffle import permute
 
 text = "\n".join(
-    path.read_text(encoding="utf-8") for path in bench.stdlib()[:60]
+    path.read_text(encoding="utf-8") for path in bench.standard_library_files()[:60]
 )  # Python's own source: real text, on every machine
 print(f"{len(text):,} characters of real text")
 
@@ -84,7 +85,7 @@ plt.show()
 # %%
 folder = Path(tempfile.mkdtemp())
 (folder / "texts").mkdir()
-for path in bench.stdlib()[:60]:
+for path in bench.standard_library_files()[:60]:
     (folder / "texts" / f"{path.stem}.txt").write_text(
         path.read_text(encoding="utf-8"), encoding="utf-8"
     )
@@ -112,7 +113,7 @@ assert (
     permute(np.array([7]), n, key=(1337, 0))[0] == shuffled[7]
 )  # any place can be asked for alone
 
-batches = Batches(data.splits["train"], seq_len=64, seed=1337)
+batches = DataLoader(data.splits["train"], seq_len=64, seed=1337)
 straight = batches.rows(first=0, count=12)
 again = np.concatenate(
     [batches.rows(8, 4), batches.rows(0, 8)]

@@ -21,14 +21,14 @@ from anew.utils import device as runtime
 
 # %%
 config = anew.recipe("gpt2-124m", n_layer=4, n_head=4, n_embd=256, device="cpu")
-config = bench.at(config, micro_batch=4, seq_len=128)
+config = bench.with_batch(config, micro_batch=4, seq_len=128)
 flops = flops_per_token(config.model, 128)
 print(
     f"{count_parameters(config.model):,} parameters, {flops / 1e6:.0f} million operations a token"
 )
 by_hand = 6 * (4 * 12 * 256**2 + 50304 * 256) + 12 * 4 * 256 * 129 / 2
 assert abs(by_hand - flops) < 2
-rt = runtime.start(config.override(precision="auto").run)
+rt = runtime.set_up_device(config.override(precision="auto").run)
 peak, source = runtime.peak_flops(rt)
 print(f"measured against {source}")
 

@@ -20,13 +20,13 @@ from anew.optim.build import build_optimizers, set_learning_rates
 from anew.optim.schedule import learning_rate_factor
 from anew.utils import device as runtime
 
-runtime.start(anew.recipe("demo").run)
+runtime.set_up_device(anew.recipe("demo").run)
 T, B, STEPS = 64, 16, 150
 config = anew.GPTConfig(
     n_layer=2, n_head=2, n_embd=64, n_positions=T, vocab_size=257, attention="plain"
 )
 settings = OptimConfig(lr=6e-3, min_lr=6e-4, warmup_steps=15)
-text = torch.tensor(list(b"".join(path.read_bytes() for path in bench.stdlib()[:40])))
+text = torch.tensor(list(b"".join(path.read_bytes() for path in bench.standard_library_files()[:40])))
 cut = int(0.9 * len(text))
 
 

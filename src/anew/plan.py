@@ -87,7 +87,7 @@ class Plan:
         return _fits(self.memory, self.gpu)
 
 
-def memory_of(
+def memory_per_gpu(
     config: Config, micro_batch: int, ranks: int, precision: str, compiled: bool = True
 ) -> Memory:
     """Estimate what one GPU holds with `micro_batch` sequences in a forward pass."""
@@ -149,7 +149,7 @@ def checkpoint_bytes(config: Config) -> float:
     return FP32_BYTES * values
 
 
-def make(
+def make_plan(
     config: Config,
     gpu: GPU,
     count: int = 1,
@@ -182,7 +182,7 @@ def make(
         gpu,
         count,
         precision,
-        memory_of(config, micro_batch, count, precision),
+        memory_per_gpu(config, micro_batch, count, precision),
         batch_tokens / step_seconds,
         exchange_seconds,
         speed_source,
@@ -205,7 +205,7 @@ def largest_micro_batch(config: Config, gpu: GPU, count: int, precision: str) ->
     config.micro_batches(count)  # raises UserError if the batch cannot be divided
     share = config.batch_sequences // count
     for size in range(min(64, share), 0, -1):
-        if share % size == 0 and _fits(memory_of(config, size, count, precision), gpu):
+        if share % size == 0 and _fits(memory_per_gpu(config, size, count, precision), gpu):
             return size
     return 0
 
@@ -214,7 +214,7 @@ def _fits(memory: Memory, gpu: GPU) -> bool:
     return memory.total <= USABLE_SHARE * gpu.memory_gb * 1e9
 
 
-def lines(plan: Plan) -> Iterator[str]:
+def format_plan(plan: Plan) -> Iterator[str]:
     """Yield the plan as text, at most 80 columns wide."""
     config, gpu = plan.config, plan.gpu
     flops = flops_per_token(config.model, config.data.seq_len)
@@ -256,7 +256,7 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     for size in (1, 2, 4, 8, 16, 32, 64):
         if share % size:
             continue
-        memory = memory_of(config, size, plan.count, plan.precision)
+        memory = memory_per_gpu(config, size, plan.count, plan.precision)
         state = memory.state + memory.gradients
         mark = "*" if size == chosen else " "
         end = "" if _fits(memory, plan.gpu) else "  no"
@@ -282,7 +282,7 @@ def _what_fits(plan: Plan) -> str:
 def _half(plan: Plan) -> str:
     """Return the line about the same run on half the GPUs."""
     count = plan.count // 2
-    half = make(plan.config, plan.gpu, count, plan.price)
+    half = make_plan(plan.config, plan.gpu, count, plan.price)
     _, accumulated = plan.config.micro_batches(count)
     fits = "" if half.fits else "; the micro-batch no longer fits"
     return (

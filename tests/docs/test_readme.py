@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import anew
-from anew.cli.main import VERBS, main
+from anew.cli.main import COMMANDS as CLI_COMMANDS
+from anew.cli.main import main
 from anew.config.recipes import RECIPES
 from anew.data import prepare, sources
 from anew.training.trainer import train
@@ -19,7 +20,7 @@ from tests.support import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 MULTI_GPU = (ROOT / "docs" / "multi-gpu.md").read_text(encoding="utf-8")
-COMMANDS = [
+QUICKSTART_COMMANDS = [
     line.split("#")[0].strip()
     for line in QUICKSTART.splitlines()
     if line.startswith(".venv/bin/anew ")
@@ -58,8 +59,8 @@ def user_folder(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_command_of_the_readme_works(
     user_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(COMMANDS) >= 7
-    for command in COMMANDS:
+    assert len(QUICKSTART_COMMANDS) >= 7
+    for command in QUICKSTART_COMMANDS:
         argv = shlex.split(command)[1:]
         if argv[0] == "train":
             argv += shlex.split(SHORTER) + ([] if "--init" in argv else shlex.split(SHAPE))
@@ -113,7 +114,7 @@ def test_the_commands_of_many_processes_mean_what_they_say(
 def test_files_verbs_and_recipes_named_in_the_readme_exist() -> None:
     for name in re.findall(r"\b(?:src/anew|tests|docs|benchmarks|launch)/[\w/.]+", README):
         assert (ROOT / name.rstrip(".")).exists(), name
-    for verb in VERBS:
+    for verb in CLI_COMMANDS:
         assert f"`anew {verb}" in README
     for recipe in set(RECIPES) - {"gpt2-355m", "shakespeare-memorise"}:
         assert f"`{recipe}`" in QUICKSTART
@@ -174,7 +175,7 @@ def test_commands_of_the_docs_are_understood(
         if len(words) == 1 or any(
             re.search(r"^[A-Z]+$|[|\[]|^\.\.\.$|^--help$", word) for word in words
         ):
-            assert words[0] in VERBS, command
+            assert words[0] in CLI_COMMANDS, command
             continue  # a name of a verb, or a form with MODEL in it
         try:
             with pytest.raises(Parsed):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anew import Config
-from anew.checkpoint.folder import newest
+from anew.checkpoint.folder import newest_valid
 from anew.training import run_log
 from anew.training.trainer import train
 
@@ -108,7 +108,7 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
 
 def final(run: Path) -> bytes:
     """Return the weights and the optimizer state of the newest checkpoint."""
-    checkpoint, _ = newest(run)
+    checkpoint, _ = newest_valid(run)
     assert checkpoint is not None, f"{run} has no checkpoint"
     weights = (checkpoint / "model.safetensors").read_bytes()
     return weights + (checkpoint / "optimizer.safetensors").read_bytes()

@@ -11,7 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anew import Config, UserError
-from anew.checkpoint.folder import clean, newest, prune, steps, writing
+from anew.checkpoint.folder import (
+    list_checkpoints,
+    newest_valid,
+    prune,
+    remove_leftovers,
+    write_checkpoint,
+)
 from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
 from anew.training.trainer import train
@@ -35,8 +41,8 @@ def kill_during_save(injections: int, rng: random.Random, scratch: Path) -> Faul
     step = 1
     for _ in range(injections):
         acknowledged = _kill_writer(_save_checkpoints, run, step, rng)
-        clean(run)
-        checkpoint, skipped = newest(run)
+        remove_leftovers(run)
+        checkpoint, skipped = newest_valid(run)
         found = saved_step(checkpoint)
         result.check(not skipped, f"corrupt: {skipped}")
         result.check(
@@ -99,7 +105,7 @@ def _kill_writer(
 def _save_checkpoints(run: Path, first_step: int, acknowledge: int) -> None:
     """Save one checkpoint after the other with the product's functions."""
     for step in range(first_step, first_step + 1000):
-        with writing(run, step) as folder:
+        with write_checkpoint(run, step) as folder:
             for name, content in _content(step).items():
                 (folder / name).write_bytes(content)
         os.write(acknowledge, step.to_bytes(4, "little"))
@@ -166,7 +172,7 @@ def _train_on_disk(result: FaultResult, config: Config) -> str:
         message = str(error)
     is_clear = not message or ("the disk of" in message and "is full" in message)
     result.check(is_clear, f"another error: {message}")
-    _, skipped = newest(config.folder)
+    _, skipped = newest_valid(config.folder)
     result.check(not skipped, f"a damaged checkpoint was published: {skipped}")
     return message
 
@@ -210,12 +216,12 @@ def _damage_checkpoint(
     result: FaultResult, config: Config, rng: random.Random, with_manifest: bool
 ) -> None:
     """Damage one file of the newest checkpoint, and check that the earlier one is used instead."""
-    earlier, latest = steps(config.folder)
+    earlier, latest = list_checkpoints(config.folder)
     files = [path for path in latest.iterdir() if path.name != "manifest.json" or with_manifest]
     file = rng.choice(files)
     content = file.read_bytes()
     damage = _damage(file, rng)
-    checkpoint, skipped = newest(config.folder)
+    checkpoint, skipped = newest_valid(config.folder)
     # A manifest stays valid if only white space or a digit of its version number has changed.
     is_harmless = file.name == "manifest.json" and checkpoint == latest
     result.check(checkpoint == earlier or is_harmless, f"not noticed: {damage}")

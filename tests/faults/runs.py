@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from anew import Config
-from anew.checkpoint.folder import newest
+from anew.checkpoint.folder import newest_valid
 from anew.errors import Preempted
 from anew.evaluate.loss import mean_loss
 from anew.training import run_log, trainer, validation
@@ -179,7 +179,7 @@ PHASES = {
     "step": Phase("anew.training.trainer.train_step", 8, 0.4),
     "evaluation": Phase("anew.training.validation.mean_loss", 2, 0.4),
     "save": Phase("anew.checkpoint.folder.publish", 2, 0.4),
-    "wait for data": Phase("anew.data.dataloader.Batches.rows", 12, 0.4),
+    "wait for data": Phase("anew.data.dataloader.DataLoader.rows", 12, 0.4),
 }
 BEFORE_THE_FIRST_STEP = ("start-up", "compile")  # signals have their default behaviour there
 SIGNALS = {
@@ -210,7 +210,7 @@ def signals(injections: int, rng: random.Random, scratch: Path) -> FaultResult:
         has_metrics = (config.folder / "metrics.jsonl").exists()
         recorded = losses(config.folder) if has_metrics else []
         last_step = recorded[-1][0] if recorded else 0
-        checkpoint, skipped = newest(config.folder)
+        checkpoint, skipped = newest_valid(config.folder)
         is_last = not skipped and saved_step(checkpoint) == last_step
         result.check(is_last, f"{what}: the checkpoint is not of the last step")
         if phase != "compile":  # compiled code rounds differently

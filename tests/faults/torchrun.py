@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anew import Config
-from anew.checkpoint.folder import newest, steps
+from anew.checkpoint.folder import list_checkpoints, newest_valid
 from tests.faults.common import FaultResult, check_same_run, flags, saved_step, tiny, train_run
 from tests.support.ranks import run_ranks
 
@@ -130,7 +130,7 @@ def kill_torchrun(injections: int, rng: random.Random, scratch: Path) -> FaultRe
         config = reference.override(out=str(scratch / f"run-{i}"))
         job = Job(config)
         job.wait_for_step(rng.randint(2, 110))
-        saved = [saved_step(checkpoint) for checkpoint in steps(config.folder)]
+        saved = [saved_step(checkpoint) for checkpoint in list_checkpoints(config.folder)]
         if i % 2 == 0:
             job.kill_all()
         else:
@@ -139,7 +139,7 @@ def kill_torchrun(injections: int, rng: random.Random, scratch: Path) -> FaultRe
                 os.kill(rng.choice(ranks), signal.SIGKILL)
             job.end(60)
             result.check(not job.processes(), "processes are left over")
-        checkpoint, skipped = newest(config.folder)
+        checkpoint, skipped = newest_valid(config.folder)
         result.check(not skipped, f"a damaged checkpoint: {skipped}")
         has_lost_none = not saved or saved_step(checkpoint) >= saved[-1]
         result.check(has_lost_none, f"checkpoint {saved[-1:]} is lost")

@@ -31,12 +31,12 @@ from anew.distributed import fsdp
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.preflight import gpu_identity
 from anew.distributed.world import World, full_tensor
-from anew.inference.decoders import Graphed, Packed, pack
+from anew.inference.decoders import CudaGraphDecoder, TorchDecoder, decoder_for
 from anew.inference.generate import _prefill
 from anew.model.attention import attend
 from anew.training.train_state import TrainState
 from anew.training.trainer import train, train_step
-from anew.utils.device import start
+from anew.utils.device import set_up_device
 from anew.utils.gpus import GPUS
 from anew.utils.signals import StopFlag
 from tests.faults.common import losses, tiny
@@ -225,7 +225,7 @@ def test_training_step_waits_for_the_device_once(optimizer: str, tmp_path: Path)
     """torch warns at each point where the host waits. A second wait would leave the GPU idle."""
     settings = {"precision": "bf16", "batch_tokens": 1024, "optimizer": optimizer}
     config = tiny(tmp_path / "run", device=DEVICE, **settings)
-    state = TrainState(config, start(config.run), "")
+    state = TrainState(config, set_up_device(config.run), "")
     batch = timing.text_batch(config, state.runtime.device)
     stop = StopFlag()
     for _ in range(2):
@@ -252,10 +252,10 @@ def test_memory_of_a_step_matches_the_plan() -> None:
     for recompute in (False, True):
         settings = {"device": DEVICE, "precision": "bf16", "recompute": recompute}
         recipe = anew.recipe("gpt2-124m", **settings)
-        config = timing.at(recipe, micro_batch=8, seq_len=1024)
-        measured = timing.apart(config, 3)
+        config = timing.with_batch(recipe, micro_batch=8, seq_len=1024)
+        measured = timing.measure_in_new_process(config, 3)
         assert not isinstance(measured, str), measured
-        planned = plan.make(config, gpu).memory.total
+        planned = plan.make_plan(config, gpu).memory.total
         planned -= plan.LIBRARY_BYTES
         assert measured.memory_bytes == pytest.approx(planned, rel=0.25), f"recompute {recompute}"
 
@@ -277,9 +277,9 @@ def assert_close_logits(found: Tensor, expected: Tensor) -> None:
 def test_decoding_with_cuda_graphs_matches_decoding_without() -> None:
     """Rows of several lengths, past the 128 slots of a recording, and a second text."""
     model = generation_model()
-    graphed = pack(model, 3)
-    assert isinstance(graphed, Graphed)
-    packed = Packed(model)
+    graphed = decoder_for(model, 3)
+    assert isinstance(graphed, CudaGraphDecoder)
+    packed = TorchDecoder(model)
     for length in (3, 120):
         prompts = []
         for more in (0, 4, 9):
@@ -301,8 +301,8 @@ def test_decoding_with_cuda_graphs_matches_decoding_without() -> None:
 def test_alternating_texts_keep_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of three rows and of one row take turns. Each number of rows is recorded once."""
     model = generation_model()
-    graphed = Graphed(model)
-    packed = Packed(model)
+    graphed = CudaGraphDecoder(model)
+    packed = TorchDecoder(model)
     three_rows = [[9] * 4, [10] * 9, [11] * 2]
     one_row = [[5, 6, 7]]
     texts = [three_rows, one_row]
@@ -330,7 +330,7 @@ def test_alternating_texts_keep_their_caches(monkeypatch: pytest.MonkeyPatch) ->
 def test_recorded_top_k_matches_the_logits() -> None:
     """Greedy and top-k choices are those of the logits. Each size of top-k is recorded once."""
     model = generation_model()
-    graphed = Graphed(model)
+    graphed = CudaGraphDecoder(model)
     prompts = [[5, 6, 7], [8, 9]]
     cache, _ = _prefill(model, prompts, 256)
     for top_k in (1, 50, 40, 1):
@@ -395,7 +395,7 @@ def test_stop_before_the_first_micro_batch_ends_the_step(
     """
     config = tiny(tmp_path / "run", device=DEVICE, precision=precision)
     world = World(rank=0, size=2)
-    state = TrainState(config, start(config.run), "", world)
+    state = TrainState(config, set_up_device(config.run), "", world)
     before = [parameter.detach().clone() for parameter in state.parameters]
     batch = timing.text_batch(config, state.runtime.device)
     stop = StopFlag()

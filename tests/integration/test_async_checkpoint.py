@@ -65,7 +65,7 @@ def test_checkpoint_has_the_weights_of_its_step_while_training_continues(
     train(config)
     saved = {
         int(p.name[5:]): digest(load_file(p / "model.safetensors"))
-        for p in checkpoint.steps(config.folder)
+        for p in checkpoint.list_checkpoints(config.folder)
     }
     assert saved == {step: expected[step] for step in (5, 10, 15, 20)}
     assert len(set(saved.values())) == 4
@@ -75,7 +75,7 @@ def test_checkpoint_has_the_weights_of_its_step_while_training_continues(
 def test_newest_checkpoints_and_multiples_of_keep_every_are_kept(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", steps=40, save_every=5, keep=2, keep_every=15)
     train(config)
-    assert [int(p.name[5:]) for p in checkpoint.steps(config.folder)] == [15, 30, 35, 40]
+    assert [int(p.name[5:]) for p in checkpoint.list_checkpoints(config.folder)] == [15, 30, 35, 40]
 
 
 def test_checkpoints_are_saved_by_the_clock(
@@ -98,7 +98,13 @@ def test_checkpoints_are_saved_by_the_clock(
     monkeypatch.setattr(module, "train_step", step)
     monkeypatch.setattr(saver.time, "monotonic", lambda: now)
     train(config)
-    assert [int(p.name[5:]) for p in checkpoint.steps(config.folder)] == [5, 10, 15, 20, 22]
+    assert [int(p.name[5:]) for p in checkpoint.list_checkpoints(config.folder)] == [
+        5,
+        10,
+        15,
+        20,
+        22,
+    ]
 
 
 def test_failed_save_ends_the_run_with_its_error(
@@ -149,7 +155,7 @@ def test_only_one_process_writes_to_a_run(tmp_path: Path) -> None:
         again.terminate()
         assert again.wait(30) == 75
     state = json.loads((config.folder / "run_state.json").read_text())
-    newest, skipped = checkpoint.newest(config.folder)
+    newest, skipped = checkpoint.newest_valid(config.folder)
     assert newest is not None
     assert not skipped
     assert (state["status"], state["saved_step"]) == ("preempted", int(newest.name[5:]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from anew import Config
-from anew.checkpoint.folder import folder_of, newest
+from anew.checkpoint.folder import checkpoint_folder, newest_valid
 from anew.training.trainer import train
 from tests.support.commands import run, start
 
@@ -135,7 +135,7 @@ def test_invalid_input_ends_with_one_sentence_and_exit_code_2(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     broken = tmp_path / "broken"
-    shutil.copytree(folder_of(model, 12), broken)
+    shutil.copytree(checkpoint_folder(model, 12), broken)
     flip_bit(broken / "model.safetensors", -5)
     shard = tmp_path / "shard"
     assert run(capsys, "prepare", text_file, "--out", shard, "--tokenizer", "bytes").code == 0
@@ -236,7 +236,7 @@ def test_signal_saves_and_exits_75_and_the_same_command_resumes(
     _, stderr = process.communicate()
     assert process.returncode == 75, stderr
     assert "the same command goes on from there" in stderr
-    checkpoint, skipped = newest(out)
+    checkpoint, skipped = newest_valid(out)
     assert checkpoint is not None
     assert skipped == []
     step = int(checkpoint.name.removeprefix("step-"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from anew import GPT
-from anew.inference.cpu_decoder import Kernel, load_library
-from anew.inference.decoders import pack
+from anew.inference.cpu_decoder import CpuDecoder, load_library
+from anew.inference.decoders import decoder_for
 from anew.model.kv_cache import Cache
 from anew.training.trainer import train
 from tests.faults.common import tiny
@@ -25,8 +25,8 @@ def test_int8_changes_the_loss_by_less_than_a_hundredth(tmp_path: Path) -> None:
     text = Path(config.data.data).read_bytes()[:1600]
     losses = {}
     for int8 in (False, True):
-        decoder = pack(model, 1, int8)
-        assert isinstance(decoder, Kernel)
+        decoder = decoder_for(model, 1, int8)
+        assert isinstance(decoder, CpuDecoder)
         total = 0.0
         for start in range(0, 1600, WINDOW):
             window = text[start : start + WINDOW]

@@ -23,7 +23,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda._lazy_init = refuse
 torch._C._cuda_getDeviceCount = lambda: 1
 import anew, anew.training.trainer, anew.bench.timing, anew.plan, anew.cli.main
-for command in anew.cli.main.VERBS:
+for command in anew.cli.main.COMMANDS:
     importlib.import_module(f"anew.cli.{command}")
 assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 """

@@ -49,7 +49,7 @@ def test_checkpoint_opens_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     anew.train(anew.recipe("demo", steps=3, warmup_steps=1, out=str(tmp_path / "run")))
-    newest, _ = checkpoint.newest(tmp_path / "run")
+    newest, _ = checkpoint.newest_valid(tmp_path / "run")
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(newest).eval(),
         AutoTokenizer.from_pretrained(newest),

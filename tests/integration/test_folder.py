@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anew.checkpoint.folder import clean, newest, step_of, steps, verify
+from anew.checkpoint.folder import list_checkpoints, newest_valid, remove_leftovers, step_of, verify
 
 WRITER = """
 import os, sys
@@ -44,13 +44,13 @@ def test_sigkill_at_any_moment_of_saving_loses_no_reported_checkpoint(tmp_path: 
         rest = process.stdout.read().split()
         process.wait()
         last = int(rest[-1]) if rest else reported[-1]
-        found, skipped = newest(tmp_path)
+        found, skipped = newest_valid(tmp_path)
         assert found is not None
         assert step_of(found) >= last, f"trial {trial}"
         assert skipped == []
-        clean(tmp_path)
+        remove_leftovers(tmp_path)
         assert not list((tmp_path / "checkpoints").glob(".*"))
-        for folder in steps(tmp_path):
+        for folder in list_checkpoints(tmp_path):
             verify(folder)
             for path in folder.iterdir():
                 path.unlink()

@@ -14,7 +14,7 @@ from anew.checkpoint import folder as checkpoint
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.rendezvous import joined
 from anew.errors import Preempted
-from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.registry import TASKS
 from anew.evaluate.tasks.task import Remote
 from anew.training.trainer import train
 from anew.utils.files import sha256_of
@@ -207,7 +207,7 @@ def test_stop_before_the_first_micro_batch_leaves_the_state_unchanged(
     )
     assert ok(run_ranks(2, stopped_at, whole, -1)) == ["complete"] * 2
     assert ok(run_ranks(2, stopped_at, parts, 4)) == ["preempted"] * 2
-    folder, _ = checkpoint.newest(parts.folder)
+    folder, _ = checkpoint.newest_valid(parts.folder)
     assert folder is not None
     assert folder.name == "step-00000004"
     scaler = json.loads((folder / "trainer.json").read_text())["scaler"]

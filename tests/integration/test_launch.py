@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 
 from anew import Config
-from anew.checkpoint.folder import newest
+from anew.checkpoint.folder import newest_valid
 from anew.training import run_log
 from tests.faults.common import flags, losses, tiny, train_run
 from tests.support import ROOT
@@ -402,7 +402,7 @@ def test_ec2_machine_saves_when_interrupted_and_the_next_one_finishes(
     saved_step = interrupted["saved_step"]
     assert saved_step == interrupted["step"] or saved_step >= 40
     assert losses(bucket / "run") == losses(reference.folder)
-    _, skipped = newest(bucket / "run")
+    _, skipped = newest_valid(bucket / "run")
     assert skipped == []
     assert (tmp_path / "shutdown").read_text().splitlines() == ["-h +60", "-h now"] * 2
     assert f"resumed from step-{saved_step:08}" in (bucket / "boot.log").read_text()

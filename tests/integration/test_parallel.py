@@ -81,7 +81,7 @@ def test_any_number_of_ranks_gives_the_same_run(
         for key in ("train/loss", "train/grad_norm", "val/loss"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=1e-6)
-    one, many = (checkpoint.newest(c.folder)[0] for c in (config, shared))
+    one, many = (checkpoint.newest_valid(c.folder)[0] for c in (config, shared))
     assert one is not None
     assert many is not None
     assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
@@ -220,7 +220,7 @@ def test_three_ranks_resume_bit_for_bit(
     for until in (3, 9):
         ok(run_ranks(3, trained_until, parts, until))
     ok(run_ranks(3, trained, parts))
-    both = [checkpoint.newest(c.folder)[0] for c in (whole, parts)]
+    both = [checkpoint.newest_valid(c.folder)[0] for c in (whole, parts)]
     assert both[0] is not None
     assert both[1] is not None
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -359,4 +359,4 @@ def test_plans_of_the_reference_projects(
     assert json.loads(done.stdout.splitlines()[-1])["step"] == 2
     assert f"batch: 2 ranks x 16 sequences x 8 tokens x {accumulated} accumulated" in done.stderr
     assert done.stderr.count("device cpu") == 1
-    assert checkpoint.newest(tmp_path / "run")[0] is not None
+    assert checkpoint.newest_valid(tmp_path / "run")[0] is not None

@@ -16,7 +16,7 @@ import pytest
 
 from anew.bench import sweep, time_to_loss
 from anew.bench.sweep import Trial, TrialResult, result_of, run_trials, stop_after
-from anew.checkpoint.folder import folder_of, newest
+from anew.checkpoint.folder import checkpoint_folder, newest_valid
 from anew.cli import experiments
 from anew.config.schema import Config
 from anew.errors import Preempted, UserError
@@ -119,7 +119,7 @@ def test_time_limit_sends_a_signal_that_saves_the_run(small: Config, tmp_path: P
     for seconds in (1, 5, 25, 125):
         with stop_after(seconds / 60) as stop, pytest.raises(Preempted):
             run_trials([trial], tmp_path, stop, lambda *_: None)
-        saved, _ = newest(tmp_path / "long")
+        saved, _ = newest_valid(tmp_path / "long")
         if saved is not None:
             break
     assert saved is not None, "the current run saved a checkpoint"
@@ -130,7 +130,7 @@ def test_trial_without_its_checkpoint_is_run_again(small: Config, tmp_path: Path
     """The last validation is recorded before the last checkpoint is complete."""
     trial = Trial("one", small)
     run([trial], tmp_path)
-    folder = folder_of(tmp_path / "one", 20)
+    folder = checkpoint_folder(tmp_path / "one", 20)
     shutil.rmtree(folder)
     assert result_of(trial, tmp_path) is None
     run([trial], tmp_path)

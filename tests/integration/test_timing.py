@@ -34,7 +34,7 @@ def test_ladder_reports_and_draws_every_rung(
     )
     monkeypatch.setattr(timing, "RUNGS", eager)
     # Starting eight processes takes half a minute; another test starts one.
-    monkeypatch.setattr(timing, "apart", timing.measure)
+    monkeypatch.setattr(timing, "measure_in_new_process", timing.measure)
     picture = tmp_path / "ladder.png"
     main(["bench", "ladder", "gpt2-124m", *SMALL.split(), "--picture", str(picture), "--json"])
     facts = facts_of(capsys.readouterr().out)
@@ -59,7 +59,7 @@ def test_attention_is_timed_and_impossible_settings_give_a_sentence() -> None:
     for kind in ("plain", "flash"):
         found = timing.measure_attention(config, kind, (64, 128), 2, "cpu")
         assert [one.tokens for one in found if not isinstance(one, str)] == [4 * 64, 4 * 128]
-    sentence = timing.apart(config.override(precision="tf32"), 1)
+    sentence = timing.measure_in_new_process(config.override(precision="tf32"), 1)
     assert sentence == (
         "tf32 needs an NVIDIA GPU of compute capability 8.0 or newer; use --precision fp32."
     )

@@ -49,7 +49,7 @@ def rows_of(config: Config) -> list[metrics.Row]:
 
 
 def weights_hash(config: Config) -> str:
-    newest, _ = checkpoint.newest(config.folder)
+    newest, _ = checkpoint.newest_valid(config.folder)
     assert newest is not None
     both = (newest / "model.safetensors").read_bytes() + (
         newest / "optimizer.safetensors"
@@ -169,7 +169,7 @@ def test_ten_steps_equal_transformers_with_torch_adamw(tiny: Config, tmp_path: P
 
     from anew import Tokenizer
     from anew.checkpoint import huggingface as weights
-    from anew.data.dataloader import Batches
+    from anew.data.dataloader import DataLoader
     from anew.data.dataset import open_data
     from anew.optim.schedule import learning_rate_factor
 
@@ -182,7 +182,7 @@ def test_ten_steps_equal_transformers_with_torch_adamw(tiny: Config, tmp_path: P
     )
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8, foreach=False)
-    batches = Batches(open_data(tiny.data.data, "bytes").splits["train"], 16, tiny.run.seed)
+    batches = DataLoader(open_data(tiny.data.data, "bytes").splits["train"], 16, tiny.run.seed)
     for step, row in enumerate(metrics.read_metrics(tiny.folder)[:10]):
         ids = torch.from_numpy(batches.rows(step * 8, 8))
         logits = model(ids[:, :-1]).logits
@@ -259,7 +259,7 @@ def test_validation_loss_equals_a_loop_over_transformers(tiny: Config) -> None:
     from transformers import AutoModelForCausalLM
 
     result = train(tiny)
-    newest, _ = checkpoint.newest(tiny.folder)
+    newest, _ = checkpoint.newest_valid(tiny.folder)
     model = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.float64).eval()
     text = Path(tiny.data.data).read_bytes()
     ids = torch.tensor([256, *text[len(text) * 9 // 10 :]])
@@ -365,7 +365,7 @@ def test_ten_skipped_steps_in_a_row_end_the_run(
 
 
 def test_interrupted_accumulation_leaves_the_state_unchanged(tiny: Config) -> None:
-    state = TrainState(tiny, runtime.start(tiny.run), "")
+    state = TrainState(tiny, runtime.set_up_device(tiny.run), "")
     stop, ids = StopFlag(), torch.arange(8)[None]
     before = [p.clone() for p in state.parameters]
 
@@ -404,7 +404,7 @@ def test_signal_before_the_first_step_ends_the_process_as_usual(
     config.write_text(tiny.to_json())
     command = [sys.executable, "-c", SIGNAL_IN_THE_FIRST_STEP, str(config)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGTERM
-    assert checkpoint.steps(tiny.folder) == []
+    assert checkpoint.list_checkpoints(tiny.folder) == []
     assert train(tiny).step == 12
 
 
@@ -434,7 +434,7 @@ def test_resume_falls_back_past_damaged_checkpoints_bit_for_bit(tiny: Config) ->
     train(config)
     rows, final = rows_of(config), weights_hash(config)
     for step in (12, 8):
-        path = checkpoint.folder_of(config.folder, step) / (
+        path = checkpoint.checkpoint_folder(config.folder, step) / (
             "model.safetensors" if step == 12 else "optimizer.safetensors"
         )
         raw = bytearray(path.read_bytes())
@@ -444,7 +444,7 @@ def test_resume_falls_back_past_damaged_checkpoints_bit_for_bit(tiny: Config) ->
     assert "resumed from step-00000004" in (config.folder / "log.txt").read_text()
     assert rows_of(config) == rows
     assert weights_hash(config) == final
-    for folder in checkpoint.steps(config.folder):
+    for folder in checkpoint.list_checkpoints(config.folder):
         (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="no valid checkpoint"):
         train(config)
@@ -473,7 +473,7 @@ def test_padding_rows_are_not_saved_and_stay_zero(tiny: Config) -> None:
     from safetensors.torch import load_file
 
     train(tiny.override(optimizer="muon"))
-    newest, _ = checkpoint.newest(tiny.folder)
+    newest, _ = checkpoint.newest_valid(tiny.folder)
     assert newest is not None
     assert load_file(newest / "model.safetensors")["transformer.wte.weight"].shape == (257, 32)
     assert load_file(newest / "optimizer.safetensors")["exp_avg.transformer.wte.weight"].shape == (

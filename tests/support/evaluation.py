@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from anew import GPT, GPTConfig, Tokenizer
-from anew.evaluate.runner import Report, run
+from anew.evaluate.runner import Report, run_task
 from anew.evaluate.tasks.task import Task
 
 TOKENIZER = Tokenizer.named("gpt2")
@@ -37,4 +37,4 @@ def task_model() -> GPT:
 def run_on_file(model: GPT, task: Task, path: Path, limit: int) -> Report:
     """Run a task on the first examples of a file."""
     examples = task.examples(path, TOKENIZER, model.config.n_positions)
-    return run(model, task, examples[:limit])
+    return run_task(model, task, examples[:limit])

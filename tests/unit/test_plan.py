@@ -81,8 +81,8 @@ def test_fsdp_divides_the_state() -> None:
     big = anew.recipe("gpt2-1558m")
     sharded = big.override(parallel="fsdp")
     parameters = count_parameters(big.model)
-    ddp_memory = plan.memory_of(big.override(parallel="ddp"), 1, 4, "bf16")
-    fsdp_memory = plan.memory_of(sharded, 1, 4, "bf16")
+    ddp_memory = plan.memory_per_gpu(big.override(parallel="ddp"), 1, 4, "bf16")
+    fsdp_memory = plan.memory_per_gpu(sharded, 1, 4, "bf16")
     assert ddp_memory.state + ddp_memory.gradients == 16 * parameters
     assert fsdp_memory.state + fsdp_memory.gradients == (3 + 4) * parameters
     assert ddp_memory.total > 24e9, "it does not fit on a card of 24 GB"
@@ -93,7 +93,7 @@ def test_fsdp_divides_the_state() -> None:
 
 def test_memory_grows_linearly_with_the_micro_batch() -> None:
     big = anew.recipe("gpt2-1558m")
-    totals = [plan.memory_of(big, size, 1, "bf16").total for size in (1, 2, 4, 8)]
+    totals = [plan.memory_per_gpu(big, size, 1, "bf16").total for size in (1, 2, 4, 8)]
     assert totals == sorted(totals)
     assert totals[3] - totals[2] == pytest.approx(2 * (totals[2] - totals[1]), rel=0.1)
 
@@ -128,8 +128,8 @@ def test_invalid_plan_is_refused(line: str, words: str, capsys: pytest.CaptureFi
 
 def test_measured_speed_replaces_the_datasheet() -> None:
     recipe = anew.recipe("gpt2-124m")
-    made = plan.make(recipe, find("h200"), measured=600_000)
+    made = plan.make_plan(recipe, find("h200"), measured=600_000)
     assert made.tokens_per_second == pytest.approx(600_000)
     assert made.hours == pytest.approx(19_073 * 524_288 / 600_000 / 3600)
     with pytest.raises(UserError):
-        plan.make(recipe, find("h200"), count=0)
+        plan.make_plan(recipe, find("h200"), count=0)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from anew.bench.compare import Turn
 from anew.bench.ladder import BOTTOM
-from anew.bench.timing import stdlib, text_batch
+from anew.bench.timing import standard_library_files, text_batch
 from anew.checkpoint.gguf import write_gguf
 from anew.config.schema import Config, GPTConfig, RunConfig
 from anew.data.dataloader import evaluation_windows
@@ -40,7 +40,7 @@ from anew.data.readers import documents
 from anew.data.sources import find
 from anew.evaluate import runner
 from anew.evaluate.scorer import Question
-from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.registry import TASKS
 from anew.evaluate.tasks.task import Example
 from anew.inference.generate import generate
 from anew.model.gpt import GPT
@@ -48,7 +48,7 @@ from anew.tokenizer.bpe import Tokenizer
 from anew.training.setup import training_loss
 from anew.training.step import train_step
 from anew.training.train_state import TrainState
-from anew.utils.device import Runtime, pick_compile, start
+from anew.utils.device import Runtime, pick_compile, set_up_device
 from anew.utils.signals import StopFlag
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -77,7 +77,7 @@ def transformers_model(shape: GPTConfig, **settings: Any) -> Any:
 def anew_training(config: Config, device: str) -> Turn:
     """Return a step of the product's own `train_step`."""
     config = config.override(device=device)
-    runtime = start(config.run)
+    runtime = set_up_device(config.run)
     state = TrainState(config, runtime, "")
     stop = StopFlag()
     loss_of = training_loss(state)
@@ -269,7 +269,7 @@ def anew_scoring(file: Path, device: Any, count: int) -> Turn:
     model = GPT(GPTConfig(), runtime.dtype, seed=1).to(runtime.device).eval()
     # `anew evaluate` decides by the number of examples whether compiling pays, and has all of them.
     runner.compile_blocks(model, next(parts) * 100)
-    return lambda: runner.run(model, TASKS["hellaswag"], next(parts))
+    return lambda: runner.run_task(model, TASKS["hellaswag"], next(parts))
 
 
 def transformers_scoring(file: Path, device: Any, count: int) -> Turn:
@@ -298,7 +298,7 @@ def transformers_scoring(file: Path, device: Any, count: int) -> Turn:
 
 
 def _eager_runtime(device: Any) -> Runtime:
-    return start(RunConfig(device=device, compile="off"))
+    return set_up_device(RunConfig(device=device, compile="off"))
 
 
 def _padded_rows(question: Question, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,7 +399,10 @@ def write_text(file: str, folder: Path, limit: int) -> tuple[Path, int]:
     if file:
         texts = (document.decode("utf-8", "replace") for document in documents(Path(file)))
     else:
-        texts = (source.read_text(encoding="utf-8", errors="replace") for source in stdlib())
+        texts = (
+            source.read_text(encoding="utf-8", errors="replace")
+            for source in standard_library_files()
+        )
     size = 0
     with path.open("w", encoding="utf-8") as out:
         for text in itertools.islice(texts, limit):

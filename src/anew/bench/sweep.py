@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from anew.checkpoint.folder import folder_of
+from anew.checkpoint.folder import checkpoint_folder
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.training import run_log
@@ -66,7 +66,7 @@ def result_of(trial: Trial, out: Path) -> TrialResult | None:
     rows = run_log.read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
     if (folder / DIVERGED).is_file():
         return TrialResult(folder, config, int(rows[-1]["tokens"]), math.inf, math.inf)
-    if not rows or not folder_of(folder, config.run.steps).is_dir():
+    if not rows or not checkpoint_folder(folder, config.run.steps).is_dir():
         return None
     last = rows[-1]
     if last["step"] != config.run.steps or last.get("val/precision") != "fp32":

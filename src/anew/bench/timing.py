@@ -1,12 +1,12 @@
 """How long a training step takes on this machine: warm-up, repetitions, median and spread.
 
-    measured = measure(config, steps=5)       # in this process
-    measured = apart(config, steps=5)         # in a new process, with fresh memory and settings
+    measured = measure(config, steps=5)                 # in this process
+    measured = measure_in_new_process(config, steps=5)  # with fresh memory and settings
     print(measured.seconds, measured.tokens_per_second)
 
-All times are taken by `seconds_of`, call by call. The first call includes compilation and is kept
-apart; the others give a median, a fastest and a slowest time. What is timed is the product's own
-`train_step` on real text, or its attention function alone.
+All times are taken by `seconds_of`, call by call. The first call includes compilation and is
+reported on its own; the others give a median, a fastest and a slowest time. What is timed is the
+product's own `train_step` on real text, or its attention function alone.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from anew.training.micro_batch import is_out_of_memory
 from anew.training.setup import training_loss
 from anew.training.step import train_step
 from anew.training.train_state import TrainState
-from anew.utils.device import Runtime, peak_memory, reset_peak_memory, start
+from anew.utils.device import Runtime, peak_memory, reset_peak_memory, set_up_device
 from anew.utils.signals import StopFlag
 
 ATTENTION_SEQUENCES = 4  # batch size of the attention measurement
@@ -90,7 +90,7 @@ def measure(config: Config, steps: int = 5, matmul: str = "") -> Measured:
 
     `matmul` is passed to torch.set_float32_matmul_precision unless it is empty.
     """
-    runtime = start(config.run)
+    runtime = set_up_device(config.run)
     if matmul:
         torch.set_float32_matmul_precision(matmul)
     reset_peak_memory(runtime.device)
@@ -120,10 +120,10 @@ def measure_ladder(
             yield rung, rung.lacking
             continue
         settings |= rung.settings
-        yield rung, apart(config.override(**settings), steps, rung.matmul)
+        yield rung, measure_in_new_process(config.override(**settings), steps, rung.matmul)
 
 
-def apart(config: Config, steps: int, matmul: str = "") -> Measured | str:
+def measure_in_new_process(config: Config, steps: int, matmul: str = "") -> Measured | str:
     """Call `measure` in a new process; return a sentence where that fails."""
     found: Measured | str = _call_in_new_process(_send_steps, config, steps, matmul)
     return found
@@ -161,7 +161,7 @@ def text_batch(config: Config, device: torch.device) -> list[tuple[torch.Tensor,
     seq_len = config.data.seq_len
     needed = config.batch_sequences * seq_len + 1
     ids: list[int] = []
-    for path in stdlib():
+    for path in standard_library_files():
         ids += tokenizer.encode(path.read_text(encoding="utf-8", errors="replace"))
         if len(ids) >= needed:
             break
@@ -174,12 +174,12 @@ def text_batch(config: Config, device: torch.device) -> list[tuple[torch.Tensor,
     return list(zip(inputs, targets, strict=True))
 
 
-def stdlib() -> list[Path]:
+def standard_library_files() -> list[Path]:
     """Return the Python files of the standard library: real text that every machine has."""
     return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
 
-def at(config: Config, micro_batch: int, seq_len: int) -> Config:
+def with_batch(config: Config, micro_batch: int, seq_len: int) -> Config:
     """Return `config` with a step of one micro-batch of this size, which is what is timed."""
     positions = max(seq_len, config.model.n_positions)
     model = dataclasses.replace(config.model, n_positions=positions)
@@ -212,7 +212,7 @@ def measure_attention(
 def _send_attention(
     connection: Connection, config: Config, kind: str, lengths: Sequence[int], rounds: int
 ) -> None:
-    runtime = start(config.run)
+    runtime = set_up_device(config.run)
     connection.send([_attention_at(config, kind, length, rounds, runtime) for length in lengths])
 
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from anew.checkpoint.gguf import DTYPES, write_gguf
-from anew.checkpoint.huggingface import find, load_model, save_for_sharing
+from anew.checkpoint.huggingface import find_model, load_model, save_for_sharing
 from anew.checkpoint.onnx import write_onnx
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
@@ -33,7 +33,7 @@ def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str
     README.md of a Hugging Face folder.
     """
     _check(to, out, dtype)
-    path = find(model).resolve()
+    path = find_model(model).resolve()
     gpt = load_model(path)
     tokenizer = Tokenizer.of_model(path, gpt.config.vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)

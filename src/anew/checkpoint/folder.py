@@ -1,8 +1,8 @@
 """Checkpoint folders of a run: write, verify, find the newest valid one, delete old ones.
 
-    with writing(run, step=500) as folder:      # creates RUN/checkpoints/step-00000500
+    with write_checkpoint(run, step=500) as folder:  # creates RUN/checkpoints/step-00000500
         save_model(folder, model, tokenizer)
-    folder, skipped = newest(run)
+    folder, skipped = newest_valid(run)
 
 `publish` makes a checkpoint durable, in this order:
 
@@ -13,8 +13,9 @@
 5. The parent folder is flushed, so that the final name is on the disk.
 
 A process that is killed at any moment leaves the earlier checkpoints intact and at most a
-temporary folder, which `clean` removes. A folder with a final name may still be damaged later, so
-`newest` verifies every file against the manifest and skips a checkpoint that differs from it.
+temporary folder, which `remove_leftovers` removes. A folder with a final name may still be damaged
+later, so `newest_valid` verifies every file against the manifest and skips a checkpoint that
+differs from it.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ MANIFEST = "manifest.json"
 STEP_PREFIX = "step-"
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     """Return the checkpoint folder of a step: RUN/checkpoints/step-00000500."""
     return run / "checkpoints" / f"{STEP_PREFIX}{step:08d}"
 
@@ -40,7 +41,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(STEP_PREFIX))
 
 
-def steps(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, without verifying them."""
     return sorted(
         path
@@ -50,9 +51,9 @@ def steps(run: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def writing(run: Path, step: int) -> Iterator[Path]:
+def write_checkpoint(run: Path, step: int) -> Iterator[Path]:
     """Give a temporary folder, which becomes the checkpoint if the block ends without an error."""
-    final = folder_of(run, step)
+    final = checkpoint_folder(run, step)
     temporary = temporary_name(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -109,10 +110,10 @@ def verify(folder: Path) -> None:
             )
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint, and one message for each newer, damaged one."""
     skipped: list[str] = []
-    for folder in reversed(steps(run)):
+    for folder in reversed(list_checkpoints(run)):
         try:
             verify(folder)
         except UserError as error:
@@ -122,7 +123,7 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def clean(run: Path) -> list[str]:
+def remove_leftovers(run: Path) -> list[str]:
     """Remove the temporary folders of killed processes and return their names."""
     leftovers = list((run / "checkpoints").glob(f".{STEP_PREFIX}*.tmp"))
     for path in leftovers:
@@ -139,14 +140,14 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
     if keep == 0:
         return
     n_valid = 0
-    for folder in reversed(steps(run)):
+    for folder in reversed(list_checkpoints(run)):
         if n_valid < keep:
             with contextlib.suppress(UserError):
                 verify(folder)
                 n_valid += 1
         elif keep_every == 0 or step_of(folder) % keep_every != 0:
             # Renamed first: if the process is killed while it deletes, a temporary folder is left,
-            # which `clean` removes, and not a damaged checkpoint.
+            # which `remove_leftovers` removes, and not a damaged checkpoint.
             leftover = temporary_name(folder)
             rename(folder, leftover)
             shutil.rmtree(leftover)

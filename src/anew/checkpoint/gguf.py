@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from anew.checkpoint.huggingface import WTE, unpadded
+from anew.checkpoint.huggingface import WTE, without_padding
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 
@@ -85,11 +85,11 @@ def _tensors(gpt: GPT) -> Iterator[tuple[str, Tensor]]:
     }
     for name, parameter in gpt.named_parameters():
         module, _, kind = name.removeprefix("transformer.").rpartition(".")
-        tensor = unpadded(name, parameter, gpt.config)
+        tensor = without_padding(name, parameter, gpt.config)
         if tensor.ndim == 2 and module.startswith("h."):
             tensor = tensor.t().contiguous()
         yield f"{modules[module]}.{kind}", tensor
-    yield "output.weight", unpadded(WTE, gpt.transformer.wte.weight, gpt.config)
+    yield "output.weight", without_padding(WTE, gpt.transformer.wte.weight, gpt.config)
 
 
 def _add_tensor(writer: "GGUFWriter", name: str, tensor: Tensor, dtype: str) -> None:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anew.checkpoint import hub, nanogpt, tensorflow
-from anew.checkpoint.folder import MANIFEST, newest, verify
+from anew.checkpoint.folder import MANIFEST, newest_valid, verify
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
 from anew.model.flops import count_parameters
@@ -65,7 +65,7 @@ OPENAI_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
 # --- Find -----------------------------------------------------------------------------------------
 
 
-def find(model: str) -> Path:
+def find_model(model: str) -> Path:
     """Return the folder or the .pt file of a model. A model on the hub is downloaded.
 
     For a run, this is the newest valid checkpoint. A checkpoint folder is verified.
@@ -83,7 +83,7 @@ def find(model: str) -> Path:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    checkpoint, skipped = newest(run)
+    checkpoint, skipped = newest_valid(run)
     if checkpoint is None:
         raise UserError(" ".join(skipped) or f"run {run} has no checkpoint yet.")
     for message in skipped:
@@ -101,7 +101,7 @@ def load_model(
 
     A string is looked up with `find`. A Path must come from `find` and is not verified again.
     """
-    path = find(model) if isinstance(model, str) else model
+    path = find_model(model) if isinstance(model, str) else model
     config = read_config(path)
     tensors = read_tensors(path)
     n_described = count_parameters(config)
@@ -113,7 +113,7 @@ def load_model(
             f"weights have {n_stored:,}."
         )
     gpt = GPT(config, compute_dtype=dtype, seed=None)
-    load_into(gpt, tensors, path)
+    load_state_dict(gpt, tensors, path)
     if dtype != torch.float32:
         gpt.transformer.wte.to(dtype)
         for module in gpt.modules():
@@ -266,7 +266,7 @@ def _reading_errors(path: Path, name: str) -> Iterator[None]:
         raise UserError(f"{path}/{name} is not a plain file of tensors ({error}).") from error
 
 
-def load_into(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
+def load_state_dict(model: GPT, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy `tensors`, read from `path`, into `model`; both must have the same names and shapes."""
     head = tensors.pop("lm_head.weight", None)
     if head is not None and (WTE not in tensors or not torch.equal(head, tensors[WTE])):
@@ -304,7 +304,7 @@ def _check_names(path: Path, expected: Set[str], stored: Set[str]) -> None:
         )
 
 
-def sha256(path: Path) -> str:
+def model_sha256(path: Path) -> str:
     """Return a hash that identifies the model at `path`: of its sizes and its files of weights."""
     files = [path]
     if path.is_dir():
@@ -323,7 +323,7 @@ def sha256(path: Path) -> str:
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Write `model` and its tokenizer into `folder` in Hugging Face's format."""
     tensors = {
-        name: unpadded(name, parameter, model.config)
+        name: without_padding(name, parameter, model.config)
         for name, parameter in model.named_parameters()
     }
     write_model(folder, tensors, model.config, tokenizer)
@@ -345,16 +345,16 @@ def write_model(
 ) -> None:
     """Write `tensors` into `folder` in Hugging Face's format.
 
-    They are all tensors of a model, without padding rows, as `unpadded` returns them.
+    They are all tensors of a model, without padding rows, as `without_padding` returns them.
     """
     header = {"format": "pt", HEADER_KEY: json.dumps({"n_head": config.n_head})}
     write_tensors(folder / WEIGHTS, tensors, header)
     _sort_metadata(folder / WEIGHTS)
-    _write_json(folder / CONFIG, hf_config(config))
+    _write_json(folder / CONFIG, to_hf_config(config))
     tokenizer.save(folder, config.n_positions)
 
 
-def unpadded(name: str, tensor: Tensor, config: GPTConfig, copy: bool = False) -> Tensor:
+def without_padding(name: str, tensor: Tensor, config: GPTConfig, copy: bool = False) -> Tensor:
     """Return `tensor` as it is stored: contiguous, on the CPU, and `wte` without its padding rows.
 
     Names that end with the name of `wte` are those of its optimizer state. With `copy`, the result
@@ -396,7 +396,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
-def hf_config(config: GPTConfig) -> dict[str, Any]:
+def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     """Return the content of Hugging Face's config.json for a model of these sizes."""
     end_of_text = config.vocab_size - 1
     return {

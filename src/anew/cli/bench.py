@@ -16,16 +16,22 @@ from anew.bench import competitors
 from anew.bench.compare import alternate, ratio
 from anew.bench.competitors import is_installed
 from anew.bench.ladder import Rung
-from anew.bench.timing import Measured, apart, at, measure_attention, measure_ladder
+from anew.bench.timing import (
+    Measured,
+    measure_attention,
+    measure_in_new_process,
+    measure_ladder,
+    with_batch,
+)
 from anew.cli import experiments
 from anew.cli.args import Command, flag
 from anew.config.recipes import read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.registry import TASKS
 from anew.model.flops import flops_per_token
 from anew.report import png
-from anew.utils.device import peak_flops, pick_device, start
+from anew.utils.device import peak_flops, pick_device, set_up_device
 
 FLAGS = [
     flag("rounds", int, 5, "timed steps a rung, or turns a side"),
@@ -111,7 +117,7 @@ def _timed_step(config: Config, chosen: set[str], device: str) -> Config:
         micro_batch = config.run.micro_batch
     if "seq_len" in chosen:
         seq_len = config.data.seq_len
-    return at(config, micro_batch, seq_len)
+    return with_batch(config, micro_batch, seq_len)
 
 
 def _step_title(config: Config, device: str) -> str:
@@ -123,7 +129,7 @@ def time_ladder(config: Config, device: str, arguments: Any) -> dict[str, Any]:
     """Time a training step on every rung of the ladder."""
     print(f"{_step_title(config, device)}\n")
     print("rung                    ms  tokens/s TFLOP/s     MB  x before  x first  1st step")
-    peak, peak_source = peak_flops(start(config.override(precision="auto").run))
+    peak, peak_source = peak_flops(set_up_device(config.override(precision="auto").run))
     done: list[tuple[Rung, Measured]] = []
     skipped: dict[str, str] = {}
     for rung, found in measure_ladder(config, arguments.rounds, device):
@@ -216,8 +222,8 @@ def time_attention(config: Config, device: str, arguments: Any) -> dict[str, Any
         row, line = _attention_row(length, {kind: columns[kind][i] for kind in kinds})
         rows.append(row)
         print(line, flush=True)
-    plain = apart(config.override(attention="plain"), arguments.rounds)
-    flash = apart(config.override(attention="flash"), arguments.rounds)
+    plain = measure_in_new_process(config.override(attention="plain"), arguments.rounds)
+    flash = measure_in_new_process(config.override(attention="flash"), arguments.rounds)
     gain = 0.0
     if isinstance(plain, Measured) and isinstance(flash, Measured):
         gain = 1 - flash.seconds / plain.seconds

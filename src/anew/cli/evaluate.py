@@ -19,14 +19,14 @@ from anew.distributed.rendezvous import joined
 from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
-from anew.evaluate.runner import Report, compile_blocks, evaluation_key, run
-from anew.evaluate.tasks.table import TASKS, removed_task
+from anew.evaluate.runner import Report, compile_blocks, evaluation_key, run_task
+from anew.evaluate.tasks.registry import TASKS, removed_task
 from anew.evaluate.tasks.task import Example, Task
 from anew.evaluate.tasks.validation import Validation
 from anew.evaluate.tasks.wikitext import WikiText
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils.device import DTYPES, MATMUL, pick_device, pick_precision
+from anew.utils.device import DTYPES, MATMUL_PRECISION, pick_device, pick_precision
 from anew.utils.files import cache_folder
 
 log = logging.getLogger("anew")
@@ -170,7 +170,7 @@ def _open_models(args: EvaluateArgs, world: World) -> Evaluation:
     """Load the models onto the device."""
     device = pick_device(args.device)
     precision, _ = pick_precision(args.precision, device)
-    torch.set_float32_matmul_precision(MATMUL[precision])
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
     subject = _load(args.model, device, precision)
     against = _load(args.against, device, precision) if args.against else None
     if against is not None and against.tokenizer.name != subject.tokenizer.name:
@@ -194,10 +194,10 @@ def _open_models(args: EvaluateArgs, world: World) -> Evaluation:
 
 
 def _load(name: str, device: torch.device, precision: str) -> Subject:
-    path = huggingface.find(name).resolve()
+    path = huggingface.find_model(name).resolve()
     model = huggingface.load_model(path, device, DTYPES[precision])
     tokenizer = Tokenizer.of_model(path, model.config.vocab_size)
-    return Subject(name, path, model, tokenizer, huggingface.sha256(path))
+    return Subject(name, path, model, tokenizer, huggingface.model_sha256(path))
 
 
 def _run_harness_task(evaluation: Evaluation, name: str) -> None:
@@ -314,7 +314,7 @@ def _score(evaluation: Evaluation, subject: Subject, task: Task, examples: list[
         def progress(done: int, total: int) -> None:
             update(done / total, f"{task.name}: {done:,} of {total:,}")
 
-        report = run(subject.model, task, examples, world, store, progress)
+        report = run_task(subject.model, task, examples, world, store, progress)
     if world.rank == 0:
         stored = report.examples - report.scored
         line = f"{task.name}: {report.examples:,} examples"

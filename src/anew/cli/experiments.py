@@ -17,9 +17,9 @@ from anew.bench import time_to_loss
 from anew.bench.competitors import exported_loss, is_installed
 from anew.bench.sweep import Trial, TrialResult, run_trials, stop_after
 from anew.bench.time_to_loss import Arm, Bounded, Experiment, Ratio, Settings, against
-from anew.checkpoint.folder import folder_of
+from anew.checkpoint.folder import checkpoint_folder
 from anew.config.schema import Config
-from anew.config.values import bytes_of
+from anew.config.values import parse_bytes
 from anew.errors import UserError
 from anew.report import png
 from anew.report.run import Run
@@ -36,7 +36,7 @@ def _check(config: Config, arguments: Any) -> None:
             "runs are compared by their held-out loss; "
             "leave out --one-batch, and give --val-tokens."
         )
-    if bytes_of(config.data.disk_budget):
+    if parse_bytes(config.data.disk_budget):
         raise UserError(
             "with a disk budget the first run would remove the tokens of the next; "
             "leave out --disk-budget."
@@ -106,7 +106,7 @@ def _exported_loss(result: TrialResult, config: Config, device: str) -> float:
     stored = result.folder / f"exported_loss_{val_tokens}.json"
     with FileLock(result.folder / ".exported.lock"):  # several processes may run the experiment
         if not stored.is_file():
-            folder = folder_of(result.folder, result.config.run.steps)
+            folder = checkpoint_folder(result.folder, result.config.run.steps)
             loss = exported_loss(folder, result.config.override(val_tokens=val_tokens), device)
             write_atomic(stored, json.dumps(loss))
     return float(json.loads(stored.read_text()))

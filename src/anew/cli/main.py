@@ -21,7 +21,7 @@ from anew.config.recipes import RECIPES
 from anew.errors import LostRank, Preempted, UserError
 
 # The function of a command is anew.cli.NAME.run_NAME. Only the chosen command is imported.
-VERBS = {
+COMMANDS = {
     "train": "Train a model from a recipe, or resume a run.",
     "sample": "Generate text with a model.",
     "evaluate": "Score a model on HellaSwag, LAMBADA, WikiText and other tasks.",
@@ -79,12 +79,12 @@ def _run(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         print(_overview())
-    elif command in VERBS:
+    elif command in COMMANDS:
         module = import_module(f"anew.cli.{command}")
         run_command = getattr(module, f"run_{command}")
         run_command(argv[1:])
     else:
-        raise UserError(f"there is no command '{command}'; choose one of {', '.join(VERBS)}.")
+        raise UserError(f"there is no command '{command}'; choose one of {', '.join(COMMANDS)}.")
 
 
 def _end(exit_code: int, sentence: str, *, quiet: bool = False) -> None:
@@ -98,7 +98,7 @@ def _overview() -> str:
     lines = ["anew: train, evaluate and serve GPT-2 models.", ""]
     lines.append("usage: anew COMMAND ...    (anew COMMAND --help lists its flags)")
     lines.append("")
-    lines += [f"  {name:<9} {summary}" for name, summary in VERBS.items()]
+    lines += [f"  {name:<9} {summary}" for name, summary in COMMANDS.items()]
     lines += ["", "recipes of `anew train`:"]
     lines += [f"  {name:<22} {summary}" for name, (summary, _) in RECIPES.items()]
     return "\n".join(lines)

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anew.bench.timing import Measured, apart, at, machine_memory
+from anew.bench.timing import Measured, machine_memory, measure_in_new_process, with_batch
 from anew.cli.args import Command, flag
 from anew.config.recipes import read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.plan import Plan, from_run, lines, make
-from anew.utils.device import Runtime, peak_flops, start
+from anew.plan import Plan, format_plan, from_run, make_plan
+from anew.utils.device import Runtime, peak_flops, set_up_device
 from anew.utils.gpus import GPU, find, known
 
 FLAGS = [
@@ -41,15 +41,15 @@ def run_plan(argv: list[str]) -> None:
     speed = None
     gpu = find(arguments.gpu) if arguments.gpu else None
     if arguments.measure:
-        runtime = start(config.run)
+        runtime = set_up_device(config.run)
         speed = _measured_speed(config, arguments.count)
         gpu = gpu or _this_device(runtime)
     if gpu is None:
         raise UserError(
             "--gpu names the GPU to plan for, e.g. --gpu h100; --measure takes this machine's."
         )
-    plan = make(config, gpu, arguments.count, arguments.price, speed)
-    for line in lines(plan):
+    plan = make_plan(config, gpu, arguments.count, arguments.price, speed)
+    for line in format_plan(plan):
         print(line)
     if arguments.json:
         print(json.dumps(_facts(plan)))
@@ -58,7 +58,9 @@ def run_plan(argv: list[str]) -> None:
 def _measured_speed(config: Config, count: int) -> float:
     """Time a step of one micro-batch on this machine; return and print the tokens a second."""
     micro_batch, _ = config.micro_batches(count)
-    found: Measured | str = apart(at(config, micro_batch, config.data.seq_len), steps=3)
+    found: Measured | str = measure_in_new_process(
+        with_batch(config, micro_batch, config.data.seq_len), steps=3
+    )
     if isinstance(found, str):
         raise UserError(f"a step of micro-batch {micro_batch} could not be timed: {found}.")
     gigabytes = found.memory_bytes / 1e9

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from anew.cli.progress import progress_bar
-from anew.config.values import bytes_of, ids_of
+from anew.config.values import parse_bytes, vocabulary_size
 from anew.data import sources
 from anew.data.holdout import SHARD_0_TOKENS, VAL_TOKENS, Settings
 from anew.data.prepare import INDEX, Status, begun_at, cores, prepare_data
@@ -101,8 +101,8 @@ def _check(args: PrepareArgs) -> None:
             "--workers, --limit-tokens and --val-tokens must be 0 or above, "
             "and --shard-tokens at least 2."
         )
-    ids_of(args.tokenizer)  # refuses a name that is unknown
-    bytes_of(args.disk_budget)  # refuses a size that is malformed
+    vocabulary_size(args.tokenizer)  # refuses a name that is unknown
+    parse_bytes(args.disk_budget)  # refuses a size that is malformed
     if not args.out and not args.dry_run:
         raise UserError("name the data folder to write with --out.")
 
@@ -110,7 +110,7 @@ def _check(args: PrepareArgs) -> None:
 def _prepare(args: PrepareArgs) -> dict[str, Any]:
     out = Path(args.out)
     tokenizer = args.tokenizer
-    if ids_of(tokenizer) is None:
+    if vocabulary_size(tokenizer) is None:
         own = Tokenizer.of_folder(Path(tokenizer))
         own.keep(out)
         tokenizer = own.name
@@ -126,7 +126,7 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
         validation=args.validation,
     )
     source = sources.find(args.source, begun_at(out) or "main")
-    budget = bytes_of(args.disk_budget)
+    budget = parse_bytes(args.disk_budget)
     with progress_bar() as update:
         folder = prepare_data(
             source,
@@ -205,7 +205,7 @@ def _estimate(args: PrepareArgs) -> dict[str, Any]:
     free = shutil.disk_usage(parent if args.out and parent.is_dir() else Path()).free
     if peak_bytes > free:
         print(f"the disk has {free / 1e9:,.2f} GB free: not enough")
-    budget = bytes_of(args.disk_budget)
+    budget = parse_bytes(args.disk_budget)
     if budget and peak_bytes > budget:
         print(
             f"the budget of {budget / 1e9:,.2f} GB is less: only a training run, which removes "

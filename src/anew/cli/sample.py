@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from anew.checkpoint.huggingface import find, load_model
+from anew.checkpoint.huggingface import find_model, load_model
 from anew.errors import UserError
 from anew.inference.generate import stream, until_end_of_text
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils.device import DTYPES, MATMUL, pick_device, pick_precision
+from anew.utils.device import DTYPES, MATMUL_PRECISION, pick_device, pick_precision
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -80,7 +80,7 @@ def run_sample(argv: list[str]) -> None:
     args = tyro.cli(SampleArgs, args=argv, prog="anew sample")
     if args.count < 1:
         raise UserError(f"count {args.count} must be at least 1.")
-    model, tokenizer = open_model(find(args.model), args.device, args.precision)
+    model, tokenizer = open_model(find_model(args.model), args.device, args.precision)
     prompts = iter(input, "") if args.interactive else iter([_prompt(args)])
     texts: list[str] = []
     try:
@@ -96,7 +96,7 @@ def open_model(path: Path, device_name: str, precision_name: str) -> tuple[GPT, 
     """Load a model and its tokenizer for generating text, and set the precision of torch."""
     device = pick_device(device_name)
     precision, _ = pick_precision(precision_name, device)
-    torch.set_float32_matmul_precision(MATMUL[precision])
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
     model = load_model(path, device, DTYPES[precision])
     return model, Tokenizer.of_model(path, model.config.vocab_size)
 

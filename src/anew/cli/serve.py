@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from anew.checkpoint.huggingface import find
+from anew.checkpoint.huggingface import find_model
 from anew.cli.sample import Device, Precision, open_model
 from anew.errors import UserError
 
@@ -61,7 +61,7 @@ def run_serve(argv: list[str]) -> None:
         raise UserError(f"serving needs {error.name}; pip install -e '.[serve]'.") from error
     served = []
     for name in dict.fromkeys(args.models):
-        path = find(name)
+        path = find_model(name)
         log.info(f"{name}: {path}")
         served.append(Served(name, *open_model(path, args.device, args.precision)))
     hosts = OWN_NAMES if args.host in OWN_NAMES else set()

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from anew.config.values import ids_of
+from anew.config.values import vocabulary_size
 
 if TYPE_CHECKING:
     from anew.config.schema import Config
@@ -42,7 +42,7 @@ def problems(config: "Config") -> Iterator[str]:
 def _model_problems(config: "Config") -> Iterator[str]:
     model = config.model
     tokenizer = config.data.tokenizer
-    tokenizer_ids = ids_of(tokenizer)
+    tokenizer_ids = vocabulary_size(tokenizer)
     if tokenizer_ids is not None and model.vocab_size != tokenizer_ids:
         yield (
             f"vocab_size {model.vocab_size:,} differs from the {tokenizer_ids:,} ids "

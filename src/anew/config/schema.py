@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from anew.config.check import problems
-from anew.config.values import ids_of
+from anew.config.values import vocabulary_size
 from anew.errors import UserError
 from anew.utils.files import read_json
 
@@ -371,7 +371,7 @@ class Config:
         positions = self.model.n_positions
         adjusted: dict[str, Any] = {}
         lines = []
-        tokenizer_ids = ids_of(self.data.tokenizer)
+        tokenizer_ids = vocabulary_size(self.data.tokenizer)
         if tokenizer_ids is not None:
             adjusted["vocab_size"] = tokenizer_ids
 

@@ -1,7 +1,7 @@
 """Parse the values of settings that are text: names of tokenizers and sizes in bytes.
 
-ids_of("gpt2")          # 50257
-bytes_of("30GB")        # 30_000_000_000
+vocabulary_size("gpt2")  # 50257
+parse_bytes("30GB")      # 30_000_000_000
 """
 
 import re
@@ -14,12 +14,12 @@ MOST_IDS = 65_536  # shards hold tokens as uint16
 BYTES_OF_UNIT = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def own_name(n_vocab: int, digest: str) -> str:
+def learned_name(n_vocab: int, digest: str) -> str:
     """Return the name of a learned vocabulary. Equal names mean equal token ids."""
     return f"bpe-{n_vocab}-{digest[:12]}"
 
 
-def fits(wanted: str, tokenizer: str) -> bool:
+def tokenizer_matches(wanted: str, tokenizer: str) -> bool:
     """Say whether data of `tokenizer` serves a run that asks for `wanted`.
 
     `train:N` asks for any learned vocabulary of N ids; every other name asks for itself.
@@ -30,7 +30,7 @@ def fits(wanted: str, tokenizer: str) -> bool:
     return tokenizer == wanted
 
 
-def ids_of(tokenizer: str) -> int | None:
+def vocabulary_size(tokenizer: str) -> int | None:
     """Return the vocabulary size that a tokenizer's name states, or None for a folder.
 
     Raises UserError if there is no tokenizer of this name.
@@ -54,7 +54,7 @@ def ids_of(tokenizer: str) -> int | None:
     return size
 
 
-def bytes_of(size: str) -> int:
+def parse_bytes(size: str) -> int:
     """Return a size such as 30GB, 500M or 1234 as a number of bytes (1 GB = 10^9 bytes)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", size.strip(), re.IGNORECASE)
     if match is None:

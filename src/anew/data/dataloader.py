@@ -1,18 +1,19 @@
 """Batches of training sequences, and the fixed windows of validation.
 
-    batches = Batches(shards, seq_len=1024, seed=1337)
+    batches = DataLoader(shards, seq_len=1024, seed=1337)
     batches.rows(first=step * 512, count=512)       # (512, 1025) int64: inputs and the last target
 
-Training sequences are numbered, and `Batches.locate` finds the tokens of one number:
+The training sequences of a run are numbered 0, 1, 2, ... Step s of batches of B sequences reads the
+numbers s * B to (s + 1) * B - 1. `DataLoader.locate` turns a number into a place in the data:
 
-1. A shard is cut into windows of `seq_len` inputs; their targets are the same tokens one to the
-   right. An epoch reads every window of every shard once, so the sequence number gives epoch and
-   position.
-2. An epoch reads one shard after the other: the first epoch in the order of the source, which is
-   the order of preparation, and a later epoch in an order that depends on (seed, epoch).
-3. Within a shard the order of windows depends on (seed, epoch, shard); see shuffle.py.
-4. From the second epoch on, all windows start some tokens later (`recut`), so that a token that is
-   read again has another context.
+1. Each shard is divided into windows of `seq_len` input tokens. The targets of a window are its
+   tokens shifted by one. An epoch reads every window of every shard once, so the sequence number
+   divided by the windows of all shards gives the epoch, and the remainder the position in it.
+2. An epoch reads one whole shard after another. The first epoch reads the shards in the order in
+   which they were prepared; a later epoch reads them in an order computed from (seed, epoch).
+3. Within a shard, the order of windows is computed from (seed, epoch, shard); see shuffle.py.
+4. In the second and later epochs all windows start some tokens later (setting `recut`), so that
+   each token is read in a context that differs from that of the first epoch.
 
 The tokens of a step are therefore a function of the seed and the step: they are the same on any
 number of ranks and at any micro-batch size, and a run that resumes needs no more than the number of
@@ -26,19 +27,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anew.data.read_ahead import prefetch
 from anew.data.shards import Shard
-from anew.data.shuffle import permute, shuffled
+from anew.data.shuffle import shuffled
 from anew.errors import UserError
 
-__all__ = ["Batches", "Window", "evaluation_windows", "permute", "prefetch"]
-
 Pair = tuple[np.ndarray, np.ndarray]  # inputs and targets
-More = Callable[[int], tuple[list[Shard], bool]]
+WaitForShards = Callable[[int], tuple[list[Shard], bool]]
 
-GOLDEN = (
-    math.sqrt(5) - 1
-) / 2  # any number of its multiples, modulo 1, is spread evenly over 0 to 1
+# The multiples of the golden ratio modulo 1 are spread evenly over [0, 1), however many are taken.
+# An epoch shifts its windows by this fraction of a window.
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 NOT_SCORED = -100  # the target that cross_entropy ignores
 
 
@@ -49,7 +47,7 @@ class Window(NamedTuple):
     start: int  # its first token
 
 
-class Batches:
+class DataLoader:
     """Numbered training sequences over `shards`."""
 
     def __init__(
@@ -57,18 +55,18 @@ class Batches:
         shards: Sequence[Shard],
         seq_len: int,
         seed: int,
-        more: More | None = None,
+        wait_for_shards: WaitForShards | None = None,
         recut: bool = True,
     ) -> None:
         """Number the windows of `shards`.
 
-        While the data is still being prepared, `more(n)` waits until there are more than n shards,
-        and returns all shards and whether they are complete. Raises UserError if no shard has a
-        window.
+        `wait_for_shards` is given while the data is still being prepared. `wait_for_shards(n)`
+        waits until there are more than n shards, or all of them, and returns the shards and
+        whether they are complete. Raises UserError if no shard is long enough for a window.
         """
         self.seq_len = seq_len
         self.seed = seed
-        self.more = more
+        self.wait_for_shards = wait_for_shards
         self.recut = recut
         self._set_shards(shards)
 
@@ -77,7 +75,7 @@ class Batches:
         self.windows = [shard.n_windows(self.seq_len) for shard in self.shards]
         self.epoch_sequences = sum(self.windows)
         targets = sum(shard.n_tokens - 1 for shard in self.shards)
-        self.dropped = targets - self.epoch_sequences * self.seq_len
+        self.dropped_tokens = targets - self.epoch_sequences * self.seq_len
         if self.epoch_sequences == 0:
             longest = max((shard.n_tokens for shard in self.shards), default=0)
             raise UserError(
@@ -97,7 +95,7 @@ class Batches:
         index = shuffled(position, self.windows[number], key=(self.seed, epoch, number))
         start = index * self.seq_len
         if self.recut:
-            fraction = epoch * GOLDEN % 1
+            fraction = epoch * GOLDEN_RATIO % 1
             start += int(fraction * self.seq_len)
         last_start = shard.n_tokens - 1 - self.seq_len
         return Window(shard, min(start, last_start))
@@ -118,11 +116,11 @@ class Batches:
         Until the data is complete its length is unknown, so every sequence is one of the first
         epoch.
         """
-        while self.more is not None and sequence >= self.epoch_sequences:
-            shards, is_complete = self.more(len(self.shards))
+        while self.wait_for_shards is not None and sequence >= self.epoch_sequences:
+            shards, is_complete = self.wait_for_shards(len(self.shards))
             self._set_shards(shards)
             if is_complete:
-                self.more = None
+                self.wait_for_shards = None
 
 
 @lru_cache(maxsize=4)
@@ -138,8 +136,9 @@ def evaluation_windows(
 ) -> Iterator[Pair]:
     """Yield fixed windows over the first `limit_tokens` of `shards`, as (inputs, targets).
 
-    Both are (rows, seq_len) int64 with at most `batch` rows. Each token but the first of a shard is
-    a target exactly once. Nothing here depends on ranks, devices or micro-batches.
+    Both have the shape (rows, seq_len), with rows <= `batch`, and dtype int64. Each token except
+    the first of a shard is a target exactly once. The windows depend on no rank, device or
+    micro-batch.
     """
     rows: list[Pair] = []
     for inputs, targets in _single_windows(shards, seq_len, limit_tokens):
@@ -156,10 +155,10 @@ def evaluation_windows(
 
 
 def _single_windows(shards: Sequence[Shard], seq_len: int, limit_tokens: int) -> Iterator[Pair]:
-    """Yield the windows of `evaluation_windows` one by one, of `seq_len` tokens where possible.
+    """Yield the windows of `evaluation_windows` one by one.
 
-    The last window of a shard begins earlier to be full; targets that were scored before are
-    masked.
+    A window has `seq_len` tokens unless its shard is shorter. The last window of a shard overlaps
+    the one before it; the targets that both contain are masked in the last one.
     """
     left = limit_tokens
     for shard in shards:

@@ -4,20 +4,20 @@
         folder.splits["train"]      # the shards that exist
 
 Text on this machine is prepared before `open_data` returns. A dataset of the hub is opened as soon
-as its validation split and a first training shard exist; `folder.growth` waits for further ones
-(streaming.py).
+as its validation split and a first training shard exist; `folder.preparation` waits for further
+shards (streaming.py).
 """
 
 import logging
 import threading
 from pathlib import Path
 
-from anew.config.values import TOKENIZERS, fits
+from anew.config.values import TOKENIZERS, tokenizer_matches
 from anew.data import prepare, sources
 from anew.data.holdout import Settings
 from anew.data.shards import INDEX, DataFolder
 from anew.data.sources import Source
-from anew.data.streaming import Growth, Stopped, remove_used, start_preparation
+from anew.data.streaming import ShardsInPreparation, Stopped, remove_used, start_preparation
 from anew.data.token_formats import open_others
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
@@ -33,13 +33,13 @@ def open_data(
     tokenizer: str | Tokenizer,
     disk_budget: int = 0,
     stop: threading.Event | None = None,
-    leads: bool = True,
+    prepares: bool = True,
 ) -> DataFolder:
     """Open the data folder that `data` names, or prepare it in the cache.
 
-    `tokenizer` is a tokenizer or a name, which may be train:N. One rank of each machine `leads`: it
-    starts the preparation of a dataset of the hub, and the others read the same folder. Raises
-    Stopped if `stop` is set while this waits for the first shards.
+    `tokenizer` is a tokenizer or a name, which may be train:N. On each machine one rank has
+    `prepares` set: it starts the preparation of a dataset of the hub, and the other ranks read the
+    same folder. Raises Stopped if `stop` is set while this waits for the first shards.
     """
     wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.name
     prepared = _open_folder(Path(data).expanduser(), wanted)
@@ -62,10 +62,10 @@ def open_data(
     if not source.is_remote:
         return prepare.prepare_data(source, settings, folder, wait=True)
     process = None
-    if leads:
+    if prepares:
         process = start_preparation(data, source.revision, settings, folder, disk_budget)
-    growth = Growth(folder, process)
-    return _open_growing(source, wanted, growth, stop or threading.Event())
+    preparation = ShardsInPreparation(folder, process)
+    return _open_growing(source, wanted, preparation, stop or threading.Event())
 
 
 def settings_for(tokenizer: str) -> Settings:
@@ -82,7 +82,7 @@ def _open_folder(path: Path, tokenizer: str) -> DataFolder | None:
         if others is None:
             return None
         folder = others
-    if not fits(tokenizer, folder.tokenizer):
+    if not tokenizer_matches(tokenizer, folder.tokenizer):
         flag = folder.tokenizer if folder.tokenizer in TOKENIZERS else path
         raise UserError(
             f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses "
@@ -92,12 +92,14 @@ def _open_folder(path: Path, tokenizer: str) -> DataFolder | None:
 
 
 def _open_growing(
-    source: Source, tokenizer: str, growth: Growth, stop: threading.Event
+    source: Source, tokenizer: str, preparation: ShardsInPreparation, stop: threading.Event
 ) -> DataFolder:
-    splits = growth.wait_for_start(stop)
+    splits = preparation.wait_for_start(stop)
     if tokenizer.startswith("train:"):
-        tokenizer = Tokenizer.of_folder(growth.path).name
-    return DataFolder(growth.path, tokenizer, source.name, source.revision, splits, growth)
+        tokenizer = Tokenizer.of_folder(preparation.path).name
+    return DataFolder(
+        preparation.path, tokenizer, source.name, source.revision, splits, preparation
+    )
 
 
 def _earlier_preparation(data: str, tokenizer: str) -> Path | None:

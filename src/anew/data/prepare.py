@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anew.config.values import fits, ids_of
+from anew.config.values import tokenizer_matches, vocabulary_size
 from anew.data import hub_datasets, readers, shards
 from anew.data.holdout import Progress, Settings, Splits, halves, threshold_of
 from anew.data.hub_datasets import HubFile
@@ -107,7 +107,9 @@ def prepare_data(
 
 def _check_same(folder: DataFolder, source: Source, settings: Settings) -> None:
     """Refuse a finished folder that holds another text or another tokenizer's tokens."""
-    if folder.revision != source.revision or not fits(settings.tokenizer, folder.tokenizer):
+    if folder.revision != source.revision or not tokenizer_matches(
+        settings.tokenizer, folder.tokenizer
+    ):
         raise UserError(
             f"{folder.path} holds other data ({folder.source}, {folder.tokenizer}); "
             "choose another --out or remove it."
@@ -204,7 +206,7 @@ class _Job:
         if not self.settings.tokenizer.startswith("train:"):
             return Tokenizer.find(self.settings.tokenizer, self.out)
         if not (self.out / TOKENIZER).is_file():
-            n_vocab = ids_of(self.settings.tokenizer) or 0
+            n_vocab = vocabulary_size(self.settings.tokenizer) or 0
             learn(self._training_text(), n_vocab).keep(self.out)
         return Tokenizer.of_folder(self.out)
 

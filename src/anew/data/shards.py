@@ -26,7 +26,7 @@ from anew.errors import UserError
 from anew.utils.files import rename, sha256_of, write_atomic
 
 if TYPE_CHECKING:
-    from anew.data.streaming import Growth
+    from anew.data.streaming import ShardsInPreparation
 
 MAGIC = 20240520
 SHARD_VERSION = 1
@@ -102,7 +102,7 @@ class DataFolder:
     source: str
     revision: str
     splits: dict[str, list[Shard]] = field(default_factory=dict)
-    growth: "Growth | None" = None  # while the folder is still being prepared
+    preparation: "ShardsInPreparation | None" = None  # while the folder is still being prepared
 
     @property
     def identity(self) -> str:
@@ -119,18 +119,20 @@ class DataFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.growth is not None:
-            self.growth.close()
+        if self.preparation is not None:
+            self.preparation.close()
 
-    def more(self, stop: threading.Event) -> Callable[[int], tuple[list[Shard], bool]] | None:
-        """Return what `Batches` calls for further shards, or None if there will be none."""
-        growth = self.growth
-        if growth is None or growth.complete:
+    def shard_waiter(
+        self, stop: threading.Event
+    ) -> Callable[[int], tuple[list[Shard], bool]] | None:
+        """Return what `DataLoader` calls for further shards, or None if there will be none."""
+        preparation = self.preparation
+        if preparation is None or preparation.complete:
             return None
 
         def wait_for_more(known: int) -> tuple[list[Shard], bool]:
-            shards = growth.wait_for_more(known, stop)
-            return shards, growth.complete
+            shards = preparation.wait_for_more(known, stop)
+            return shards, preparation.complete
 
         return wait_for_more
 

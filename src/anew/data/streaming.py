@@ -1,10 +1,10 @@
 """Train on data while a process beside the training prepares it.
 
     process = start_preparation("fineweb-edu", revision, Settings("gpt2"), folder, disk_budget)
-    growth = Growth(folder, process)
-    splits = growth.wait_for_start(stop)        # the validation split and the first training shards
-    growth.wait_for_more(len(splits["train"]), stop)
-    growth.close()
+    preparation = ShardsInPreparation(folder, process)
+    splits = preparation.wait_for_start(stop)              # validation, first training shards
+    preparation.wait_for_more(len(splits["train"]), stop)  # further training shards
+    preparation.close()
 
 The process ends with the one that started it. The next run continues its work.
 """
@@ -37,7 +37,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Growth:
+class ShardsInPreparation:
     """A data folder that another process prepares."""
 
     path: Path
@@ -45,7 +45,7 @@ class Growth:
     complete: bool = False
 
     @property
-    def leads(self) -> bool:
+    def owns_preparation(self) -> bool:
         """Whether this process started the preparation."""
         return self.process is not None
 

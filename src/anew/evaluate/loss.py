@@ -22,7 +22,7 @@ MASKED = -100  # the target of tokens that are context only, which `evaluation_w
 
 
 @contextmanager
-def computing_in(model: GPT, dtype: torch.dtype) -> Iterator[None]:
+def activation_dtype(model: GPT, dtype: torch.dtype) -> Iterator[None]:
     """Put the model in evaluation mode and make it compute in `dtype`, until the block ends."""
     dtype_before = model.compute_dtype
     was_training = model.training
@@ -54,7 +54,7 @@ def mean_loss(
     device = model.transformer.wte.weight.device
     sums: dict[int, tuple[float, int]] = {}  # batch number -> sum of losses, tokens in the sum
     batches = evaluation_windows(shards, seq_len, limit_tokens, batch)
-    with computing_in(model, dtype):
+    with activation_dtype(model, dtype):
         for number, (ids, targets) in enumerate(batches):
             if stop is not None and stop.is_set():
                 break

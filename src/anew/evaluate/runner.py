@@ -57,7 +57,7 @@ class _Share:
     stopped: bool
 
 
-def run(
+def run_task(
     model: GPT,
     task: Task,
     examples: Sequence[Example],

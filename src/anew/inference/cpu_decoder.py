@@ -89,7 +89,7 @@ SIGNATURES = {
 }
 
 
-class Kernel:
+class CpuDecoder:
     """Decode one row: a step is one call of decode.cpp.
 
     With `int8` the matrices are stored in 8 bits with a scale for every 32 values, as in

@@ -9,10 +9,10 @@ in decoding it is most of the work. A decoder casts them once.
 | model                  | decoder                                                                |
 |------------------------|------------------------------------------------------------------------|
 | fp32, or in training   | none: `torch_step` with the model itself                               |
-| CPU in bf16, one row   | `Kernel`: the whole step is one call of decode.cpp                     |
+| CPU in bf16, one row   | `CpuDecoder`: the whole step is one call of decode.cpp                 |
 | CPU in bf16, more rows | `CpuBatchDecoder`: oneDNN for matrix products, decode.cpp for the rest |
-| NVIDIA GPU             | `Graphed`: PyTorch, recorded as a CUDA graph                           |
-| other                  | `Packed`: PyTorch                                                      |
+| NVIDIA GPU             | `CudaGraphDecoder`: PyTorch, recorded as a CUDA graph                  |
+| other                  | `TorchDecoder`: PyTorch                                                |
 """
 
 import ctypes
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anew.config.schema import rounded_up
-from anew.inference.cpu_decoder import GROUP, CpuBatchDecoder, Kernel, load_library
+from anew.inference.cpu_decoder import GROUP, CpuBatchDecoder, CpuDecoder, load_library
 from anew.inference.sampling import Likeliest
-from anew.model.attention import as_added
+from anew.model.attention import additive_mask
 from anew.model.gpt import GPT
 from anew.model.kv_cache import Cache
 
@@ -42,7 +42,7 @@ def torch_step(model: GPT, ids: list[int], cache: Cache) -> Tensor:
     return model.head(hidden[:, -1])
 
 
-class Packed(GPT):
+class TorchDecoder(GPT):
     """A model with a copy of its matrices in the dtype that it computes in.
 
     The two tables that ids and positions are looked up in are shared with the model.
@@ -81,7 +81,7 @@ class Recording:
     likeliest: Likeliest | None
 
 
-class Graphed(Packed):
+class CudaGraphDecoder(TorchDecoder):
     """A packed model on an NVIDIA GPU; a step of 200 small kernels is recorded once and replayed.
 
     A recording has fixed shapes and addresses. It attends to the next multiple of 128 slots of a
@@ -236,10 +236,10 @@ class SlotCache(Cache):
     def mask(self, T: int) -> Tensor | None:
         """Return (B, 1, T, used + T): zero where a token may look, minus infinity elsewhere."""
         visible = super().mask(T)
-        return None if visible is None else as_added(visible, self.keys.dtype)
+        return None if visible is None else additive_mask(visible, self.keys.dtype)
 
 
-Decoder = Packed | CpuBatchDecoder | Kernel
+Decoder = TorchDecoder | CpuBatchDecoder | CpuDecoder
 WeightState = list[tuple[int, int]]  # address and version of each parameter
 
 
@@ -255,7 +255,7 @@ class _Decoders:
 _DECODERS: WeakKeyDictionary[GPT, _Decoders] = WeakKeyDictionary()
 
 
-def pack(model: GPT, rows: int, int8: bool = False) -> Decoder | None:
+def decoder_for(model: GPT, rows: int, int8: bool = False) -> Decoder | None:
     """Return what decodes `rows` sequences at once; None where the model itself is to be used.
 
     A model in training has no decoder: its weights change before the next text, and its device has
@@ -282,7 +282,7 @@ def pack(model: GPT, rows: int, int8: bool = False) -> Decoder | None:
         decoders = _DECODERS[model] = _Decoders(state)
     key = (one_row_kernel, int8)
     if key not in decoders.made:
-        decoders.made[key] = _make(model, rows, int8, library)
+        decoders.made[key] = _build_decoder(model, rows, int8, library)
     return decoders.made[key]
 
 
@@ -296,16 +296,16 @@ def _weight_state(model: GPT) -> WeightState:
     return state
 
 
-def _make(
+def _build_decoder(
     model: GPT,
     rows: int,
     int8: bool,
     library: ctypes.CDLL | None,
 ) -> Decoder:
     if library is not None and rows == 1:
-        return Kernel(model, library, int8)
+        return CpuDecoder(model, library, int8)
     if library is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return CpuBatchDecoder(model, library)
     if model.transformer.wte.weight.device.type == "cuda":
-        return Graphed(model)
-    return Packed(model)
+        return CudaGraphDecoder(model)
+    return TorchDecoder(model)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anew.errors import UserError
-from anew.inference.decoders import Decoder, Graphed, pack, torch_step
+from anew.inference.decoders import CudaGraphDecoder, Decoder, decoder_for, torch_step
 from anew.inference.sampling import Likeliest, sample
 from anew.model.gpt import GPT
 from anew.model.kv_cache import Cache
@@ -100,8 +100,8 @@ def stream_with_logits(
 
     Prompts may have different lengths. The logits are valid until the next step. Temperature 0
     takes the likeliest token; top_k 0 and top_p 1 keep all tokens. `int8` asks for weights in 8
-    bits, for one prompt on a CPU (see `decoders.pack`). Without `use_cache` the whole text is read
-    for each token.
+    bits, for one prompt on a CPU (see `decoders.decoder_for`). Without `use_cache` the whole text
+    is read for each token.
 
     A text longer than the model's positions is cropped to its last half and read again, which is
     logged once. Raises UserError for options without a meaning.
@@ -117,7 +117,7 @@ def stream_with_logits(
     generator = torch.Generator().manual_seed(seed)
     n_likeliest = 1 if temperature == 0 else top_k
     may_pack = use_cache and (int8 or n_tokens >= PACK_FROM_TOKENS)
-    decoder = pack(model, len(rows), int8) if may_pack else None
+    decoder = decoder_for(model, len(rows), int8) if may_pack else None
     cache: Cache | None = None
     was_cropped = False
     was_training = model.training
@@ -188,6 +188,6 @@ def _step(
     """Read one more id of each row; return logits (B, 50257), and the likeliest tokens if known."""
     if decoder is None:
         return torch_step(model, ids, cache), None
-    if isinstance(decoder, Graphed):
+    if isinstance(decoder, CudaGraphDecoder):
         return decoder.step_and_top(ids, cache, n_likeliest)
     return decoder.step(ids, cache), None

@@ -106,12 +106,12 @@ def plain_attention(
     if mask is not None:
         # An added mask costs nothing in the backward pass. `masked_fill` of the scores takes a
         # third of this function's time on a CPU.
-        scores = scores + as_added(mask, q.dtype)
+        scores = scores + additive_mask(mask, q.dtype)
     weights = F.softmax(scores, dim=-1)  # (B, heads, T, S), summed in fp32 in every precision
     return F.dropout(weights, dropout) @ v  # (B, heads, T, head_dim)
 
 
-def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to be added to the scores: 0 where `mask` is true, minus infinity elsewhere."""
     if mask.dtype != torch.bool:
         return mask

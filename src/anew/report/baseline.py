@@ -8,15 +8,15 @@ not compare.
 
 import logging
 
-from anew.checkpoint.huggingface import find, load_model, read_config
+from anew.checkpoint.huggingface import find_model, load_model, read_config
 from anew.config.schema import RunConfig
-from anew.config.values import bytes_of
+from anew.config.values import parse_bytes
 from anew.data.dataset import open_data
 from anew.errors import UserError
 from anew.evaluate.loss import mean_loss
 from anew.report.run import BASELINE_FORMAT, Run
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils.device import start
+from anew.utils.device import set_up_device
 from anew.utils.files import write_json
 
 log = logging.getLogger("anew")
@@ -30,9 +30,11 @@ def score(run: Run, model: str) -> float:
     """
     data_config = run.config.data
     seq_len = data_config.seq_len
-    folder = find(model)
+    folder = find_model(model)
     vocab_size = read_config(folder).vocab_size
-    runtime = start(RunConfig(precision="fp32", device=run.config.run.device, compile="off"))
+    runtime = set_up_device(
+        RunConfig(precision="fp32", device=run.config.run.device, compile="off")
+    )
     gpt = load_model(model, runtime.device, runtime.dtype)
     if gpt.config.n_positions < seq_len:
         raise UserError(
@@ -42,7 +44,7 @@ def score(run: Run, model: str) -> float:
     tokenizer: str | Tokenizer = data_config.tokenizer
     if not data_config.tokenizer.startswith("train:"):
         tokenizer = Tokenizer.find(data_config.tokenizer, run.folder)
-    with open_data(data_config.data, tokenizer, bytes_of(data_config.disk_budget)) as data:
+    with open_data(data_config.data, tokenizer, parse_bytes(data_config.disk_budget)) as data:
         has_same_tokens = (
             vocab_size == run.config.model.vocab_size
             and Tokenizer.of_model(folder, vocab_size).name == data.tokenizer

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from anew.checkpoint.huggingface import find, read_config
+from anew.checkpoint.huggingface import find_model, read_config
 from anew.config.schema import Config
 from anew.model.flops import count_parameters
 from anew.tokenizer.bpe import Tokenizer
@@ -30,7 +30,7 @@ def model_card(model: str) -> str:
 
     Training and evaluation are described if `model` is a checkpoint in a run folder.
     """
-    path = find(model).resolve()
+    path = find_model(model).resolve()
     config = read_config(path)
     tokenizer = Tokenizer.of_model(path, config.vocab_size)
     is_in_run = path.parent.name == "checkpoints"

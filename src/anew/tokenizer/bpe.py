@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from anew.config.values import TOKENIZERS, own_name
+from anew.config.values import TOKENIZERS, learned_name
 from anew.errors import UserError
 from anew.tokenizer import files
 from anew.tokenizer.files import END_OF_TEXT, TOKENIZER_JSON, Vocabulary, byte_characters
@@ -85,7 +85,7 @@ class Tokenizer:
             if Tokenizer.named(name).merges == merges:
                 return Tokenizer.named(name)
         digest = hashlib.sha256(repr(merges).encode()).hexdigest()
-        return Tokenizer(own_name(257 + len(merges), digest), _tokens_of(merges), merges)
+        return Tokenizer(learned_name(257 + len(merges), digest), _tokens_of(merges), merges)
 
     @staticmethod
     def of_folder(folder: Path) -> "Tokenizer":

@@ -75,7 +75,7 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            with checkpoint.writing(self.run, snapshot.step) as folder:
+            with checkpoint.write_checkpoint(self.run, snapshot.step) as folder:
                 snapshot.write(folder, self.config, self.tokenizer)
             self.run_state.update(saved_step=snapshot.step, step=snapshot.step)
             checkpoint.prune(self.run, self.config.run.keep, self.config.run.keep_every)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from anew.checkpoint import huggingface
 from anew.config.schema import Config
-from anew.config.values import bytes_of, ids_of
-from anew.data.dataloader import Batches
+from anew.config.values import parse_bytes, vocabulary_size
+from anew.data.dataloader import DataLoader
 from anew.data.dataset import open_data
 from anew.data.shards import DataFolder
 from anew.distributed.preflight import check_ranks, refuse_shared_gpus
@@ -49,7 +49,7 @@ class Run:
     config: Config
     state: TrainState
     data: DataFolder
-    batches: Batches
+    batches: DataLoader
     validation: Validation
     log: RunLog
     checkpoints: CheckpointWriter
@@ -66,17 +66,17 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
     if not is_first:
         log.setLevel(logging.ERROR)  # only rank 0 logs below ERROR
     config = world.run_on_all_ranks(lambda: resolve_config(config), first=lambda w: w.rank == 0)
-    runtime = world.run_on_all_ranks(lambda: device.start(config.run))
+    runtime = world.run_on_all_ranks(lambda: device.set_up_device(config.run))
     refuse_shared_gpus(world, runtime.device)
     config.micro_batches(world.size)  # raises UserError if the batch cannot be divided evenly
 
     world.run_on_all_ranks(lambda: lock_run_folder(config.folder, stack) if is_first else None)
     data = open_training_data(config, world, stop, stack)
-    batches = Batches(
+    batches = DataLoader(
         data.splits["train"],
         config.data.seq_len,
         config.run.seed,
-        data.more(stop),
+        data.shard_waiter(stop),
         config.data.recut,
     )
     state = TrainState(config, runtime, data.identity, world)
@@ -101,7 +101,7 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
     peak_flops, peak_source = device.peak_flops(runtime) if is_first else (1.0, "")
     if world.size > 1:
         messages.append(compare_ranks(config, state))
-    if batches.more:
+    if batches.wait_for_shards:
         messages.append(
             "the data is still being prepared; tokens and epochs above are those so far"
         )
@@ -131,7 +131,7 @@ def resolve_config(config: Config) -> Config:
     existing = Config.read(path) if path.exists() else None
     if config.run.init:
         config = with_shape_of_init(config, existing)
-    elif ids_of(config.data.tokenizer) is None:
+    elif vocabulary_size(config.data.tokenizer) is None:
         tokenizer = Tokenizer.of_folder(Path(config.data.tokenizer))
         tokenizer.keep(config.folder)
         config = config.override(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab)
@@ -157,7 +157,7 @@ def with_shape_of_init(config: Config, existing: Config | None) -> Config:
         shape = existing.model
         tokenizer_name = existing.data.tokenizer
     else:
-        model = huggingface.find(config.run.init)
+        model = huggingface.find_model(config.run.init)
         shape = huggingface.read_config(model)
         tokenizer = Tokenizer.of_model(model, shape.vocab_size)
         tokenizer.keep(config.folder)
@@ -195,8 +195,8 @@ def open_training_data(
 
     def open_here() -> DataFolder:
         tokenizer = wanted if learns_vocabulary else Tokenizer.find(wanted, config.folder)
-        budget = bytes_of(config.data.disk_budget)
-        return open_data(config.data.data, tokenizer, budget, stop, leads=is_local_first)
+        budget = parse_bytes(config.data.disk_budget)
+        return open_data(config.data.data, tokenizer, budget, stop, prepares=is_local_first)
 
     data = world.run_on_all_ranks(open_here, first=lambda w: w.local_rank == 0)
     return stack.enter_context(data)
@@ -235,7 +235,7 @@ def log_start(
     config: Config,
     state: TrainState,
     data: DataFolder,
-    batches: Batches,
+    batches: DataLoader,
     peak_source: str,
     messages: list[str],
 ) -> None:
@@ -243,9 +243,11 @@ def log_start(
     train_tokens = data.n_tokens("train")
     val_tokens = data.n_tokens("val")
     lines = [
-        *state.runtime.why,
+        *state.runtime.reasons,
         *describe_run(config, state.world.size),
-        *describe_data(config, train_tokens, val_tokens, batches.epoch_sequences, batches.dropped),
+        *describe_data(
+            config, train_tokens, val_tokens, batches.epoch_sequences, batches.dropped_tokens
+        ),
         f"MFU is measured against {peak_source}",
         *messages,
     ]

@@ -117,7 +117,7 @@ class TrainState:
         tensors: dict[str, Tensor] = {}
         messages: list[str] = []
         if self.world.rank == 0:
-            removed = checkpoint.clean(run)
+            removed = checkpoint.remove_leftovers(run)
             messages += [f"removed an incomplete checkpoint: {name}" for name in removed]
         tensors, found = self.world.run_on_all_ranks(lambda: self._read(run))
         self._receive(tensors)
@@ -127,7 +127,7 @@ class TrainState:
         """Read what `load` shall load; return its tensors by name, and lines for the log."""
         if self.world.rank != 0:
             return {}, []
-        folder, skipped = checkpoint.newest(run)
+        folder, skipped = checkpoint.newest_valid(run)
         if folder is not None:
             messages = [f"skipped: {line}" for line in skipped]
             return self._read_checkpoint(folder), [*messages, f"resumed from {folder.name}"]
@@ -137,7 +137,7 @@ class TrainState:
                 "Delete the run folder to train from the beginning."
             )
         if self.config.run.init:
-            folder = huggingface.find(self.config.run.init)
+            folder = huggingface.find_model(self.config.run.init)
             return self._read_weights(folder), [f"weights from {folder}"]
         return {}, []
 
@@ -175,7 +175,7 @@ class TrainState:
     def _read_weights(self, folder: Path) -> dict[str, Tensor]:
         """Read and check every weight at `folder`; padding rows are added."""
         model = GPT(self.config.model, seed=None)
-        huggingface.load_into(model, huggingface.read_tensors(folder), folder)
+        huggingface.load_state_dict(model, huggingface.read_tensors(folder), folder)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def _with_padding(self, name: str, tensor: Tensor) -> Tensor:
@@ -234,7 +234,9 @@ class TrainState:
         for name, value in named:
             whole = full_tensor(value)
             if self.world.rank == 0:
-                copies[name] = huggingface.unpadded(name, whole, self.config.model, copy=True)
+                copies[name] = huggingface.without_padding(
+                    name, whole, self.config.model, copy=True
+                )
         return copies
 
     def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:

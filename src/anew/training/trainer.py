@@ -21,9 +21,9 @@ import torch
 
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
-from anew.config.values import bytes_of
-from anew.data.dataloader import prefetch
+from anew.config.values import parse_bytes
 from anew.data.dataset import Stopped, remove_used
+from anew.data.read_ahead import prefetch
 from anew.errors import Preempted, UserError
 from anew.optim.schedule import learning_rate_factor
 from anew.training.micro_batch import is_out_of_memory
@@ -293,10 +293,10 @@ class Stopwatch:
 def remove_used_shards(run: Run) -> None:
     """Within a disk budget, remove shards that even the oldest checkpoint is past."""
     config = run.config
-    growth = run.data.growth
-    oldest = checkpoint.steps(config.folder)[:1]
-    has_budget = bytes_of(config.data.disk_budget) > 0
-    if growth is None or not growth.leads or not has_budget or not oldest:
+    preparation = run.data.preparation
+    oldest = checkpoint.list_checkpoints(config.folder)[:1]
+    has_budget = parse_bytes(config.data.disk_budget) > 0
+    if preparation is None or not preparation.owns_preparation or not has_budget or not oldest:
         return
     oldest_step = int(oldest[0].name.removeprefix("step-"))
     sequences = oldest_step * config.batch_sequences

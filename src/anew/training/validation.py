@@ -14,9 +14,9 @@ from anew.config.schema import Config
 from anew.data.shards import Shard
 from anew.distributed.fsdp import whole_model
 from anew.errors import UserError
-from anew.evaluate.loss import computing_in, mean_loss
-from anew.evaluate.runner import run as run_task
-from anew.evaluate.tasks.table import TASKS, removed_task
+from anew.evaluate.loss import activation_dtype, mean_loss
+from anew.evaluate.runner import run_task as run_task
+from anew.evaluate.tasks.registry import TASKS, removed_task
 from anew.evaluate.tasks.task import Example, Task
 from anew.inference.generate import generate
 from anew.model.gpt import GPT
@@ -181,7 +181,7 @@ class Validation:
 @contextmanager
 def evaluating(model: GPT, precision: str) -> Iterator[None]:
     """Compute in evaluation mode and in `precision` inside the block."""
-    with matmul_precision(precision), computing_in(model, DTYPES[precision]):
+    with matmul_precision(precision), activation_dtype(model, DTYPES[precision]):
         yield
 
 

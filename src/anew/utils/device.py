@@ -1,7 +1,7 @@
 """Choose the device, precision and compiler of a process, and measure the device.
 
     runtime = start(config.run)
-    print(runtime.device, runtime.precision, runtime.why)
+    print(runtime.device, runtime.precision, runtime.reasons)
 
 | device | auto precision |
 |---|---|
@@ -38,7 +38,7 @@ DTYPES = {
     "fp16": torch.float16,
 }
 # The argument of torch.set_float32_matmul_precision.
-MATMUL = {"fp32": "highest", "tf32": "high", "bf16": "highest", "fp16": "highest"}
+MATMUL_PRECISION = {"fp32": "highest", "tf32": "high", "bf16": "highest", "fp16": "highest"}
 
 # Options of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -53,7 +53,7 @@ class Runtime:
     device: torch.device
     precision: str
     compile: bool
-    why: tuple[str, ...]  # a line for each decision, for the log
+    reasons: tuple[str, ...]  # a line for each decision, for the log
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +74,7 @@ class DeviceSettings(Protocol):
     def deterministic(self) -> bool: ...
 
 
-def start(run: DeviceSettings) -> Runtime:
+def set_up_device(run: DeviceSettings) -> Runtime:
     """Choose device, precision and compiler, and set PyTorch's process-wide modes to match.
 
     Raises UserError if the machine lacks what the settings ask for.
@@ -85,7 +85,7 @@ def start(run: DeviceSettings) -> Runtime:
         torch.accelerator.set_device_index(device)
     precision, precision_reason = pick_precision(run.precision, device)
     compiles, compile_reason = pick_compile(run.compile, device)
-    torch.set_float32_matmul_precision(MATMUL[precision])
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
     # PyTorch recommends TF32 where fp32 was chosen; `precision` decides that.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     # cuBLAS may split a sum over many tokens and add the parts. Keep the parts in fp32.
@@ -141,7 +141,7 @@ def before_process_group(run: DeviceSettings) -> None:
 def environment(runtime: Runtime) -> dict[str, str]:
     """Return what a measurement of this process depends on, to be stored beside it."""
     return {
-        "device": runtime.why[0].removeprefix("device "),
+        "device": runtime.reasons[0].removeprefix("device "),
         "precision": runtime.precision,
         "compiled": "yes" if runtime.compile else "no",
         "torch": torch.__version__,
@@ -272,7 +272,7 @@ def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
 def matmul_precision(precision: str) -> Iterator[None]:
     """Multiply fp32 matrices in TF32 inside the block if `precision` is tf32, else in true fp32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(MATMUL[precision])
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
     try:
         yield
     finally:

@@ -7,11 +7,11 @@ import torch
 
 from anew.bench.compare import ratio
 from anew.bench.ladder import BOTTOM
-from anew.bench.timing import at, measure, text_batch
+from anew.bench.timing import measure, text_batch, with_batch
 from anew.cli.main import main
 from anew.training.step import train_step
 from anew.training.train_state import TrainState
-from anew.utils.device import start
+from anew.utils.device import set_up_device
 from anew.utils.signals import StopFlag
 from tests.faults.common import tiny
 
@@ -29,14 +29,14 @@ def test_bottom_and_top_of_the_ladder_have_the_same_losses_in_fp32(tmp_path: Pat
             warmup_steps=1,
             **{"precision": "fp32", **settings},
         )
-        found.append(measure(at(config, 4, 16), steps=5).losses)
+        found.append(measure(with_batch(config, 4, 16), steps=5).losses)
     assert found[0] == pytest.approx(found[1], rel=2e-6)
     assert found[0][0] - found[0][-1] > 0.01, "it learns"
 
 
 def test_unfused_optimizer_keeps_weights_at_a_step_that_is_not_finite(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", fused=False)
-    state = TrainState(config, start(config.run), "")
+    state = TrainState(config, set_up_device(config.run), "")
     before = [p.detach().clone() for p in state.parameters]
     batch = text_batch(config, torch.device("cpu"))
     outcome = train_step(

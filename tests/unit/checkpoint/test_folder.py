@@ -6,27 +6,34 @@ from pathlib import Path
 import pytest
 
 from anew import UserError
-from anew.checkpoint.folder import folder_of, newest, prune, steps, verify, writing
+from anew.checkpoint.folder import (
+    checkpoint_folder,
+    list_checkpoints,
+    newest_valid,
+    prune,
+    verify,
+    write_checkpoint,
+)
 from anew.utils.files import flush_to_disk, rename
 
 
 def write(run: Path, step: int, content: bytes = b"weights") -> Path:
-    with writing(run, step) as folder:
+    with write_checkpoint(run, step) as folder:
         (folder / "model").write_bytes(content)
-    return folder_of(run, step)
+    return checkpoint_folder(run, step)
 
 
 def test_newest_is_the_highest_step(tmp_path: Path) -> None:
     for step in (1, 20, 3):
         write(tmp_path, step)
-    found, skipped = newest(tmp_path)
+    found, skipped = newest_valid(tmp_path)
     assert found is not None
     assert found.name == "step-00000020"
     assert skipped == []
 
 
 def test_newest_of_a_run_without_checkpoints_is_none(tmp_path: Path) -> None:
-    assert newest(tmp_path / "nothing") == (None, [])
+    assert newest_valid(tmp_path / "nothing") == (None, [])
 
 
 @pytest.mark.guarantee("durable")
@@ -49,8 +56,8 @@ def test_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, harm: str) -> N
         (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"damaged: .*(model|manifest)"):
         verify(folder)
-    found, skipped = newest(tmp_path)
-    assert found == folder_of(tmp_path, 1)
+    found, skipped = newest_valid(tmp_path)
+    assert found == checkpoint_folder(tmp_path, 1)
     assert len(skipped) == 1
     assert "step-00000002" in skipped[0]
 
@@ -58,25 +65,25 @@ def test_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, harm: str) -> N
 def test_prune_counts_only_valid_checkpoints(tmp_path: Path) -> None:
     for step in range(1, 6):
         write(tmp_path, step)
-    (folder_of(tmp_path, 5) / "model").write_bytes(b"broken!")
+    (checkpoint_folder(tmp_path, 5) / "model").write_bytes(b"broken!")
     prune(tmp_path, 2)
-    assert [path.name[-1] for path in steps(tmp_path)] == ["3", "4", "5"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "4", "5"]
     prune(tmp_path, 0)
-    assert len(steps(tmp_path)) == 3
+    assert len(list_checkpoints(tmp_path)) == 3
 
 
 def test_prune_keeps_multiples_of_keep_every(tmp_path: Path) -> None:
     for step in range(1, 8):
         write(tmp_path, step)
     prune(tmp_path, 1, keep_every=3)
-    assert [path.name[-1] for path in steps(tmp_path)] == ["3", "6", "7"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7"]
 
 
 def test_error_while_writing_leaves_earlier_checkpoints_and_no_temporary_folder(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, 1)
-    with pytest.raises(ZeroDivisionError), writing(tmp_path, 2) as folder:
+    with pytest.raises(ZeroDivisionError), write_checkpoint(tmp_path, 2) as folder:
         (folder / "model").write_bytes(b"half")
         raise ZeroDivisionError
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anew import GPT, GPTConfig, Tokenizer, UserError
-from anew.checkpoint.huggingface import hf_config, load_model, read_config, save_model, sha256
+from anew.checkpoint.huggingface import (
+    load_model,
+    model_sha256,
+    read_config,
+    save_model,
+    to_hf_config,
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -140,7 +146,7 @@ def test_folders_without_a_model_are_refused(folder: Path, tmp_path: Path) -> No
 
 def test_wrong_number_of_heads_is_refused_for_the_shapes_of_openai(tmp_path: Path) -> None:
     """No tensor's shape depends on n_head, so transformers silently computes another function."""
-    config = hf_config(GPTConfig(n_head=16))
+    config = to_hf_config(GPTConfig(n_head=16))
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="n_head 16, and its weights were trained with 12"):
         read_config(tmp_path)
@@ -193,11 +199,11 @@ def test_wrong_indexes_of_weights_are_refused(folder: Path, weight_map: dict[str
 
 
 def test_sha256_depends_on_every_file_of_weights(folder: Path, weight_map: dict[str, str]) -> None:
-    before = sha256(folder)
+    before = model_sha256(folder)
     tensors = load_file(folder / FIRST)
     tensors[min(tensors)][0] += 1
     save_file(tensors, folder / FIRST)
-    assert sha256(folder) != before
+    assert model_sha256(folder) != before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

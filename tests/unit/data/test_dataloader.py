@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anew import UserError
-from anew.data.dataloader import Batches, evaluation_windows
+from anew.data.dataloader import DataLoader, evaluation_windows
 from anew.data.read_ahead import prefetch
 from anew.data.shards import Shard, SplitWriter
 from anew.data.shuffle import permute
@@ -64,9 +64,9 @@ def test_epoch_reads_every_window_once(
     windows = sum((length - 1) // seq_len for length in lengths)
     if windows == 0:
         with pytest.raises(UserError, match="too short"):
-            Batches(shards, seq_len, seed)
+            DataLoader(shards, seq_len, seed)
         return
-    batches = Batches(shards, seq_len, seed, recut=recut)
+    batches = DataLoader(shards, seq_len, seed, recut=recut)
     shifts = [0, int(0.618 * seq_len), int(0.236 * seq_len)] if recut else [0, 0, 0]
     for epoch, shift in enumerate(shifts):
         expected = []
@@ -104,7 +104,7 @@ def test_epoch_reads_no_token_twice_on_any_number_of_ranks(
     shards = [shard_of(folder, entry) for entry in writer.close()]
     if all(shard.n_tokens <= seq_len for shard in shards):
         return
-    batches = Batches(shards, seq_len, 7)
+    batches = DataLoader(shards, seq_len, 7)
     share = -(-batches.epoch_sequences // ranks)
     inputs: list[int] = []
     for first in range(0, batches.epoch_sequences, share):
@@ -119,7 +119,7 @@ def test_epoch_reads_no_token_twice_on_any_number_of_ranks(
 
 
 def test_recut_gives_a_token_another_place_in_its_window_in_every_epoch(tmp_path: Path) -> None:
-    batches = Batches(make_shards(tmp_path, [1025, 2048]), 64, seed=3)
+    batches = DataLoader(make_shards(tmp_path, [1025, 2048]), 64, seed=3)
     places: dict[int, list[int]] = {}  # of each token: its place in the window, in ten epochs
     for epoch in range(10):
         for row in batches.rows(epoch * batches.epoch_sequences, batches.epoch_sequences):
@@ -133,13 +133,13 @@ def test_recut_gives_a_token_another_place_in_its_window_in_every_epoch(tmp_path
 
 
 def test_rows_do_not_depend_on_how_they_are_divided(tmp_path: Path) -> None:
-    batches = Batches(make_shards(tmp_path, [700, 301, 55]), 8, seed=3)
+    batches = DataLoader(make_shards(tmp_path, [700, 301, 55]), 8, seed=3)
     whole = batches.rows(0, 400)
     for parts in (1, 2, 5, 8):
         count = 400 // parts
         pieces = [batches.rows(first, count) for first in range(0, 400, count)]
         assert np.array_equal(np.concatenate(pieces), whole)
-    assert not np.array_equal(whole, Batches(batches.shards, 8, seed=4).rows(0, 400))
+    assert not np.array_equal(whole, DataLoader(batches.shards, 8, seed=4).rows(0, 400))
 
 
 def test_batches_wait_for_shards_and_read_them_as_if_all_had_been_there(tmp_path: Path) -> None:
@@ -150,12 +150,12 @@ def test_batches_wait_for_shards_and_read_them_as_if_all_had_been_there(tmp_path
         known.append(n_known)
         return shards[: n_known + 1], n_known + 1 == len(shards)
 
-    complete = Batches(shards, 16, seed=3)
-    growing = Batches(shards[:1], 16, seed=3, more=more)
+    complete = DataLoader(shards, 16, seed=3)
+    growing = DataLoader(shards[:1], 16, seed=3, wait_for_shards=more)
     for first in range(0, complete.epoch_sequences - 8, 8):
         assert np.array_equal(growing.rows(first, 8), complete.rows(first, 8))
     assert known == [1, 2, 3]
-    assert growing.more is None
+    assert growing.wait_for_shards is None
 
 
 # --- validation windows ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from anew import GPT
 from anew.distributed.world import World
 from anew.evaluate import runner
 from anew.evaluate.scorer import Question
-from anew.evaluate.tasks.table import TASKS
+from anew.evaluate.tasks.registry import TASKS
 from anew.evaluate.tasks.task import Example
 from tests.support import shared
 from tests.support.evaluation import TOKENIZER, task_model
@@ -32,7 +32,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
 def test_figures_are_the_same_on_any_number_of_ranks(
     model: GPT, examples: list[Example], size: int
 ) -> None:
-    alone = runner.run(model, LAMBADA, examples)
+    alone = runner.run_task(model, LAMBADA, examples)
     shares: list = []  # of the ranks that have gathered; the last rank sees all of them
 
     def gather(share: object) -> list:
@@ -41,8 +41,8 @@ def test_figures_are_the_same_on_any_number_of_ranks(
 
     for rank in range(size - 1):
         with pytest.raises(KeyError):
-            runner.run(model, LAMBADA, examples, World(rank, size, gather))
-    report = runner.run(model, LAMBADA, examples, World(size - 1, size, gather))
+            runner.run_task(model, LAMBADA, examples, World(rank, size, gather))
+    report = runner.run_task(model, LAMBADA, examples, World(size - 1, size, gather))
     assert report.figures == alone.figures
     n_chunks = len(list(runner._chunks(examples)))
     assert sum(len(share.results) for share in shares) == n_chunks
@@ -52,7 +52,7 @@ def test_figures_are_the_same_on_any_number_of_ranks(
 def test_killed_evaluation_continues_with_the_same_figures(
     model: GPT, examples: list[Example], tmp_path: Path
 ) -> None:
-    alone = runner.run(model, LAMBADA, examples)
+    alone = runner.run_task(model, LAMBADA, examples)
 
     class KillError(Exception):
         pass
@@ -63,15 +63,15 @@ def test_killed_evaluation_continues_with_the_same_figures(
 
     store = tmp_path / "store"
     with pytest.raises(KillError):
-        runner.run(model, LAMBADA, examples, store=store, progress=kill)
+        runner.run_task(model, LAMBADA, examples, store=store, progress=kill)
     [stored] = store.iterdir()
     with stored.open("a") as file:  # what killed processes may leave
         file.write('\n5\n{"chunk": 1}\n{"chunk": 999, "results": []}')
         file.write('\n{"chunk": 6, "results": [1]}\n{"chunk": 5, "resu')
-    again = runner.run(model, LAMBADA, examples, store=store)
+    again = runner.run_task(model, LAMBADA, examples, store=store)
     assert again.figures == alone.figures
     assert 0 < again.scored < 60
-    assert runner.run(model, LAMBADA, examples, store=store).scored == 0
+    assert runner.run_task(model, LAMBADA, examples, store=store).scored == 0
 
 
 def test_key_depends_on_weights_precision_and_examples() -> None:

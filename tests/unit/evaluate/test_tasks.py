@@ -15,10 +15,10 @@ from anew import UserError
 from anew.data import prepare, sources
 from anew.data.dataset import open_data
 from anew.evaluate.loss import mean_loss
-from anew.evaluate.runner import run
+from anew.evaluate.runner import run_task
 from anew.evaluate.scorer import Question
+from anew.evaluate.tasks.registry import REMOVED_TASKS, TASKS, removed_task
 from anew.evaluate.tasks.running_text import windows
-from anew.evaluate.tasks.table import REMOVED_TASKS, TASKS, removed_task
 from anew.evaluate.tasks.task import split_pair
 from anew.evaluate.tasks.validation import Validation
 from anew.evaluate.tasks.wikitext import WIKITEXT103
@@ -86,7 +86,7 @@ def test_figures_of_running_text_agree_with_each_other(wikitext: Path) -> None:
     model = task_model()
     task = dataclasses.replace(WIKITEXT103, stride=64)
     examples = task.examples(wikitext, TOKENIZER, 128)[:40]
-    figures = run(model, task, examples).figures
+    figures = run_task(model, task, examples).figures
     assert math.log(figures["token_perplexity"]) == pytest.approx(figures["loss"])
     # The first tokens of an article, and those behind a half-full window.
     assert set(figures["loss_by_position"]) >= {"1", "64"}
@@ -121,7 +121,7 @@ def test_validation_task_equals_the_loss_that_training_reports(
     folder = open_data(str(tmp_path / "data"), "gpt2")
     task = Validation(folder, 48, 500)
     examples = task.examples(Path(), TOKENIZER, 128)
-    figures = run(model, task, examples).figures
+    figures = run_task(model, task, examples).figures
     expected = mean_loss(model, folder.splits["val"], 48, 500, torch.float32, 4)
     assert figures["loss"] == pytest.approx(expected, rel=1e-6)
     predicted = sum(len(example.question.endings[0]) for example in examples)

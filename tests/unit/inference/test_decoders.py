@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from anew import GPT, GPTConfig, generate
-from anew.inference.cpu_decoder import GROUP, CpuBatchDecoder, Kernel, load_library, quantize
-from anew.inference.decoders import Graphed, Packed, pack
+from anew.inference.cpu_decoder import GROUP, CpuBatchDecoder, CpuDecoder, load_library, quantize
+from anew.inference.decoders import CudaGraphDecoder, TorchDecoder, decoder_for
 from anew.inference.generate import _prefill
 from anew.model.kv_cache import Cache
 
@@ -71,8 +71,8 @@ def test_logits_are_those_of_the_stored_weights_in_fp64(
     rows: int, int8: bool, shape: dict[str, Any]
 ) -> None:
     model = model_of(**shape)
-    decoder = pack(model, rows, int8)
-    assert isinstance(decoder, Kernel if rows == 1 else CpuBatchDecoder)
+    decoder = decoder_for(model, rows, int8)
+    assert isinstance(decoder, CpuDecoder if rows == 1 else CpuBatchDecoder)
     exact = reference(model, int8)
     head = exact.transformer.wte.weight.detach().clone()[:1000]
     with torch.no_grad():
@@ -101,13 +101,13 @@ def test_logits_are_those_of_the_stored_weights_in_fp64(
 def test_step_over_fixed_slots_equals_the_usual_step(lengths: list[int]) -> None:
     """A GPU records attention over more slots than are filled; here those hold large values."""
     model = model_of()
-    usual = Packed(model)
+    usual = TorchDecoder(model)
     cache, _ = _prefill(model, prompts_of(lengths), 64)
     other = Cache(cache.keys.clone(), cache.values.clone(), cache.lengths, cache.used, cache.ragged)
     for row, n in enumerate(lengths):
         other.keys[:, row, :, n:] = 1e4
         other.values[:, row, :, n:] = 1e4
-    graphed = Graphed(model)
+    graphed = CudaGraphDecoder(model)
     for step in range(3):
         ids = [11, 400 + step, 7]
         fixed = graphed.fixed_shape_step(torch.tensor(ids)[:, None], cache.lengths, 32, other)
@@ -140,13 +140,13 @@ def test_decoder_generates_what_torch_generates_and_crops_where_it_crops(
 
 def test_model_with_changed_weights_gets_a_new_decoder() -> None:
     model = model_of()
-    first = pack(model, 1)
-    assert pack(model, 1) is first
-    assert pack(model, 1, int8=True) is not first
-    second = pack(model, 1)
+    first = decoder_for(model, 1)
+    assert decoder_for(model, 1) is first
+    assert decoder_for(model, 1, int8=True) is not first
+    second = decoder_for(model, 1)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.mul_(2.0)
-    third = pack(model, 1)
+    third = decoder_for(model, 1)
     assert third is not second
 
 
@@ -154,9 +154,9 @@ def test_decoder_depends_on_dtype_mode_and_compiler(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_fp32 = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32))
-    assert pack(in_fp32, 1) is None, "fp32 needs no copy"
-    assert pack(model_of().train(), 1) is None, "a model in training has no second copy"
-    assert isinstance(pack(model_of(**TWO_HEADS_OF_18), 1, int8=True), Kernel)
+    assert decoder_for(in_fp32, 1) is None, "fp32 needs no copy"
+    assert decoder_for(model_of().train(), 1) is None, "a model in training has no second copy"
+    assert isinstance(decoder_for(model_of(**TWO_HEADS_OF_18), 1, int8=True), CpuDecoder)
     assert "int8 weights are for one text" in caplog.text
     monkeypatch.setattr("anew.inference.decoders.load_library", lambda: None)
-    assert isinstance(pack(model_of(), 1), Packed), "without a compiler"
+    assert isinstance(decoder_for(model_of(), 1), TorchDecoder), "without a compiler"

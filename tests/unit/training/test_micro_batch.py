@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Config:
 
 def state_of(config: Config) -> TrainState:
     with open_data(config.data.data, Tokenizer.named("bytes")) as folder:
-        return TrainState(config, runtime.start(config.run), folder.identity)
+        return TrainState(config, runtime.set_up_device(config.run), folder.identity)
 
 
 def peak_of_100_and_10_megabytes(_: TrainState, sequences: int) -> int:

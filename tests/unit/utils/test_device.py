@@ -109,7 +109,7 @@ def test_unusable_gpu_is_not_silently_replaced_by_the_cpu(
 
 
 def test_sums_of_half_precision_products_are_kept_in_fp32() -> None:
-    device.start(RunConfig(device="cpu", precision="fp32", compile="off"))
+    device.set_up_device(RunConfig(device="cpu", precision="fp32", compile="off"))
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
@@ -148,7 +148,7 @@ def test_attention_without_gradients_never_uses_cudnn() -> None:
 
 
 def test_peak_is_measured_if_no_datasheet_is_known() -> None:
-    runtime = device.start(RunConfig(device="cpu", precision="fp32", compile="off"))
+    runtime = device.set_up_device(RunConfig(device="cpu", precision="fp32", compile="off"))
     flops, source = device.peak_flops(runtime)
     assert 1e9 < flops < 1e14
     assert "timed here" in source
