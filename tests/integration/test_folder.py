@@ -14,13 +14,13 @@ from anew.checkpoint.folder import list_checkpoints, newest_valid, remove_leftov
 WRITER = """
 import os, sys
 from pathlib import Path
-from anew.checkpoint.folder import prune, writing
+from anew.checkpoint.folder import prune, write_checkpoint
 run = Path(sys.argv[1])
 step = 0
 print("ready", flush=True)
 while True:
     step += 1
-    with writing(run, step) as folder:
+    with write_checkpoint(run, step) as folder:
         for name in "abc":
             (folder / name).write_bytes(os.urandom(200_000))
     print(step, flush=True)
