@@ -8,7 +8,7 @@ The release is a folder with `hparams.json` and a TensorFlow checkpoint, which i
 (`model.ckpt.index`) and data files. The index is a sorted table in LevelDB's format: blocks of
 prefix-compressed keys, and a footer that points to a block that lists the blocks. Its values are
 protocol buffers that say where in which data file a tensor lies. Every checksum is verified. Only
-whole floating-point tensors are supported, which is what OpenAI released.
+whole tensors in fp32 are supported, which is what OpenAI released.
 
 Sources: tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto,
 google/leveldb doc/table_format.md.
@@ -56,13 +56,7 @@ N_SHARDS = 1
 DTYPE, SHAPE, SHARD, OFFSET, SIZE, CHECKSUM, SLICES = range(1, 8)
 DIMENSION = 2
 LENGTH = 1
-# TensorFlow's numbers of its types (tensorflow/core/framework/types.proto) -> numpy's. numpy has no
-# bf16, which is read as the upper half of fp32.
-FLOAT_TYPES = {1: "<f4", 14: "<u2", 19: "<f2"}
-BF16 = 14
-
-CRC32C_POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
-CRC_PARTS = 4096
+DT_FLOAT = 1  # TensorFlow's number of fp32 (tensorflow/core/framework/types.proto)
 
 
 def is_release(path: Path) -> bool:
@@ -125,9 +119,8 @@ def read_arrays(prefix: Path) -> dict[str, np.ndarray]:
 
 def _read_array(name: str, entry: dict[int, Any], shard: np.ndarray) -> np.ndarray:
     """Return the tensor that an entry of the index describes, as fp32."""
-    dtype = entry.get(DTYPE, 0)
-    if dtype not in FLOAT_TYPES or SLICES in entry:
-        raise ValueError(f"{name} is not a whole floating-point tensor")
+    if entry.get(DTYPE) != DT_FLOAT or SLICES in entry:
+        raise ValueError(f"{name} is not a whole tensor in fp32")
     shape = [
         dict(_read_message(dimension)).get(LENGTH, 0)
         for field, dimension in _read_message(entry.get(SHAPE, b""))
@@ -136,15 +129,11 @@ def _read_array(name: str, entry: dict[int, Any], shard: np.ndarray) -> np.ndarr
     offset = entry.get(OFFSET, 0)
     size = entry.get(SIZE, 0)
     content = shard[offset : offset + size]
-    stored_type = np.dtype(FLOAT_TYPES[dtype])
-    if len(content) != size or size != stored_type.itemsize * np.prod(shape, dtype=np.int64):
+    if len(content) != size or size != 4 * np.prod(shape, dtype=np.int64):
         raise ValueError(f"{name} is truncated")
-    if _masked(crc32c(content)) != entry.get(CHECKSUM):
+    if _masked_crc(content) != entry.get(CHECKSUM):
         raise ValueError(f"{name} is damaged: its checksum differs")
-    values = content.view(stored_type)
-    if dtype == BF16:
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False).reshape(shape)
+    return content.view("<f4").reshape(shape)
 
 
 # --- LevelDB's table and protocol buffers ---------------------------------------------------------
@@ -178,7 +167,7 @@ def _read_block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, b
     compression, checksum = struct.unpack("<BI", table[end : end + 5])
     if compression != 0:
         raise ValueError("its index is compressed, which TensorFlow's checkpoints are not")
-    if _masked(crc32c(block + bytes([compression]))) != checksum:
+    if _masked_crc(block + bytes([compression])) != checksum:
         raise ValueError("its index is damaged: a checksum differs")
     n_restarts = struct.unpack("<I", block[-4:])[0]
     end_of_entries = len(block) - 4 * (n_restarts + 1)
@@ -225,65 +214,13 @@ def _read_varint(stream: BinaryIO) -> int:
 # --- Checksums ------------------------------------------------------------------------------------
 
 
-def crc32c(data: bytes | np.ndarray) -> int:
-    """Return the CRC-32C of `data`.
-
-    One byte after another would take minutes for 500 MB in Python. So the data is cut into
-    CRC_PARTS parts of equal length, which are processed at the same time; bytes that are left over
-    are processed one after another.
-    """
-    length = len(data) // CRC_PARTS
-    end_of_parts = length * CRC_PARTS
-    register = 0xFFFFFFFF
-    if length > 0:
-        parts = np.frombuffer(data[:end_of_parts], np.uint8).reshape(CRC_PARTS, length)
-        register = _crc_of_parts(register, parts)
-    table = _crc_table().tolist()
-    for byte in bytes(data[end_of_parts:]):
-        register = table[(register ^ byte) & 255] ^ (register >> 8)
-    return register ^ 0xFFFFFFFF
-
-
-def _crc_of_parts(register: int, parts: np.ndarray) -> int:
-    """Return the CRC register after `parts`, uint8 (parts, length).
-
-    A CRC is linear over GF(2). So the register after a part is the XOR of two: the register that
-    the part gives from zero, and what the register before the part becomes by reading as many zero
-    bytes. The latter is the XOR of what its single bits become, which 32 further registers compute.
-    """
-    table = _crc_table()
-    n_parts = len(parts)
-    single_bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    registers = np.concatenate([np.zeros(n_parts, np.uint32), single_bits])
-    next_bytes = np.zeros(n_parts + 32, np.uint32)
-    for column in np.ascontiguousarray(parts.T):
-        next_bytes[:n_parts] = column
-        registers = table[(registers ^ next_bytes) & 255] ^ (registers >> 8)
-    after_parts = registers[:n_parts].tolist()
-    after_bits = registers[n_parts:].tolist()
-    for after_part in after_parts:
-        moved = 0
-        for bit in range(32):
-            if register >> bit & 1:
-                moved ^= after_bits[bit]
-        register = moved ^ after_part
-    return register
-
-
-@functools.cache
-def _crc_table() -> np.ndarray:
-    """Return what each value of the lowest byte adds to the register, uint32 (256)."""
-    table: np.ndarray = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        is_odd = table & 1
-        table = (table >> 1) ^ (is_odd * np.uint32(CRC32C_POLYNOMIAL))
-    return table
-
-
-def _masked(crc: int) -> int:
-    """Return a CRC as TensorFlow stores it: rotated and with a constant added.
+def _masked_crc(data: bytes | np.ndarray) -> int:
+    """Return the CRC-32C of `data` as TensorFlow stores it: rotated and with a constant added.
 
     Stored data may contain CRCs itself, and the CRC of data with its own CRC is a weak checksum.
     """
+    from crc32c import crc32c
+
+    crc = crc32c(memoryview(data))
     rotated = (crc >> 15) | (crc << 17)
     return (rotated + 0xA282EAD8) & 0xFFFFFFFF

@@ -6,13 +6,14 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import tyro
 
 from anew.checkpoint import huggingface
 from anew.cli.progress import progress_bar
+from anew.cli.sample import Device, Precision, open_model
 from anew.config.schema import Config
 from anew.data.dataset import open_data
 from anew.distributed.rendezvous import joined
@@ -26,7 +27,7 @@ from anew.evaluate.tasks.validation import Validation
 from anew.evaluate.tasks.wikitext import WikiText
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils.device import DTYPES, MATMUL_PRECISION, pick_device, pick_precision
+from anew.utils.device import pick_device, pick_precision
 from anew.utils.files import cache_folder
 
 log = logging.getLogger("anew")
@@ -43,50 +44,28 @@ class EvaluateArgs:
     Example: anew evaluate gpt2 --task hellaswag,lambada --precision bf16
     """
 
-    model: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"),
-    ]
-    task: Annotated[
-        str,
-        tyro.conf.arg(help=f"all, or some of {TASK_NAMES}, harness:NAME; separated by commas"),
-    ] = "all"
-    file: Annotated[
-        str,
-        tyro.conf.arg(help="read the task's data from this file (val: from this data folder)"),
-    ] = ""
-    limit: Annotated[
-        int,
-        tyro.conf.arg(help="score only the first N examples of each task; 0: all"),
-    ] = 0
-    stride: Annotated[
-        int,
-        tyro.conf.arg(
-            help=f"{', '.join(STRIDE_TASKS)}: tokens predicted per window, with the rest of the "
-            "positions for context; 0: as many as fit"
-        ),
-    ] = 0
-    against: Annotated[
-        str,
-        tyro.conf.arg(help="score this model too, on the same examples, e.g. gpt2"),
-    ] = ""
-    precision: Annotated[
-        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
-        tyro.conf.arg(help="verdicts need fp32; bf16 is several times faster"),
-    ] = "fp32"
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps", "xpu"],
-        tyro.conf.arg(help="auto: the accelerator that torch finds, else cpu"),
-    ] = "auto"
-    fresh: Annotated[
-        bool,
-        tyro.conf.arg(help="score all examples again; do not use results of earlier evaluations"),
-    ] = False
-    json: Annotated[
-        bool,
-        tyro.conf.arg(help="print one JSON object as the last line of standard output"),
-    ] = False
+    model: tyro.conf.Positional[str]
+    """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
+    task: str = "all"
+    """all, or some of val, hellaswag, hellaswag_harness, lambada, wikitext2, wikitext103 and
+    harness:NAME, separated by commas"""
+    file: str = ""
+    """read the task's data from this file (val: from this data folder)"""
+    limit: int = 0
+    """score only the first N examples of each task; 0: all"""
+    stride: int = 0
+    """wikitext2, wikitext103: tokens predicted per window, with the rest of the positions for
+    context; 0: as many as fit"""
+    against: str = ""
+    """score this model too, on the same examples, e.g. gpt2"""
+    precision: Precision = "fp32"
+    """verdicts need fp32; bf16 is several times faster"""
+    device: Device = "auto"
+    """auto: the accelerator that torch finds, else cpu"""
+    fresh: bool = False
+    """score all examples again; do not use results of earlier evaluations"""
+    json: bool = False
+    """print one JSON object as the last line of standard output"""
 
 
 @dataclass(frozen=True)
@@ -170,9 +149,8 @@ def _open_models(args: EvaluateArgs, world: World) -> Evaluation:
     """Load the models onto the device."""
     device = pick_device(args.device)
     precision, _ = pick_precision(args.precision, device)
-    torch.set_float32_matmul_precision(MATMUL_PRECISION[precision])
-    subject = _load(args.model, device, precision)
-    against = _load(args.against, device, precision) if args.against else None
+    subject = _load(args, args.model)
+    against = _load(args, args.against) if args.against else None
     if against is not None and against.tokenizer.name != subject.tokenizer.name:
         raise UserError(
             f"{args.against} has the tokenizer {against.tokenizer.name} and {args.model} has "
@@ -193,10 +171,9 @@ def _open_models(args: EvaluateArgs, world: World) -> Evaluation:
     return Evaluation(args, world, device, precision, subject, against, outcome, table_rows=[])
 
 
-def _load(name: str, device: torch.device, precision: str) -> Subject:
+def _load(args: EvaluateArgs, name: str) -> Subject:
     path = huggingface.find_model(name).resolve()
-    model = huggingface.load_model(path, device, DTYPES[precision])
-    tokenizer = Tokenizer.of_model(path, model.config.vocab_size)
+    model, tokenizer = open_model(path, args.device, args.precision)
     return Subject(name, path, model, tokenizer, huggingface.model_sha256(path))
 
 

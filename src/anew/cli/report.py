@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -16,27 +15,18 @@ from anew.report.run import Run
 class ReportArgs:
     """Write a page about a run. Example: anew report runs/gpt2-124m --price 2.5"""
 
-    runs: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(help="run folders; the curves of several share their charts"),
-    ]
-    out: Annotated[str, tyro.conf.arg(help="the page to write; by default RUN/report.html")] = ""
-    price: Annotated[
-        float | None, tyro.conf.arg(help="dollars an hour of one device, for the cost of the run")
-    ] = None
-    baseline: Annotated[
-        str,
-        tyro.conf.arg(
-            help="a model, e.g. gpt2: scored on the run's validation windows, for the verdict"
-        ),
-    ] = ""
-    picture: Annotated[
-        bool, tyro.conf.arg(help="also write progress-step-N.png beside the page")
-    ] = False
-    json: Annotated[
-        bool, tyro.conf.arg(help="the last line of standard output is one JSON object")
-    ] = False
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """run folders; the curves of several share their charts"""
+    out: str = ""
+    """the page to write; by default RUN/report.html"""
+    price: float | None = None
+    """dollars an hour of one device, for the cost of the run"""
+    baseline: str = ""
+    """a model, e.g. gpt2: scored on the run's validation windows, for the verdict"""
+    picture: bool = False
+    """also write progress-step-N.png beside the page"""
+    json: bool = False
+    """the last line of standard output is one JSON object"""
 
 
 def run_report(argv: list[str]) -> None:

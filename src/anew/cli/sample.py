@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -28,51 +28,34 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 class SampleArgs:
     """Generate text with a model. Example: anew sample runs/demo --prompt "def " --tokens 200"""
 
-    model: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(help="a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"),
-    ]
-    prompt: Annotated[
-        str, tyro.conf.arg(help="text to continue; without one, a new document begins")
-    ] = ""
-    prompt_file: Annotated[
-        str, tyro.conf.arg(help="read the prompt from this file; - is standard input")
-    ] = ""
-    interactive: Annotated[
-        bool, tyro.conf.arg(help="read prompts, one a line, until an empty line")
-    ] = False
-    tokens: Annotated[
-        int, tyro.conf.arg(help="maximum new tokens of a sample, which may end before")
-    ] = 128
-    count: Annotated[int, tyro.conf.arg(help="number of samples of the prompt")] = 1
-    temperature: Annotated[
-        float, tyro.conf.arg(help="0: always the likeliest token; 1: the model's probabilities")
-    ] = 0.8
-    top_k: Annotated[
-        int, tyro.conf.arg(help="draw from this many likeliest tokens; 0: from all")
-    ] = 50
-    top_p: Annotated[
-        float, tyro.conf.arg(help="draw from the likeliest tokens with this total probability")
-    ] = 1.0
-    seed: Annotated[int, tyro.conf.arg(help="the same seed draws the same text")] = 1337
-    device: Annotated[
-        Device,
-        tyro.conf.arg(help="where to compute; auto: the accelerator that torch finds, else cpu"),
-    ] = "auto"
-    precision: Annotated[
-        Precision,
-        tyro.conf.arg(help="auto: the fastest that is safe on the device"),
-    ] = "auto"
-    int8: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="CPU, one sample: weights in 8 bits; faster, and changes the model a little"
-        ),
-    ] = False
-    json: Annotated[
-        bool, tyro.conf.arg(help="the last line of standard output is one JSON object")
-    ] = False
+    model: tyro.conf.Positional[str]
+    """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
+    prompt: str = ""
+    """text to continue; without one, a new document begins"""
+    prompt_file: str = ""
+    """read the prompt from this file; - is standard input"""
+    interactive: bool = False
+    """read prompts, one a line, until an empty line"""
+    tokens: int = 128
+    """maximum new tokens of a sample, which may end before"""
+    count: int = 1
+    """number of samples of the prompt"""
+    temperature: float = 0.8
+    """0: always the likeliest token; 1: the model's probabilities"""
+    top_k: int = 50
+    """draw from this many likeliest tokens; 0: from all"""
+    top_p: float = 1.0
+    """draw from the likeliest tokens with this total probability"""
+    seed: int = 1337
+    """the same seed draws the same text"""
+    device: Device = "auto"
+    """where to compute; auto: the accelerator that torch finds, else cpu"""
+    precision: Precision = "auto"
+    """auto: the fastest that is safe on the device"""
+    int8: bool = False
+    """CPU, one sample: weights in 8 bits; faster, and changes the model a little"""
+    json: bool = False
+    """the last line of standard output is one JSON object"""
 
 
 def run_sample(argv: list[str]) -> None:

@@ -6,7 +6,7 @@ anew serve runs/demo gpt2
 import logging
 import socket
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -22,27 +22,20 @@ OWN_NAMES = {"127.0.0.1", "localhost", "::1"}
 class ServeArgs:
     """Serve models to a browser and to programs. Example: anew serve runs/demo gpt2"""
 
-    models: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(help="runs, checkpoints, Hugging Face folders or hub names"),
-    ]
-    host: Annotated[
-        str,
-        tyro.conf.arg(help="address to listen on; the default is reachable from this machine only"),
-    ] = "127.0.0.1"
-    port: Annotated[int, tyro.conf.arg(help="port to listen on; 0: any free port")] = 8000
-    waiting: Annotated[
-        int, tyro.conf.arg(help="requests that may wait while one is answered; more are refused")
-    ] = 8
-    device: Annotated[Device, tyro.conf.arg(help="where to compute")] = "auto"
-    precision: Annotated[Precision, tyro.conf.arg(help="auto: the fastest that is safe")] = "auto"
-    int8: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="CPU: weights in 8 bits, which is faster and changes the model a little"
-        ),
-    ] = False
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """runs, checkpoints, Hugging Face folders or hub names"""
+    host: str = "127.0.0.1"
+    """address to listen on; the default is reachable from this machine only"""
+    port: int = 8000
+    """port to listen on; 0: any free port"""
+    waiting: int = 8
+    """requests that may wait while one is answered; more are refused"""
+    device: Device = "auto"
+    """where to compute"""
+    precision: Precision = "auto"
+    """auto: the fastest that is safe"""
+    int8: bool = False
+    """CPU: weights in 8 bits, which is faster and changes the model a little"""
 
 
 def run_serve(argv: list[str]) -> None:

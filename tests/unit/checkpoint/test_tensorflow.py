@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from anew import GPT, UserError
-from anew.checkpoint.tensorflow import crc32c, read_arrays
+from anew.checkpoint.tensorflow import read_arrays
 from anew.cli.main import main
 from tests.support import ROOT
 
@@ -106,22 +106,3 @@ def test_hparams_of_another_model_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=words):
         GPT.from_pretrained(str(release))
-
-
-def crc32c_bit_by_bit(data: bytes) -> int:
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 if register & 1 else 0)
-    return register ^ 0xFFFFFFFF
-
-
-@pytest.mark.parametrize("size", [0, 1, 9, 4095, 4096, 4097, 20_000])
-def test_crc32c_equals_its_definition(size: int) -> None:
-    data = np.random.RandomState(size).bytes(size)
-    assert crc32c(data) == crc32c_bit_by_bit(data)
-
-
-def test_crc32c_of_the_check_value_of_rfc_3720() -> None:
-    assert crc32c(b"123456789") == 0xE3069283  # appendix B.4
