@@ -221,6 +221,6 @@ def _masked_crc(data: bytes | np.ndarray) -> int:
     """
     from crc32c import crc32c
 
-    crc = crc32c(memoryview(data))
+    crc = crc32c(bytes(data))
     rotated = (crc >> 15) | (crc << 17)
     return (rotated + 0xA282EAD8) & 0xFFFFFFFF
