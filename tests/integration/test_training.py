@@ -507,7 +507,8 @@ def test_tensorboard_has_scalars_settings_and_texts(tiny: Config) -> None:
     )
     tags = events.Tags()["tensors"]
     assert any("sample" in tag for tag in tags)
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert any("settings" in tag for tag in tags)
+    assert len(list((tiny.folder / "tensorboard").iterdir())) == 1
 
 
 def test_tensorboard_of_a_resumed_run_keeps_earlier_steps(tiny: Config) -> None:

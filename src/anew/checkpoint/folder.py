@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anew.errors import UserError
-from anew.utils.files import flush_to_disk, rename, sha256_of, temporary_name
+from anew.utils.files import flush_to_disk, parse_json, rename, sha256_of, temporary_name
 
 MANIFEST = "manifest.json"
 STEP_PREFIX = "step-"
@@ -91,7 +91,7 @@ def publish(temporary: Path, final: Path) -> None:
 def verify(folder: Path) -> None:
     """Raise UserError, which names the file, if a file in `folder` does not match the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json(folder / MANIFEST)
         files = {
             str(name): (entry["sha256"], entry["bytes"])
             for name, entry in manifest["files"].items()

@@ -11,14 +11,13 @@ that the hub announced. Only safetensors weights are downloaded.
 
 import contextlib
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from anew.errors import UserError
-from anew.utils.files import sha256_of
+from anew.utils.files import parse_json, sha256_of
 from anew.utils.hub_errors import MissingFileError, hub_errors
 
 log = logging.getLogger("anew")
@@ -78,7 +77,7 @@ def _shards(model: str, fetch: Callable[[str], Path]) -> list[str]:
             f"{model} has no {WEIGHTS} on the hub; only safetensors weights are downloaded."
         ) from error
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = parse_json(index)["weight_map"].values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the {INDEX} of {model} cannot be read ({error!r}).") from error
     return sorted({str(name) for name in files})

@@ -34,7 +34,7 @@ from anew.errors import UserError
 from anew.model.flops import count_parameters
 from anew.model.gpt import GPT, Linear
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils.files import sha256_of
+from anew.utils.files import parse_json, sha256_of
 
 log = logging.getLogger("anew")
 
@@ -145,7 +145,7 @@ def read_config(path: Path) -> GPTConfig:
 
 def _read_config_json(path: Path) -> GPTConfig:
     try:
-        raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        raw = parse_json(path / CONFIG)
         for key, value in ARITHMETIC.items():
             if raw.get(key, value) != value:
                 raise UserError(
@@ -221,7 +221,7 @@ def _read_weights_file(path: Path, name: str) -> dict[str, Tensor]:
 def _read_sharded_weights(path: Path) -> dict[str, Tensor]:
     """Return weights in several files; the index must name the right file of every tensor."""
     with _reading_errors(path, INDEX):
-        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path / INDEX)["weight_map"]
         # Only the last part of each path, so that an index cannot name files outside the folder.
         file_of = {str(name): Path(file).name for name, file in weight_map.items()}
     files = sorted(set(file_of.values()))

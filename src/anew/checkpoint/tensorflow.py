@@ -16,7 +16,6 @@ google/leveldb doc/table_format.md.
 
 import functools
 import io
-import json
 import re
 import struct
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from anew.config.schema import GPTConfig
 from anew.errors import UserError
+from anew.utils.files import parse_json
 
 # Substitutions that turn OpenAI's name of a parameter into ours, applied in order:
 # model/h0/attn/c_attn/w -> transformer.h.0.attn.c_attn.weight, model/wte -> transformer.wte.weight.
@@ -67,7 +67,7 @@ def is_release(path: Path) -> bool:
 def read_config(path: Path) -> GPTConfig:
     """Return the sizes of the model in the release folder `path`."""
     try:
-        hparams = json.loads((path / "hparams.json").read_text(encoding="utf-8"))
+        hparams = parse_json(path / "hparams.json")
         sizes = {ours: int(hparams[theirs]) for ours, theirs in HPARAMS.items()}
         return GPTConfig(**sizes)  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -106,7 +106,7 @@ class Command:
             defaults[group] = {}
         for name in names:
             group = GROUP_OF[name]
-            defaults[group][name] = getattr(getattr(base, group), name)
+            defaults[group][name] = base.value(name)
         self._run_tyro(
             self._types(names),
             args=["--help"],

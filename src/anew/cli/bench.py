@@ -69,6 +69,7 @@ ABOUT = "Time this machine. Example: anew bench ladder gpt2-124m --micro-batch 4
 PUBLISHED = {"fp32": 1000, "TF32 matrices": 380, "bf16": 334, "loss in chunks": 100}
 ATTENTION_LENGTHS = (256, 512, 1024, 2048, 4096)
 
+Figures = dict[str, Any]  # what --json prints
 Times = dict[str, list[float]]  # seconds of each turn, by side
 
 
@@ -93,7 +94,7 @@ def run_bench(argv: list[str]) -> None:
     if arguments.picture:
         png.check()
     config = config.override(device=device)
-    facts: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    facts: Figures = {"device": device, "torch": torch.__version__}
     if what in EXPERIMENTS:
         config, messages = config.adapted(chosen)
         for message in messages:
@@ -125,7 +126,7 @@ def _step_title(config: Config, device: str) -> str:
     return f"{config.recipe}, {tokens}, on {device}"
 
 
-def time_ladder(config: Config, device: str, arguments: Any) -> dict[str, Any]:
+def time_ladder(config: Config, device: str, arguments: Any) -> Figures:
     """Time a training step on every rung of the ladder."""
     print(f"{_step_title(config, device)}\n")
     print("rung                    ms  tokens/s TFLOP/s     MB  x before  x first  1st step")
@@ -156,17 +157,14 @@ def time_ladder(config: Config, device: str, arguments: Any) -> dict[str, Any]:
     print(f"MFU {100 * rows[-1]['mfu']:.0f}% of {peak_source}")
     if device == "cuda" and (config.run.micro_batch, config.data.seq_len) == (16, 1024):
         _print_published(rows)
-    print()
-    bars = [(row["rung"], row["ms"]) for row in rows]
-    for line in text_bars(bars):
-        print(line)
     if arguments.picture:
+        bars = [(row["rung"], row["ms"]) for row in rows]
         title = f"{config.recipe} on {device}"
         png.bars(bars, "ms a step", title, Path(arguments.picture))
     return {"rungs": rows, "skipped": skipped, "speedup": speedup, "peak": peak_source}
 
 
-def _ladder_row(rung: Rung, found: Measured, bottom: Measured, peak: float) -> dict[str, Any]:
+def _ladder_row(rung: Rung, found: Measured, bottom: Measured, peak: float) -> Figures:
     """Return the figures of one rung for --json."""
     return {
         "rung": rung.name,
@@ -182,13 +180,13 @@ def _ladder_row(rung: Rung, found: Measured, bottom: Measured, peak: float) -> d
     }
 
 
-def _print_losses(rows: list[dict[str, Any]]) -> None:
+def _print_losses(rows: list[Figures]) -> None:
     print("\nlast loss and its difference from the first rung, on the same text:")
     for row in rows:
         print(f"  {row['rung']:<18} {row['loss']:.4f}  {row['loss_difference']:+.4f}")
 
 
-def _print_published(rows: list[dict[str, Any]]) -> None:
+def _print_published(rows: list[Figures]) -> None:
     for row in rows:
         if row["rung"] in PUBLISHED:
             print(
@@ -197,16 +195,7 @@ def _print_published(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def text_bars(rows: list[tuple[str, float]], width: int = 50) -> list[str]:
-    """Return a line with a bar of # for each value."""
-    largest = max(value for _, value in rows)
-    return [
-        f"{name:<18} {'#' * max(1, round(width * value / largest))} {value:,.0f}"
-        for name, value in rows
-    ]
-
-
-def time_attention(config: Config, device: str, arguments: Any) -> dict[str, Any]:
+def time_attention(config: Config, device: str, arguments: Any) -> Figures:
     """Time plain and fused attention alone, and the whole step with each."""
     kinds = ("plain", "flash", "cudnn") if device == "cuda" else ("plain", "flash")
     heads = f"{config.model.n_head} heads of {config.model.head_dim}"
@@ -233,9 +222,9 @@ def time_attention(config: Config, device: str, arguments: Any) -> dict[str, Any
     return {"attention": rows, "step_gain": gain}
 
 
-def _attention_row(length: int, measured: dict[str, Measured | str]) -> tuple[dict[str, Any], str]:
+def _attention_row(length: int, measured: dict[str, Measured | str]) -> tuple[Figures, str]:
     """Return the figures of one length for --json, and its line of the table."""
-    row: dict[str, Any] = {"tokens": length}
+    row: Figures = {"tokens": length}
     line = f"{length:>6}  "
     problems = []
     for kind, found in measured.items():
@@ -251,7 +240,7 @@ def _attention_row(length: int, measured: dict[str, Measured | str]) -> tuple[di
     return row, f"{line}  {problems[0]}"
 
 
-def compare_training(config: Config, device: str, arguments: Any) -> dict[str, Any]:
+def compare_training(config: Config, device: str, arguments: Any) -> Figures:
     """Compare a training step with other packages, and with eager fp32."""
     sides: dict[str, Any] = {"anew": competitors.anew_training}
     if not arguments.alone:
@@ -271,7 +260,7 @@ def compare_training(config: Config, device: str, arguments: Any) -> dict[str, A
     return {"seconds": times, **_print_ratios(times)}
 
 
-def compare_generation(config: Config, device: str, arguments: Any) -> dict[str, Any]:
+def compare_generation(config: Config, device: str, arguments: Any) -> Figures:
     """Compare greedy decoding with transformers and llama.cpp."""
     task = competitors.Generation(
         config, device, arguments.rows, arguments.prompt_tokens, arguments.new_tokens
@@ -292,7 +281,7 @@ def compare_generation(config: Config, device: str, arguments: Any) -> dict[str,
     return _print_rates(times, task.rows * task.new_tokens, "tokens")
 
 
-def compare_scoring(config: Config, device: str, arguments: Any) -> dict[str, Any]:  # noqa: ARG001
+def compare_scoring(config: Config, device: str, arguments: Any) -> Figures:  # noqa: ARG001
     """Compare the scoring of HellaSwag with build-nanogpt's loop."""
     if not is_installed("transformers"):
         raise UserError("the other side is transformers' model; install transformers.")
@@ -311,7 +300,7 @@ def compare_preparing(
     config: Config,  # noqa: ARG001 (all measurements have one signature)
     device: str,  # noqa: ARG001
     arguments: Any,
-) -> dict[str, Any]:
+) -> Figures:
     """Compare the conversion of text to shards with a common script."""
     sides: dict[str, Any] = {
         "anew": competitors.anew_preparing,
@@ -325,7 +314,7 @@ def compare_preparing(
     return {**_print_rates(times, size / 1e6, "MB"), "bytes": size}
 
 
-def _print_rates(times: Times, amount: float, unit: str) -> dict[str, Any]:
+def _print_rates(times: Times, amount: float, unit: str) -> Figures:
     """Print what each side processes in a second, of `amount` a turn; return the figures."""
     for name, seconds in times.items():
         print(f"{name:<14} {amount / statistics.median(seconds):,.1f} {unit} a second")

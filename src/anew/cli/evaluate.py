@@ -28,7 +28,7 @@ from anew.evaluate.tasks.wikitext import WikiText
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.device import pick_device, pick_precision
-from anew.utils.files import cache_folder
+from anew.utils.files import cache_folder, parse_json
 
 log = logging.getLogger("anew")
 
@@ -258,7 +258,7 @@ def _open_validation(file: str, subject: Subject) -> Validation:
         )
     trainer_file = subject.path / "trainer.json"
     if not file and trainer_file.is_file():
-        trained_on = json.loads(trainer_file.read_text(encoding="utf-8"))["data_revision"]
+        trained_on = parse_json(trainer_file)["data_revision"]
         if trained_on != folder.identity:
             raise UserError(
                 f"the text in {source} is no longer the one that {subject.name} was trained on."

@@ -18,12 +18,12 @@ from anew.bench.competitors import exported_loss, is_installed
 from anew.bench.sweep import Trial, TrialResult, run_trials, stop_after
 from anew.bench.time_to_loss import Arm, Bounded, Experiment, Ratio, Settings, against
 from anew.checkpoint.folder import checkpoint_folder
-from anew.config.schema import Config
+from anew.config.schema import GROUP_OF, Config
 from anew.config.values import parse_bytes
 from anew.errors import UserError
 from anew.report import png
 from anew.report.run import Run
-from anew.utils.files import write_atomic
+from anew.utils.files import parse_json, write_atomic
 
 ARM_TITLES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": "fast recipe"}
 OVER_EXAMPLE = "--over 'lr=1e-3,2e-3 weight_decay=0,0.1'"
@@ -109,7 +109,7 @@ def _exported_loss(result: TrialResult, config: Config, device: str) -> float:
             folder = checkpoint_folder(result.folder, result.config.run.steps)
             loss = exported_loss(folder, result.config.override(val_tokens=val_tokens), device)
             write_atomic(stored, json.dumps(loss))
-    return float(json.loads(stored.read_text()))
+    return float(parse_json(stored))
 
 
 @contextmanager
@@ -237,16 +237,14 @@ def _axes(text: str, config: Config) -> dict[str, list[Any]]:
     for part in text.split():
         name, _, values = part.partition("=")
         name = name.replace("-", "_")
-        groups = (config.model, config.data, config.optim, config.run)
-        current = next((getattr(group, name) for group in groups if hasattr(group, name)), None)
-        if not values or current is None:
+        if not values or name not in GROUP_OF:
             raise UserError(
                 f"--over {part} is not a setting with values; write it as {OVER_EXAMPLE}."
             )
         try:
-            axes[name] = [_parse_like(current, value) for value in values.split(",")]
+            axes[name] = [_parse_like(config.value(name), value) for value in values.split(",")]
         except (ValueError, KeyError):
-            kind = type(current).__name__
+            kind = type(config.value(name)).__name__
             raise UserError(f"--over {part}: {name} takes values of type {kind}.") from None
     if not 1 <= len(axes) <= 2:
         raise UserError(f"a sweep is over one setting or two: {OVER_EXAMPLE}.")

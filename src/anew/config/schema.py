@@ -344,6 +344,10 @@ class Config:
         """The run folder."""
         return Path(self.run.out or f"runs/{self.recipe}")
 
+    def value(self, name: str) -> Any:
+        """Return the value of a setting."""
+        return getattr(getattr(self, GROUP_OF[name]), name)
+
     def override(self, **settings: Any) -> Self:
         """Return the config with some settings replaced. Names are checked, values are not."""
         groups: dict[str, Any] = {}
@@ -436,9 +440,9 @@ class Config:
     def differences(self, other: Self) -> list[str]:
         """Return 'name: value -> other value' for settings that make `other` a different run."""
         found = []
-        for name, group in GROUP_OF.items():
-            mine = getattr(getattr(self, group), name)
-            theirs = getattr(getattr(other, group), name)
+        for name in GROUP_OF:
+            mine = self.value(name)
+            theirs = other.value(name)
             if mine != theirs and not FIELDS[name].metadata["may_change"]:
                 found.append(f"{name}: {mine} -> {theirs}")
         return found

@@ -15,7 +15,6 @@ continues when it is started again, writes the same bytes, and repeats at most o
 """
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -39,7 +38,7 @@ from anew.errors import UserError
 from anew.tokenizer.bpe import FILE as TOKENIZER
 from anew.tokenizer.bpe import Tokenizer
 from anew.tokenizer.learn import learn
-from anew.utils.files import read_json, write_json
+from anew.utils.files import parse_json, read_json, write_json
 
 log = logging.getLogger("anew")
 
@@ -120,7 +119,7 @@ def begun_at(out: Path) -> str:
     """Return the commit of the hub that the preparation at `out` reads; "" if there is none."""
     for name in (PROGRESS, INDEX):
         try:
-            content = json.loads((out / name).read_text(encoding="utf-8"))
+            content = parse_json(out / name)
             revision = str(content["revision"])
         except (OSError, ValueError, KeyError, TypeError):
             continue

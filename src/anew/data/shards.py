@@ -23,7 +23,7 @@ import numpy as np
 
 from anew.config.values import TOKENIZERS
 from anew.errors import UserError
-from anew.utils.files import rename, sha256_of, write_atomic
+from anew.utils.files import parse_json, rename, sha256_of, write_atomic
 
 if TYPE_CHECKING:
     from anew.data.streaming import ShardsInPreparation
@@ -140,7 +140,7 @@ class DataFolder:
     def open(cls, path: Path) -> "DataFolder":
         """Read `index.json`. Its shards must exist; `Shard.tokens` verifies them later."""
         try:
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            index = parse_json(path / INDEX)
             if index["version"] != INDEX_VERSION or index["dtype"] != "uint16":
                 raise UserError(
                     f"{path / INDEX} has version {index['version']} and dtype {index['dtype']}; "
@@ -304,7 +304,7 @@ def write_index(
 def consumed(folder: Path) -> int:
     """Return how many training shards, counted from the first, were removed after use."""
     try:
-        return int(json.loads((folder / CONSUMED).read_text(encoding="utf-8")))
+        return int(parse_json(folder / CONSUMED))
     except (OSError, ValueError):
         return 0
 

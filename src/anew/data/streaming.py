@@ -10,7 +10,6 @@ The process ends with the one that started it. The next run continues its work.
 """
 
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
@@ -26,6 +25,7 @@ from anew.data.holdout import Settings
 from anew.data.prepare import PROGRESS
 from anew.data.shards import INDEX, DataFolder, Shard, consume
 from anew.errors import UserError
+from anew.utils.files import parse_json
 
 PROBLEM = ".problem"  # the file in which the process leaves the sentence of its UserError
 POLL_SECONDS = 0.2
@@ -92,7 +92,7 @@ def finished(path: Path) -> dict[str, list[Shard]]:
     """Return the finished shards of a preparation; of validation none before all of it is there."""
     splits: dict[str, list[Shard]] = {"train": [], "val": []}
     try:
-        progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        progress = parse_json(path / PROGRESS)
     except (OSError, ValueError):
         return splits
     if not progress["finished"]:

@@ -11,7 +11,6 @@ other. A curve is therefore context on a page and never the same measurement.
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from anew.config.schema import Config
 from anew.evaluate.published import FIGURES, size_of
 from anew.report.svg import Points
+from anew.utils.files import parse_json
 
 TOKENS_A_STEP = 524_288  # in all runs below
 HORIZON = 19_072 * TOKENS_A_STEP  # 10B tokens, the length of build-nanogpt's runs
@@ -163,7 +163,7 @@ def data_of(config: Config) -> str:
     """
     text = config.data.data
     with contextlib.suppress(OSError, ValueError, KeyError):
-        index = json.loads((Path(text) / "index.json").read_text(encoding="utf-8"))
+        index = parse_json(Path(text) / "index.json")
         text += str(index["source"])
     found = [name for name in BASELINES if name.lower() in text.lower()]
     return max(found, key=len, default="")

@@ -17,7 +17,6 @@ process leaves it, is skipped.
 """
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +28,7 @@ from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.report.svg import Points
 from anew.training import run_log
-from anew.utils.files import json_lines, read_json
+from anew.utils.files import json_lines, parse_json, read_json
 
 BASELINE_FORMAT = 1  # of baseline.json
 
@@ -65,7 +64,7 @@ class Run:
             raise UserError(f"{folder} has no steps to report yet.")
         state: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
-            state = json.loads((folder / "run_state.json").read_text(encoding="utf-8"))
+            state = parse_json(folder / "run_state.json")
         return cls(folder, config, rows, state)
 
     @property

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anew.utils.files import parse_json
+
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON = "tokenizer.json"
 
@@ -50,11 +52,11 @@ def read(folder: Path) -> Vocabulary:
     OSError, KeyError, TypeError or AttributeError if files are missing or malformed.
     """
     if not (folder / TOKENIZER_JSON).is_file():
-        ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        ids = parse_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [line for line in lines if line and not line.startswith("#version")]
         return Vocabulary(ids, merges)
-    raw = json.loads((folder / TOKENIZER_JSON).read_text(encoding="utf-8"))
+    raw = parse_json(folder / TOKENIZER_JSON)
     splitting = raw["pre_tokenizer"]
     is_byte_level = splitting["type"] == "ByteLevel" and splitting.get("use_regex", True)
     if raw.get("normalizer") or splitting["add_prefix_space"] or not is_byte_level:

@@ -11,7 +11,6 @@ readers keep the value that was written last.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import logging
@@ -105,8 +104,7 @@ class RunLog:
         self.config = config
         self.writes = writes
         self.first_step = step
-        self.last_val_loss: float | None = None
-        self.last_train_loss = math.nan
+        self.last_train_loss = last_train_loss(run) if writes else math.nan
         self.skipped_in_a_row = 0
         self.tensorboard: Any = None
         self.run_state = RunState(run, writes)
@@ -123,6 +121,8 @@ class RunLog:
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
         self.tensorboard = open_tensorboard(self.run / "tensorboard", self.first_step)
+        if self.tensorboard is not None:
+            self.tensorboard.add_text("settings", self.config.to_json(), self.first_step)
         self.run_state.update(
             status="running",
             step=self.first_step,
@@ -140,8 +140,6 @@ class RunLog:
     ) -> None:
         if not self.writes:
             return
-        if error is None:
-            self._write_hyperparameters()
         self._record_end(error)
         log.removeHandler(self.handler)
         self.handler.close()
@@ -168,24 +166,8 @@ class RunLog:
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
             self.run_state.update(**end)
 
-    def _write_hyperparameters(self) -> None:
-        """Write all settings and the last validation loss to TensorBoard."""
-        if self.tensorboard is None or self.last_val_loss is None:
-            return
-        settings: Row = {}
-        for group in ("model", "data", "optim", "run"):
-            settings |= dataclasses.asdict(getattr(self.config, group))
-        figures = {"final/val_loss": self.last_val_loss}
-        self.tensorboard.add_hparams(settings, figures, run_name=".")
-
-    @property
-    def final_train_loss(self) -> float:
-        """The last recorded training loss; NaN if there is none."""
-        return last_train_loss(self.run) if self.writes else self.last_train_loss
-
     def row(self, row: Row) -> None:
         """Append one row to metrics.jsonl, and its numbers to TensorBoard."""
-        self.last_val_loss = row.get("val/loss", self.last_val_loss)
         self.last_train_loss = row.get("train/loss", self.last_train_loss)
         if not self.writes:
             return

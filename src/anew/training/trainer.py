@@ -103,7 +103,7 @@ def run_training(
         step=run.state.step,
         tokens=run.state.tokens,
         seconds=run.state.seconds,
-        train_loss=run.log.final_train_loss,
+        train_loss=run.log.last_train_loss,
         val_loss=val_loss,
         train_text_loss=train_text_loss,
     )

@@ -127,13 +127,21 @@ def write_json(path: Path, content: dict[str, Any], format: int, durable: bool =
     write_atomic(path, text, durable=durable)
 
 
+def parse_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises OSError if the file cannot be read and ValueError if it is not JSON.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_json(path: Path, newest_format: int) -> tuple[dict[str, Any], int]:
     """Return the JSON object at `path` without its format, and the format.
 
     A file that does not state its format has format 1. Raises UserError for a format above
     `newest_format`, OSError if the file cannot be read and ValueError if it is not a JSON object.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     format = int(content.pop("format", 1))
