@@ -8,7 +8,7 @@ def test_command_line_starts_without_packages_of_single_commands() -> None:
     script = """
 import sys
 
-packages = "boto3 fastapi gguf litgpt llama_cpp lm_eval matplotlib onnx starlette tensorboard"
+packages = "boto3 fastapi gguf llama_cpp lm_eval matplotlib onnx starlette tensorboard"
 for name in [*packages.split(), "transformers", "triton", "uvicorn"]:
     sys.modules[name] = None  # importing it raises ImportError
 

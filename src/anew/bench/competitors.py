@@ -17,7 +17,7 @@ import itertools
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,6 @@ SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 SHARD_TOKENS = 100_000_000
 END_OF_TEXT = 50256
 
-LossOf = Callable[[Any, torch.Tensor, torch.Tensor], Any]  # (network, inputs, targets) -> mean loss
-
 
 def is_installed(package: str) -> bool:
     """Return whether a package can be imported."""
@@ -91,7 +89,7 @@ def eager_fp32_training(config: Config, device: str) -> Turn:
 
 
 def transformers_training(config: Config, device: str) -> Turn:
-    """Return a step of transformers' GPT2LMHeadModel."""
+    """Return a step of transformers' GPT2LMHeadModel, with autocast to bf16 and fused AdamW."""
     model = transformers_model(
         config.model,
         resid_pdrop=0.0,
@@ -101,45 +99,6 @@ def transformers_training(config: Config, device: str) -> Turn:
         attn_implementation="sdpa",
     )
     model.train().to(device)
-
-    def loss_of(network: Any, inputs: torch.Tensor, _: torch.Tensor) -> Any:
-        # The model shifts the labels itself, so each row has one target fewer than ours.
-        return network(input_ids=inputs, labels=inputs).loss
-
-    return _autocast_training(model, loss_of, config, device)
-
-
-def litgpt_training(config: Config, device: str) -> Turn:
-    """Return a step of LitGPT's network in GPT-2's sizes.
-
-    Its positions are rotary and its head is not tied, which makes 38M more weights at 124M.
-    """
-    from litgpt.config import Config as LitConfig
-    from litgpt.model import GPT as LitGPT
-    from litgpt.utils import chunked_cross_entropy
-
-    shape = config.model
-    lit_config = LitConfig(
-        block_size=shape.n_positions,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        vocab_size=shape.vocab_size,
-        padded_vocab_size=shape.padded_vocab_size,
-        parallel_residual=False,
-        rotary_percentage=1.0,
-        gelu_approximate="tanh",
-    )
-    model = LitGPT(lit_config).to(device)
-
-    def loss_of(network: Any, inputs: torch.Tensor, targets: torch.Tensor) -> Any:
-        return chunked_cross_entropy(network(inputs), targets, chunk_size=0)
-
-    return _autocast_training(model, loss_of, config, device)
-
-
-def _autocast_training(model: Any, loss_of: LossOf, config: Config, device: str) -> Turn:
-    """Return a step with autocast to bf16, torch.compile and fused AdamW."""
     compiles, _ = pick_compile(config.run.compile, torch.device(device))
     network: Any = torch.compile(model, dynamic=False) if compiles else model
     optimizer = torch.optim.AdamW(
@@ -152,9 +111,10 @@ def _autocast_training(model: Any, loss_of: LossOf, config: Config, device: str)
     batch = text_batch(config, torch.device(device))
 
     def step() -> None:
-        for inputs, targets in batch:
+        for inputs, _ in batch:
             with torch.autocast(device, torch.bfloat16):
-                loss = loss_of(network, inputs, targets) / len(batch)
+                # The model shifts the labels itself, so each row has one target fewer than ours.
+                loss = network(input_ids=inputs, labels=inputs).loss / len(batch)
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

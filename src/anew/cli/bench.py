@@ -246,8 +246,6 @@ def compare_training(config: Config, device: str, arguments: Any) -> Figures:
     if not arguments.alone:
         if is_installed("transformers"):
             sides["transformers"] = competitors.transformers_training
-        if is_installed("litgpt"):
-            sides["litgpt"] = competitors.litgpt_training
         sides["fp32, eager"] = competitors.eager_fp32_training
     config = config.override(precision="bf16" if device != "mps" else "fp32")
     times = alternate(sides, (config, device), arguments.rounds)

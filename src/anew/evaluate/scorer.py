@@ -52,7 +52,6 @@ class EndingScore:
     """What the model predicts for each token of one ending. Log-probabilities are natural."""
 
     log_probs: np.ndarray  # (tokens,) float32: of the token itself
-    top_log_probs: np.ndarray  # (tokens,) float32: of the most likely token in its place
     is_top: np.ndarray  # (tokens,) bool: whether the token is the most likely one
 
     @property
@@ -64,7 +63,6 @@ class EndingScore:
         """Return a view of the scores of tokens `start` to `end` - 1."""
         return type(self)(
             self.log_probs[start:end],
-            self.top_log_probs[start:end],
             self.is_top[start:end],
         )
 
@@ -103,7 +101,6 @@ def _empty_score(n_tokens: int) -> EndingScore:
     """Return the score of an ending, to be filled in."""
     return EndingScore(
         log_probs=np.empty(n_tokens, dtype=np.float32),
-        top_log_probs=np.empty(n_tokens, dtype=np.float32),
         is_top=np.empty(n_tokens, dtype=bool),
     )
 
@@ -217,7 +214,6 @@ def _score_rows(model: GPT, rows: Sequence[_Row]) -> None:
         for piece in row.pieces:
             found = scores.part(start, start + len(piece.tokens))
             piece.score.log_probs[:] = found.log_probs
-            piece.score.top_log_probs[:] = found.top_log_probs
             piece.score.is_top[:] = found.is_top
             start += len(piece.tokens)
 
@@ -240,7 +236,6 @@ def _score_tokens(model: GPT, hidden: Tensor, sources: Tensor, targets: Tensor) 
     The (N, vocabulary) logits are computed HEAD_ROWS rows at a time.
     """
     log_probs = torch.empty_like(targets, dtype=torch.float32)
-    top_log_probs = torch.empty_like(log_probs)
     is_top = torch.empty_like(targets, dtype=torch.bool)
     for start in range(0, len(hidden), HEAD_ROWS):
         end = start + HEAD_ROWS
@@ -261,8 +256,6 @@ def _score_tokens(model: GPT, hidden: Tensor, sources: Tensor, targets: Tensor) 
         # In place, because torch.logsumexp takes twice the time on a CPU.
         logits -= top.unsqueeze(1)
         log_sum = logits.exp_().sum(dim=1).log()  # (HEAD_ROWS,)
-        log_sum_of_wanted = log_sum[rows]  # (m,)
-        log_probs[here] = wanted_logits - top_of_wanted - log_sum_of_wanted
-        top_log_probs[here] = -log_sum_of_wanted
+        log_probs[here] = wanted_logits - top_of_wanted - log_sum[rows]
         is_top[here] = hits
-    return EndingScore(log_probs.cpu().numpy(), top_log_probs.cpu().numpy(), is_top.cpu().numpy())
+    return EndingScore(log_probs.cpu().numpy(), is_top.cpu().numpy())

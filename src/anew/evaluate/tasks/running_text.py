@@ -1,4 +1,4 @@
-"""Running text: predict every token of a document, and report loss, perplexity and calibration.
+"""Running text: predict every token of a document, and report loss, perplexity and accuracy.
 
     examples = list(windows(ids, n_positions=1024))
     answers = score(model, [example.question for example in examples])
@@ -18,7 +18,6 @@ from anew.evaluate.tasks.task import Example, Result, Task, perplexity
 
 # Lower bounds of the bins of `loss_by_position`: the number of tokens before the predicted one.
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-CONFIDENCE_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,15 @@ class RunningText(Task):
     """A task whose examples are windows. The row of an example is its Window."""
 
     def result(self, row: Window, answer: Answer) -> Result:
-        """Return sums over the window, and sums by position and by confidence.
-
-        Confidence is the probability of the most likely token.
-        """
+        """Return sums over the window, and sums by position."""
         [scores] = answer
         nats = -scores.log_probs.astype(np.float64)  # (tokens,)
         n_tokens = len(nats)
         n_before = np.arange(row.seen, row.seen + n_tokens)  # (tokens,)
         position_bins = np.searchsorted(POSITION_EDGES, n_before, side="right") - 1
-        confidence = np.exp(scores.top_log_probs.astype(np.float64))
-        confidence_bins = (confidence * CONFIDENCE_BINS).astype(int)
-        confidence_bins = np.minimum(confidence_bins, CONFIDENCE_BINS - 1)
 
         def by_position(values: np.ndarray | None) -> list[float]:
             return np.bincount(position_bins, values, len(POSITION_EDGES)).tolist()
-
-        def by_confidence(values: np.ndarray | None) -> list[float]:
-            return np.bincount(confidence_bins, values, CONFIDENCE_BINS).tolist()
 
         return {
             "nats": float(nats.sum()),
@@ -84,16 +74,12 @@ class RunningText(Task):
             "bytes": row.bytes,
             "position_nats": by_position(nats),
             "position_tokens": by_position(None),
-            "confidence": by_confidence(confidence),
-            "confidence_hits": by_confidence(scores.is_top),
-            "confidence_tokens": by_confidence(None),
         }
 
     def figures(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Return loss (nats per token), perplexities, accuracy, bits per byte and calibration.
+        """Return loss (nats per token), perplexities, accuracy, bits per byte and loss by position.
 
-        `loss_by_position` and `calibration` are tables; empty bins are left out. The calibration
-        error is the mean difference of confidence and hit rate over bins, weighted by their tokens.
+        `loss_by_position` is a table; bins without tokens are left out.
         """
 
         def total(key: str) -> Any:
@@ -113,16 +99,10 @@ class RunningText(Task):
             figures["word_perplexity"] = perplexity(nats / total("words"))
         if total("bytes"):
             figures["bits_per_byte"] = nats / math.log(2) / total("bytes")
-        confidence = table("confidence")
-        hits = table("confidence_hits")
-        tokens = table("confidence_tokens")
-        gap = np.abs(confidence - hits).sum()
-        figures["calibration_error"] = float(gap / tokens.sum())
         figures["loss_by_position"] = _loss_by_position(
             table("position_nats"),
             table("position_tokens"),
         )
-        figures["calibration"] = _calibration(confidence, hits, tokens)
         return figures
 
 
@@ -130,18 +110,3 @@ def _loss_by_position(nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
     """Return {lower bound of a bin: mean loss} for bins with tokens."""
     filled = tokens.nonzero()[0]
     return {str(POSITION_EDGES[i]): float(nats[i] / tokens[i]) for i in filled}
-
-
-def _calibration(
-    confidence: np.ndarray, hits: np.ndarray, tokens: np.ndarray
-) -> list[dict[str, float]]:
-    """Return mean confidence, hit rate and number of tokens of each bin with tokens."""
-    filled = tokens.nonzero()[0]
-    return [
-        {
-            "confidence": float(confidence[i] / tokens[i]),
-            "hit_rate": float(hits[i] / tokens[i]),
-            "tokens": int(tokens[i]),
-        }
-        for i in filled
-    ]
