@@ -163,6 +163,7 @@ def test_recipe_experiment_in_pieces(
         with contextlib.suppress(Preempted):
             facts = experiments.recipe(config, "cpu", arguments)
         stops += facts is None
+        arguments.minutes *= 1.1  # on a busy machine the first times may be too short for a step
     assert stops > 0, "it was stopped at least once"
     shown = capsys.readouterr().out.rpartition("runs in")[2]
     assert picture.stat().st_size > 5000
