@@ -1,5 +1,8 @@
 """The exceptions that the package raises on purpose. Each ends a command with its own exit code."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Invalid input. The text says in one sentence what is wrong and what to do.
@@ -11,6 +14,21 @@ class UserError(ValueError):
     def __init__(self, text: str, on_every_rank: bool = False) -> None:
         super().__init__(text)
         self.on_every_rank = on_every_rank
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -> UserError:
+    """Return the error for a name that is not among `known`.
+
+    It suggests the most similar known name. If none is similar, it gives the `advice`, or else
+    lists all known names.
+    """
+    names = {other.lower(): other for other in known}
+    similar = difflib.get_close_matches(name.lower(), names, n=1)
+    if similar:
+        advice = f"did you mean {names[similar[0]]}?"
+    elif not advice:
+        advice = f"choose one of {', '.join(names.values())}."
+    return UserError(f"there is no {kind} '{name[:200]}'; {advice}")
 
 
 class Preempted(Exception):

@@ -24,10 +24,13 @@ from anew.errors import UserError
 from anew.model.flops import count_parameters, flops_per_token
 from anew.model.loss import CHUNK_KERNEL
 from anew.training import run_log
+from anew.training.run_log import short_count
 from anew.utils.gpus import GPU
 
 FP32_BYTES = 4
 LIBRARY_BYTES = 0.8e9  # CUDA's context and kernels
+SHORT_STEP_SECONDS = 0.02
+MEASURED = "measured here"
 USABLE_SHARE = 0.95  # of the memory; the allocator needs the rest
 # Bytes for each element of the matrices of one shape while Muon orthogonalises them, measured
 # (docs/log.md, 13).
@@ -168,7 +171,7 @@ def make_plan(
         largest = largest_micro_batch(config, gpu, count, precision)
         config = config.override(micro_batch=largest or 1)
     micro_batch, _ = config.micro_batches(count)
-    speed_source = "measured here"
+    speed_source = MEASURED
     if measured is None:
         measured, speed_source = _datasheet_speed(config, gpu, precision)
     exchange_seconds = 0.0
@@ -224,7 +227,7 @@ def format_plan(plan: Plan) -> Iterator[str]:
     parameters = count_parameters(config.model)
     yield f"model    {parameters:,} parameters, {flops / 1e6:,.0f} MFLOP a token (causal)"
     batches = f"{config.run.steps:,} steps x {config.run.batch_tokens:,}"
-    yield f"work     {batches} = {tokens / 1e9:.3g}B tokens, {tokens * flops / 1e18:.3g} EFLOP"
+    yield f"work     {batches} = {short_count(tokens)} tokens, {tokens * flops:.3g} FLOP"
     yield f"memory   of {gpu.memory_gb:g} GB on each GPU, in GB (* is the setting):"
     yield from _memory_table(plan)
     if not plan.fits:
@@ -232,6 +235,11 @@ def format_plan(plan: Plan) -> Iterator[str]:
     milliseconds = 1e3 * plan.step_seconds
     yield f"speed    {plan.tokens_per_second:,.0f} tokens/s, {milliseconds:,.0f} ms a step"
     yield from _indented(plan.speed_source)
+    if plan.step_seconds < SHORT_STEP_SECONDS and plan.speed_source != MEASURED:
+        yield from _indented(
+            "Steps this short are limited by the start of each kernel, which the estimate leaves "
+            "out: they take longer. --measure times a few steps."
+        )
     if plan.exchange_seconds:
         exchange = f"{1e3 * plan.exchange_seconds:.1f} ms to share gradients"
         yield f"         of which {exchange} at {gpu.link_gb_s:g} GB/s"
@@ -243,7 +251,7 @@ def format_plan(plan: Plan) -> Iterator[str]:
     gigabytes = checkpoint_bytes(config) * (kept or 1) / 1e9
     checkpoints = "each checkpoint" if kept == 0 else f"{kept} checkpoint{'s' * (kept > 1)}"
     yield f"         {gigabytes:,.1f} GB for {checkpoints}"
-    if plan.count % 2 == 0 and plan.speed_source != "measured here":
+    if plan.count % 2 == 0 and plan.speed_source != MEASURED:
         yield _half(plan)
 
 
@@ -313,7 +321,7 @@ def from_run(run: Path, config: Config) -> Iterator[str]:
         f"so {rate:,.0f} tokens/s at the same TFLOP/s"
     )
     tokens = config.total_tokens
-    yield f"         {tokens / 1e9:.3g}B tokens in {_hours(tokens / rate / 3600)}"
+    yield f"         {short_count(tokens)} tokens in {_hours(tokens / rate / 3600)}"
     if flops > 4 * run_flops:
         yield (
             "         (larger matrices run faster, so it may take less: "
@@ -331,7 +339,9 @@ def _dollars(plan: Plan) -> str:
 
 
 def _hours(hours: float) -> str:
-    """Return a time in minutes, hours, days or years."""
+    """Return a time in seconds, minutes, hours, days or years."""
+    if hours < 1 / 30:
+        return f"{3600 * hours:.2g} seconds"
     if hours < 1:
         return f"{60 * hours:.0f} minutes"
     if hours < 96:

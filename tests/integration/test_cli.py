@@ -81,7 +81,7 @@ def flip_bit(path: Path, position: int) -> None:
 INVALID = [
     (["train", "nonsense"], "no recipe 'nonsense'"),
     (["train", "shakespeare", "twice"], "one word too many"),
-    (["train", "shakespeare", "--data", "{tmp}/missing.txt"], "there is no data at"),
+    (["train", "shakespeare", "--data", "{tmp}/missing.txt"], "there is no data"),
     (["train", "shakespeare", "--data", "{tmp}/empty.txt"], "is empty"),
     (["train", "shakespeare", "--data", "{tmp}/short.txt"], r"needs seq_len \+ 1 = 129 tokens"),
     (["train", "shakespeare", "--lr", "nan"], "lr is nan"),
@@ -108,7 +108,7 @@ INVALID = [
     (["sample", "{model}", "--count", "0"], "count 0 must be at least 1"),
     (["sample", "{model}", "--prompt-file", "{tmp}/none.txt"], "prompt file .* cannot be read"),
     (["sample", "{broken}"], "damaged: model.safetensors"),
-    (["prepare", "{tmp}/missing", "--out", "{tmp}/d"], "there is no data at"),
+    (["prepare", "{tmp}/missing", "--out", "{tmp}/d"], "there is no data"),
     (["prepare", "{tmp}/short.txt", "--out", "{tmp}/full"], "exists already"),
     (["fly"], "no command 'fly'"),
 ]

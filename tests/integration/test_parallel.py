@@ -360,3 +360,29 @@ def test_plans_of_the_reference_projects(
     assert f"batch: 2 ranks x 16 sequences x 8 tokens x {accumulated} accumulated" in done.stderr
     assert done.stderr.count("device cpu") == 1
     assert checkpoint.newest_valid(tmp_path / "run")[0] is not None
+
+
+def torchrun_shakespeare(text_file: Path, out: Path, *arguments: str) -> Any:
+    """Run `anew train shakespeare` on two ranks that torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "anew", "train", "shakespeare", "--data", str(text_file), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def test_recipe_for_one_process_trains_on_two_ranks(text_file: Path, tmp_path: Path) -> None:
+    done = torchrun_shakespeare(text_file, tmp_path / "run", "--steps", "2", "--compile", "off")
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks x 16 sequences x 128 tokens x 1 accumulated" in done.stderr
+    assert "FutureWarning" not in done.stderr
+
+
+def test_error_on_ranks_of_torchrun_is_the_last_sentence_on_the_screen(
+    text_file: Path, tmp_path: Path
+) -> None:
+    done = torchrun_shakespeare(text_file, tmp_path / "run", "--micro-batch", "3")
+    assert done.returncode != 0
+    sentences = [line for line in done.stderr.splitlines() if line.strip(" =-")]
+    assert "choose a --micro-batch that divides 16" in sentences[-1]

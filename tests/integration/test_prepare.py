@@ -262,7 +262,7 @@ def test_unknown_dataset_and_unknown_name_are_refused(hub: Hub) -> None:
         UserError, match="somebody/nothing is neither a local folder nor a public dataset"
     ):
         sources.find("somebody/nothing:config:train")
-    with pytest.raises(UserError, match="there is no data at 'nothing at all'"):
+    with pytest.raises(UserError, match="there is no data 'nothing at all'"):
         sources.find("nothing at all")
 
 

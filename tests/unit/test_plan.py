@@ -1,13 +1,17 @@
 """Plans: figures that can be checked by hand, and the messages of invalid commands."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import anew
 from anew import UserError, plan
+from anew.checkpoint.huggingface import save_model
 from anew.cli.main import main
+from anew.config.schema import GPTConfig
 from anew.model.flops import count_parameters
+from anew.tokenizer.bpe import Tokenizer
 from anew.utils.gpus import GPUS, find, known
 
 
@@ -34,6 +38,16 @@ def test_cost_of_the_reference_run_is_the_one_computed_by_hand(
     assert "19,073 steps x 524,288 = 10B tokens" in out
     assert "llm.c, 468k tokens/s" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+def test_plan_with_init_counts_the_parameters_of_that_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=257)
+    save_model(tmp_path, anew.GPT(config), Tokenizer.named("bytes"))
+    out = output_of(capsys, f"finetune --init {tmp_path} --gpu t4")
+    assert f"{count_parameters(config):,} parameters" in out
+    assert "Steps this short" in out
 
 
 @pytest.mark.parametrize(
@@ -112,7 +126,7 @@ def test_plan_that_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str
     ("line", "words"),
     [
         ("gpt2-124m", "--gpu names the GPU to plan for"),
-        ("gpt2-124m --gpu abacus", "no figure for a 'abacus'"),
+        ("gpt2-124m --gpu abacus", "no GPU 'abacus'"),
         ("gpt2-124m --gpu t4 --precision bf16", "T4 has no bf16; use --precision fp16"),
         ("gpt2-124m --gpu h100 --count 7", "not a multiple of 7 ranks"),
         ("gpt2-124m --gpu h100 --count 0", "--count must be at least 1"),

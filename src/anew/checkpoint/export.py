@@ -14,7 +14,7 @@ from pathlib import Path
 from anew.checkpoint.gguf import DTYPES, write_gguf
 from anew.checkpoint.huggingface import find_model, load_model, save_for_sharing
 from anew.checkpoint.onnx import write_onnx
-from anew.errors import UserError
+from anew.errors import UserError, unknown_name
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import atomic_file, atomic_folder
 
@@ -50,7 +50,7 @@ def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str
 def _check(to: str, out: Path, dtype: str) -> None:
     """Raise UserError if the export cannot work."""
     if to not in FORMATS:
-        raise UserError(f"there is no format '{to}'; choose one of {', '.join(FORMATS)}.")
+        raise unknown_name("format", to, FORMATS)
     dtypes = list(DTYPES) if to == "gguf" else ["f32"]
     if dtype not in dtypes:
         raise UserError(

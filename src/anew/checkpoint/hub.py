@@ -50,6 +50,7 @@ def download(model: str) -> Path:
     revision = revision or "main"
     if model in OPENAI_MODELS:
         repository, revision = OPENAI_MODELS[model]
+    log.info(f"looking for {model} in the hub's cache and on the hub")
     config = _fetch(model, repository, revision, "config.json")
     # All other files come from the same commit, even if the branch moves meanwhile.
     commit = config.parent.name

@@ -34,7 +34,7 @@ from anew.errors import UserError
 from anew.model.flops import count_parameters
 from anew.model.gpt import GPT, Linear
 from anew.tokenizer.bpe import Tokenizer
-from anew.utils.files import parse_json, sha256_of
+from anew.utils.files import parse_json, sha256_of, similar_path
 
 log = logging.getLogger("anew")
 
@@ -77,9 +77,13 @@ def find_model(model: str) -> Path:
         verify(path)
     if path.is_file() or (path / CONFIG).is_file() or tensorflow.is_release(path):
         return path
-    if not path.exists() and hub.is_hub_name(model):
+    if path.exists():
+        raise UserError(f"{model} is not a model: it is a folder without a {CONFIG}.")
+    # A name such as runs/demo also has the form of a name on the hub.
+    is_local = path.parent != Path() and path.parent.is_dir()
+    if hub.is_hub_name(model) and not is_local:
         return hub.download(model)
-    raise UserError(f"{model} is not a model: it is neither a file nor a folder with a {CONFIG}.")
+    raise UserError(f"there is no model at {model}{similar_path(path)}")
 
 
 def _newest_checkpoint(run: Path) -> Path:
@@ -370,8 +374,11 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file. Raises OSError for errors of the system, such as a full disk."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata=metadata)
+        path.chmod(mode)  # safetensors replaces the file by one that only its owner may read
     except SafetensorError as error:
         match = re.search(r"os error (\d+)", str(error))
         if match is None:

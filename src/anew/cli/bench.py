@@ -27,7 +27,7 @@ from anew.cli import experiments
 from anew.cli.args import Command, flag
 from anew.config.recipes import read_recipe
 from anew.config.schema import Config
-from anew.errors import UserError
+from anew.errors import UserError, unknown_name
 from anew.evaluate.tasks.registry import TASKS
 from anew.model.flops import flops_per_token
 from anew.report import png
@@ -81,8 +81,9 @@ def run_bench(argv: list[str]) -> None:
         what, *rest = argv
     known = MEASUREMENTS | EXPERIMENTS
     if what not in known and not {"-h", "--help"} & set(argv):
-        given_word = f", not {what}." if what else "."
-        raise UserError(f"`anew bench` times {', '.join(known)}; say which{given_word}")
+        if what:
+            raise unknown_name("measurement", what, known)
+        raise UserError(f"say what to measure: anew bench {'|'.join(known)}.")
     command = Command(f"bench {what or 'WHAT'}", ABOUT, FLAGS)
     typed = command.read(rest)
     base = read_recipe(typed.recipe or ("gpt2-5m" if what in EXPERIMENTS else "gpt2-124m"))

@@ -21,7 +21,7 @@ from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.runner import Report, compile_blocks, evaluation_key, run_task
-from anew.evaluate.tasks.registry import TASKS, removed_task
+from anew.evaluate.tasks.registry import TASKS, unknown_task
 from anew.evaluate.tasks.task import Example, Task
 from anew.evaluate.tasks.validation import Validation
 from anew.evaluate.tasks.wikitext import WikiText
@@ -33,7 +33,6 @@ from anew.utils.files import cache_folder, parse_json
 log = logging.getLogger("anew")
 
 HARNESS = "harness:"  # the prefix of tasks of lm-evaluation-harness
-TASK_NAMES = f"val, {', '.join(TASKS)}"
 STRIDE_TASKS = [name for name, task in TASKS.items() if isinstance(task, WikiText)]
 
 
@@ -125,10 +124,8 @@ def _task_names(args: EvaluateArgs) -> list[str]:
     if args.task == "all":
         names = ["val", *TASKS]
     for name in names:
-        if sentence := removed_task(name):
-            raise UserError(sentence)
         if name != "val" and name not in TASKS and not name.startswith(HARNESS):
-            raise UserError(f"there is no task '{name}'; choose all, {TASK_NAMES} or harness:NAME.")
+            raise unknown_task(name, ["all", "val", *TASKS, "harness:NAME"])
     if not names:
         raise UserError("--task names no task.")
     if args.limit < 0 or args.stride < 0:

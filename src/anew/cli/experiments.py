@@ -20,7 +20,7 @@ from anew.bench.time_to_loss import Arm, Bounded, Experiment, Ratio, Settings, a
 from anew.checkpoint.folder import checkpoint_folder
 from anew.config.schema import GROUP_OF, Config
 from anew.config.values import parse_bytes
-from anew.errors import UserError
+from anew.errors import UserError, unknown_name
 from anew.report import png
 from anew.report.run import Run
 from anew.utils.files import parse_json, write_atomic
@@ -237,7 +237,9 @@ def _axes(text: str, config: Config) -> dict[str, list[Any]]:
     for part in text.split():
         name, _, values = part.partition("=")
         name = name.replace("-", "_")
-        if not values or name not in GROUP_OF:
+        if name not in GROUP_OF:
+            raise unknown_name("setting", name, GROUP_OF, f"write it as {OVER_EXAMPLE}.")
+        if not values:
             raise UserError(
                 f"--over {part} is not a setting with values; write it as {OVER_EXAMPLE}."
             )

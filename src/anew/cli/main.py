@@ -8,17 +8,23 @@ Exit codes: 0 complete; 2 invalid input (one sentence, no traceback); 75 stopped
 save; 1 anything else.
 """
 
+import contextlib
+import json
 import logging
+import os
 import sys
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 from loguru import logger
 
+import anew
 from anew.cli.progress import is_rank_0
 from anew.config.recipes import RECIPES
-from anew.errors import LostRank, Preempted, UserError
+from anew.errors import LostRank, Preempted, UserError, unknown_name
 
 # The function of a command is anew.cli.NAME.run_NAME. Only the chosen command is imported.
 COMMANDS = {
@@ -79,18 +85,34 @@ def _run(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         print(_overview())
+    elif command in ("-V", "--version"):
+        print(f"anew {anew.__version__}")
     elif command in COMMANDS:
         module = import_module(f"anew.cli.{command}")
         run_command = getattr(module, f"run_{command}")
         run_command(argv[1:])
     else:
-        raise UserError(f"there is no command '{command}'; choose one of {', '.join(COMMANDS)}.")
+        raise unknown_name("command", command, COMMANDS)
 
 
 def _end(exit_code: int, sentence: str, *, quiet: bool = False) -> None:
     if not quiet:
         print(f"anew: {sentence}", file=sys.stderr)
+    _tell_torchrun(sentence)
     sys.exit(exit_code)
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """Leave the sentence where torchrun looks for it.
+
+    When a rank has ended with an error, torchrun prints a report of about 30 lines, whose last part
+    is the message in this file.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        facts = {"message": sentence, "timestamp": int(time.time())}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _overview() -> str:
@@ -104,7 +126,7 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-@contextmanager
+@contextlib.contextmanager
 def console() -> Iterator[None]:
     """Print the package's log on standard error. Results of commands go to standard output."""
 
@@ -119,6 +141,9 @@ def console() -> Iterator[None]:
     log.addHandler(forward)
     log.setLevel(logging.INFO)
     try:
-        yield
+        with warnings.catch_warnings():
+            # They are for the authors of packages; users cannot act on them.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         log.removeHandler(forward)

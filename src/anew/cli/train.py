@@ -46,9 +46,12 @@ def run_train(argv: list[str]) -> None:
     base = _base_config(typed)
     TRAIN.show_help(argv, base)
     config = _final_config(base, typed)
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    ranks = int(world_size) if world_size.isdigit() else 1  # `train` refuses other words
+    if not config.run.init:  # else the model decides the length of a sequence
+        config.check(given=typed.settings, ranks=ranks)
     if typed.options.dry_run:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        for line in describe_run(config.check(), ranks):
+        for line in describe_run(config, ranks):
             print(line)
         return
     result = _train(config)
@@ -116,7 +119,7 @@ def _train(config: Config) -> TrainResult:
             _show_step(update, row, config.run.steps)
 
         try:
-            return train(config.check(), after_step)
+            return train(config, after_step)
         except BaseException:
             if is_rank_0() and (config.folder / "metrics.jsonl").is_file():
                 _write_report(config)

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from anew.config.schema import Config
-from anew.errors import UserError
+from anew.errors import unknown_name
 
 # 19,073 steps of 524,288 tokens are 10B tokens, one pass over FineWeb-Edu's sample-10BT. Validation
 # every 500 steps takes 2% of the time of such a run on one H200.
@@ -177,7 +177,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
 def read_recipe(name: str) -> Config:
     """Return the settings of a recipe, not checked. Raises UserError if there is no such recipe."""
     if name not in RECIPES:
-        raise UserError(f"there is no recipe '{name}'; choose one of {', '.join(RECIPES)}.")
+        raise unknown_name("recipe", name, RECIPES)
     return dataclasses.replace(RECIPES[name][1], recipe=name)
 
 
@@ -185,4 +185,4 @@ def recipe(name: str, **settings: Any) -> Config:
     """Return a recipe with some settings replaced, checked: `recipe("shakespeare", steps=200)`."""
     config = read_recipe(name).override(**settings)
     adapted, _ = config.adapted(given=set(settings))
-    return adapted.check()
+    return adapted.check(given=settings)

@@ -12,14 +12,14 @@ settings are given never matters.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from anew.config.check import problems
 from anew.config.values import vocabulary_size
-from anew.errors import UserError
+from anew.errors import UserError, unknown_name
 from anew.utils.files import read_json
 
 VOCAB_MULTIPLE = (
@@ -355,9 +355,8 @@ class Config:
             if name in REMOVED:
                 raise UserError(f"{removed_because(name)}; leave it out.")
             if name not in GROUP_OF:
-                raise UserError(
-                    f"there is no setting '{name}'; `anew train --help-all` lists them all."
-                )
+                advice = "`anew train --help-all` lists them all."
+                raise unknown_name("setting", name, GROUP_OF, advice)
             group = GROUP_OF[name]
             before = groups.get(group, getattr(self, group))
             groups[group] = dataclasses.replace(before, **{name: value})
@@ -370,8 +369,6 @@ class Config:
         """
         optim = self.optim
         steps = self.run.steps
-        sequences = self.batch_sequences
-        micro_batch = self.run.micro_batch
         positions = self.model.n_positions
         adjusted: dict[str, Any] = {}
         lines = []
@@ -396,18 +393,17 @@ class Config:
         if "lr" in given:
             line = f"min_lr set to {optim.lr / 10:g}, a tenth of the given lr"
             adjust("min_lr", optim.lr / 10, line)
-        if isinstance(micro_batch, int) and micro_batch > sequences > 0:
-            line = f"micro-batch lowered from {micro_batch} to {sequences}, all sequences of a step"
-            adjust("micro_batch", sequences, line)
         if self.data.seq_len > positions > 0:
             line = f"seq_len lowered from {self.data.seq_len} to {positions}, the model's positions"
             adjust("seq_len", positions, line)
         return self.override(**adjusted), lines
 
-    def micro_batches(self, ranks: int) -> BatchSplit:
+    def micro_batches(self, ranks: int, exact: bool = False) -> BatchSplit:
         """Return the micro-batch and the accumulation of one rank.
 
-        Raises UserError, with the arithmetic, if the batch cannot be split evenly.
+        The setting is an upper bound: the micro-batch is the largest number of sequences up to it
+        that divides a rank's share of the batch. With `exact`, a setting that does not divide the
+        share is refused. Raises UserError, with the arithmetic, if the batch cannot be split.
         """
         seq_len = self.data.seq_len
         tokens = self.run.batch_tokens
@@ -418,23 +414,25 @@ class Config:
                 f"= {ranks * seq_len:,}; change --batch-tokens, --seq-len or the ranks."
             )
         sequences = tokens // (ranks * seq_len)
-        if isinstance(self.run.micro_batch, int):
-            micro_batch = self.run.micro_batch
-        else:
-            micro_batch = max(n for n in range(1, min(16, sequences) + 1) if sequences % n == 0)
-        if sequences % micro_batch:
+        largest = 16 if self.run.micro_batch == "auto" else self.run.micro_batch
+        if exact and self.run.micro_batch != "auto" and sequences % largest:
             raise UserError(
                 f"batch_tokens {tokens:,} = {ranks_text} x {sequences} sequences x {seq_len} "
                 f"tokens, and {sequences} sequences cannot be cut into micro-batches of "
-                f"{micro_batch}; choose a --micro-batch that divides {sequences}."
+                f"{largest}; choose a --micro-batch that divides {sequences}."
             )
+        micro_batch = max(n for n in range(1, min(largest, sequences) + 1) if sequences % n == 0)
         return BatchSplit(micro_batch, sequences // micro_batch)
 
-    def check(self) -> Self:
-        """Return this config if it can be run. Otherwise raise UserError with the first problem."""
+    def check(self, given: Collection[str] = (), ranks: int = 1) -> Self:
+        """Return this config if it can be run. Otherwise raise UserError with the first problem.
+
+        `given` names the settings that the user chose. A micro-batch among them must divide a
+        rank's share of the batch; any other micro-batch is an upper bound.
+        """
         for problem in problems(self):
             raise UserError(problem)
-        self.micro_batches(ranks=1)
+        self.micro_batches(ranks, exact="micro_batch" in given)
         return self
 
     def differences(self, other: Self) -> list[str]:

@@ -15,6 +15,7 @@ Any other dataset is given as `repo:config:split:column`. The hub converts every
 files on the branch `refs/convert/parquet`, and those files are read.
 """
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pathlib import Path
 from anew.errors import UserError
 from anew.utils.files import sha256_of
 from anew.utils.hub_errors import HubError, hub_errors
+
+log = logging.getLogger("anew")
 
 NAMED = {  # name: (repository, what the paths of its files begin with)
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/"),
@@ -55,6 +58,7 @@ def listing(repository: str, prefix: str, revision: str = "main") -> list[HubFil
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
+    log.info(f"reading the list of files of {repository} on the hub")
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     folder = prefix.rpartition("/")[0] or None
     with hub_errors("dataset", repository, revision, prefix):

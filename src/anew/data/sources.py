@@ -30,8 +30,8 @@ from pathlib import Path
 
 from anew.data import hub_datasets, readers
 from anew.data.hub_datasets import HubFile
-from anew.errors import UserError
-from anew.utils.files import cache_folder, sha256_of, write_atomic
+from anew.errors import UserError, unknown_name
+from anew.utils.files import cache_folder, sha256_of, similar_path, write_atomic
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -152,11 +152,12 @@ def _on_the_hub(source: str, revision: str) -> Source:
         return Source(source, tuple(hub_datasets.listing(repository, prefix, revision)))
     match = HUB_SPEC.fullmatch(source)
     if match is None:
-        known = ", ".join(["stdlib", "tinyshakespeare", *hub_datasets.NAMED])
-        raise UserError(
-            f"there is no data at '{source}': it is no file, folder, glob, "
-            f"repo:config:split:column or known source ({known})."
+        known = ["stdlib", "tinyshakespeare", *hub_datasets.NAMED]
+        advice = (
+            "it is no file, folder, glob, repo:config:split:column or known source "
+            f"({', '.join(known)}){similar_path(Path(source))}"
         )
+        raise unknown_name("data", source, known, advice)
     repository, config, split, column = match.groups()
     if revision == "main":  # else the commit of that branch which a preparation began with
         revision = hub_datasets.CONVERTED

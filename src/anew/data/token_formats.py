@@ -27,7 +27,7 @@ from anew.data.shards import (
     header_of,
     map_tokens,
 )
-from anew.errors import UserError
+from anew.errors import UserError, unknown_name
 from anew.utils.files import atomic_folder
 
 FORMATS = ("llm.c", "build-nanogpt", "nanogpt")
@@ -98,7 +98,7 @@ def write_others(folder: DataFolder, to: str, out: Path) -> list[Path]:
     The folder `out` must not exist. It appears when all files are written.
     """
     if to not in FORMATS:
-        raise UserError(f"there is no format '{to}'; choose one of {', '.join(FORMATS)}.")
+        raise unknown_name("format", to, FORMATS)
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)

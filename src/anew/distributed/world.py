@@ -68,7 +68,10 @@ class World:
             done[: len(mine)] = work(mine)
         gathered = torch.empty(self.size * share, *rows.shape[1:], dtype=dtype, device=rows.device)
         with naming_lost_ranks(self.rank):
-            distributed.all_gather_into_tensor(gathered, done)
+            # PyTorch 2.13 has renamed the function.
+            new_name = getattr(distributed, "all_gather_single", None)
+            all_gather = new_name or distributed.all_gather_into_tensor
+            all_gather(gathered, done)
         return gathered[: len(rows)]
 
     def run_on_all_ranks(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anew.errors import UserError
+from anew.errors import UserError, unknown_name
 from anew.inference.generate import stream_with_logits
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
@@ -131,9 +131,7 @@ class Engine:
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise UserError(
-                f"there is no model '{name[:200]}' here; choose one of {', '.join(self.models)}."
-            )
+            raise unknown_name("model", name, self.models)
         return self.models[name]
 
     def take_place(self) -> Place:

@@ -130,7 +130,10 @@ def resolve_config(config: Config) -> Config:
     path = config.folder / "config.json"
     existing = Config.read(path) if path.exists() else None
     if config.run.init:
-        config = with_shape_of_init(config, existing)
+        is_begun = existing is not None and existing.run.init == config.run.init
+        config = with_shape_of_init(config, existing if is_begun else None)
+        if not is_begun:
+            tokenizer_of_init(config).keep(config.folder)
     elif vocabulary_size(config.data.tokenizer) is None:
         tokenizer = Tokenizer.of_folder(Path(config.data.tokenizer))
         tokenizer.keep(config.folder)
@@ -151,17 +154,23 @@ def resolve_config(config: Config) -> Config:
     return config
 
 
-def with_shape_of_init(config: Config, existing: Config | None) -> Config:
-    """Return `config` with the shape and the tokenizer of the model that --init names."""
-    if existing is not None and existing.run.init == config.run.init:
-        shape = existing.model
-        tokenizer_name = existing.data.tokenizer
+def tokenizer_of_init(config: Config) -> Tokenizer:
+    """Return the tokenizer of the model that --init names."""
+    model = huggingface.find_model(config.run.init)
+    return Tokenizer.of_model(model, huggingface.read_config(model).vocab_size)
+
+
+def with_shape_of_init(config: Config, begun: Config | None = None) -> Config:
+    """Return `config` with the shape and the tokenizer of the model that --init names.
+
+    If the run has begun already, these are in its config `begun`, and the model is not needed.
+    """
+    if begun is not None:
+        shape = begun.model
+        tokenizer_name = begun.data.tokenizer
     else:
-        model = huggingface.find_model(config.run.init)
-        shape = huggingface.read_config(model)
-        tokenizer = Tokenizer.of_model(model, shape.vocab_size)
-        tokenizer.keep(config.folder)
-        tokenizer_name = tokenizer.name
+        shape = huggingface.read_config(huggingface.find_model(config.run.init))
+        tokenizer_name = tokenizer_of_init(config).name
     seq_len = min(config.data.seq_len, shape.n_positions)
     if seq_len < config.data.seq_len:
         log.info(

@@ -61,7 +61,10 @@ def train(config: Config, progress: ProgressCallback | None = None) -> TrainResu
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(out_of_memory_message(config)) from error
+        raise UserError(
+            "there is not enough memory for a micro-batch; use a smaller --micro-batch or "
+            "--recompute. The tokens a step stay the same."
+        ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -301,15 +304,3 @@ def remove_used_shards(run: Run) -> None:
     oldest_step = int(oldest[0].name.removeprefix("step-"))
     sequences = oldest_step * config.batch_sequences
     remove_used(run.batches.shards, sequences, config.data.seq_len)
-
-
-def out_of_memory_message(config: Config) -> str:
-    """Return the sentence for a step that does not fit into memory."""
-    micro_batch = config.run.micro_batch
-    what = "the micro-batch that was found"
-    if micro_batch != "auto":
-        what = f"a micro-batch of {micro_batch}"
-    return (
-        f"there is not enough memory for {what}; use a smaller --micro-batch or --recompute. "
-        "The tokens a step stay the same."
-    )

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from anew.config.schema import Config
 from anew.data.shards import Shard
 from anew.distributed.fsdp import whole_model
-from anew.errors import UserError
 from anew.evaluate.loss import activation_dtype, mean_loss
 from anew.evaluate.runner import run_task as run_task
-from anew.evaluate.tasks.registry import TASKS, removed_task
+from anew.evaluate.tasks.registry import TASKS, unknown_task
 from anew.evaluate.tasks.task import Example, Task
 from anew.inference.generate import generate
 from anew.model.gpt import GPT
@@ -61,9 +60,7 @@ class Validation:
         names = [name for name in self.config.run.evaluate_tasks.split(",") if name]
         for name in names:
             if name not in TASKS:
-                choices = ", ".join(TASKS)
-                problem = f"there is no task '{name}' to evaluate; choose among {choices}."
-                raise UserError(removed_task(name) or problem)
+                raise unknown_task(name, TASKS)
             task = TASKS[name]
             positions = self.config.model.n_positions
             examples = task.examples(task.fetch(), self.tokenizer, positions)

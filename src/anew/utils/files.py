@@ -9,6 +9,7 @@ process that is killed leaves at most the temporary file or folder.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -113,6 +114,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     flush_to_disk(path.parent)
+
+
+def similar_path(path: Path) -> str:
+    """Return the end of a sentence about a path that does not exist: a similar one beside it."""
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / similar[0]}?" if similar else "."
 
 
 def sha256_of(path: Path) -> str:

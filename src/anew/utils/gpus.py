@@ -8,7 +8,7 @@ Peaks are dense (no sparsity) tensor-core rates with fp32 accumulation.
 import re
 from dataclasses import dataclass
 
-from anew.errors import UserError
+from anew.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,9 @@ def find(name: str) -> GPU:
     """Return the device of this name. Raises UserError if it is not known."""
     gpu = known(name)
     if gpu is None:
-        names = ", ".join(gpu.name for gpu in GPUS)
-        raise UserError(
-            f"there is no figure for a '{name}'; choose one of {names}, "
-            "or --measure on the device itself."
-        )
+        names = [gpu.name for gpu in GPUS]
+        advice = f"choose one of {', '.join(names)}, or --measure on the device itself."
+        raise unknown_name("GPU", name, names, advice)
     return gpu
 
 

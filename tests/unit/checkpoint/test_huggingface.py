@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from anew import GPT, GPTConfig, Tokenizer, UserError
 from anew.checkpoint.huggingface import (
+    find_model,
     load_model,
     model_sha256,
     read_config,
@@ -133,8 +134,8 @@ def test_configs_that_do_not_describe_a_gpt2_are_refused(
 
 
 def test_folders_without_a_model_are_refused(folder: Path, tmp_path: Path) -> None:
-    for name in ("nowhere", str(tmp_path)):
-        with pytest.raises(UserError, match="is not a model"):
+    for name, words in (("nowhere", "no model at nowhere"), (str(tmp_path), "is not a model")):
+        with pytest.raises(UserError, match=words):
             GPT.from_pretrained(name)
     (folder / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read"):
@@ -235,3 +236,18 @@ def test_pickled_code_is_refused_and_not_run(folder: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="not a plain file of tensors"):
         GPT.from_pretrained(str(folder))
     assert not (folder / "executed").exists()
+
+
+def test_mistyped_run_is_refused_with_the_run_that_was_meant_and_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "shakespeare").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("anew.checkpoint.hub.download", lambda _: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match=r"did you mean runs/shakespeare\?"):
+        find_model("runs/shakespear")
+
+
+def test_weights_are_readable_by_whom_other_files_are(folder: Path) -> None:
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1

@@ -103,8 +103,23 @@ def test_dependent_settings_are_adjusted_and_reported() -> None:
     config = read_recipe("gpt2-124m").override(steps=20, batch_tokens=4096, micro_batch=16)
     adapted, lines = config.adapted({"steps", "batch_tokens"})
     assert adapted.optim.warmup_steps == 2
-    assert adapted.run.micro_batch == 4
-    assert len(lines) == 2
+    assert adapted.micro_batches(ranks=1) == (4, 1)
+    assert len(lines) == 1
+
+
+def test_micro_batch_of_a_recipe_is_an_upper_bound_on_any_number_of_ranks() -> None:
+    config = recipe("shakespeare")
+    assert config.run.micro_batch == 32
+    assert config.micro_batches(ranks=2) == (16, 1)
+    larger = recipe("gpt2-124m").override(micro_batch=12)
+    assert larger.micro_batches(ranks=64) == (8, 1)
+
+
+def test_micro_batch_that_the_user_chose_must_divide_the_share_of_a_rank() -> None:
+    config = read_recipe("shakespeare").override(micro_batch=32)
+    config.check(given={"micro_batch"}, ranks=1)
+    with pytest.raises(UserError, match="choose a --micro-batch that divides 16"):
+        config.check(given={"micro_batch"}, ranks=2)
 
 
 def test_settings_that_the_user_chose_are_not_adjusted() -> None:

@@ -35,5 +35,5 @@ def test_data_is_prepared_once_and_found_again(
     assert open_data(str(first.path), "gpt2").n_tokens("train") == first.n_tokens("train")
     with pytest.raises(UserError, match="--tokenizer gpt2"):
         open_data(str(first.path), "bytes")
-    with pytest.raises(UserError, match="no data at 'nowhere'"):
+    with pytest.raises(UserError, match="no data 'nowhere'"):
         open_data("nowhere", "gpt2")

@@ -118,7 +118,7 @@ def test_folder_source_skips_hidden_and_binary_files(tmp_path: Path) -> None:
 
 def test_glob_that_matches_only_folders_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="there is no data at"):
+    with pytest.raises(UserError, match="there is no data"):
         sources.find(str(tmp_path / "*"))
 
 

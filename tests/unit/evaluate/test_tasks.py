@@ -17,7 +17,7 @@ from anew.data.dataset import open_data
 from anew.evaluate.loss import mean_loss
 from anew.evaluate.runner import run_task
 from anew.evaluate.scorer import Question
-from anew.evaluate.tasks.registry import REMOVED_TASKS, TASKS, removed_task
+from anew.evaluate.tasks.registry import REMOVED_TASKS, TASKS, unknown_task
 from anew.evaluate.tasks.running_text import windows
 from anew.evaluate.tasks.task import split_pair
 from anew.evaluate.tasks.validation import Validation
@@ -156,9 +156,13 @@ def test_file_of_another_format_is_refused(
 @pytest.mark.parametrize("name", REMOVED_TASKS)
 def test_removed_task_is_refused_with_what_to_do_instead(name: str) -> None:
     assert name not in TASKS
-    assert f"the task {name} no longer exists" in removed_task(name)
-    assert "--task harness:" in removed_task(name)
-    assert removed_task("lambada") == ""
+    sentence = str(unknown_task(name, TASKS))
+    assert f"the task {name} no longer exists" in sentence
+    assert "--task harness:" in sentence
+
+
+def test_a_task_with_a_typing_error_is_refused_with_the_task_that_was_meant() -> None:
+    assert "did you mean hellaswag?" in str(unknown_task("helaswag", TASKS))
 
 
 def test_split_pair_moves_the_space_to_the_ending() -> None:

@@ -154,7 +154,7 @@ def test_step_that_does_not_fit_is_reported_in_a_sentence(config: Config) -> Non
     )
     [(kind, text)] = run_ranks(1, train_with_limit, long.override(micro_batch=16), 2 * GIB)
     assert kind == "UserError", text
-    assert "not enough memory for a micro-batch of 16; use a smaller --micro-batch" in text
+    assert "not enough memory for a micro-batch; use a smaller --micro-batch" in text
     assert run_ranks(1, train_with_limit, long.override(micro_batch=1), 2 * GIB) == [("ok", 3)]
 
 

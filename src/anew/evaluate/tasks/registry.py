@@ -8,6 +8,9 @@ To add a task:
 The task `val` (`validation.py`) is not in the table, because its text belongs to a run.
 """
 
+from collections.abc import Iterable
+
+from anew.errors import UserError, unknown_name
 from anew.evaluate.tasks.hellaswag import HellaSwag, HellaSwagHarness
 from anew.evaluate.tasks.lambada import Lambada
 from anew.evaluate.tasks.task import Task
@@ -27,12 +30,12 @@ TASKS = {task.name: task for task in _ALL}
 REMOVED_TASKS = {"ptb": "paloma_ptb", "enwik8": "", "text8": "", "cbt_cn": "", "cbt_ne": ""}
 
 
-def removed_task(name: str) -> str:
-    """Return the sentence that refuses a task of earlier versions; "" for any other name."""
+def unknown_task(name: str, known: Iterable[str]) -> UserError:
+    """Return the error for a task that does not exist, or that existed in earlier versions."""
     if name not in REMOVED_TASKS:
-        return ""
+        return unknown_name("task", name, known)
     instead = REMOVED_TASKS[name] or "NAME"
-    return (
+    return UserError(
         f"the task {name} no longer exists in this version; tasks of lm-evaluation-harness are run "
         f"with --task harness:{instead}."
     )
