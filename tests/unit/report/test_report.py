@@ -1,9 +1,11 @@
 """Verdicts, projections and charts of a page, for runs that are written by hand."""
 
 import csv
+import dataclasses
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,26 @@ def test_interrupted_run_has_a_page(folder: Path, tmp_path: Path) -> None:
     assert "time left" in text
     with pytest.raises(UserError, match="is not a run folder"):
         Run.read(tmp_path)
+
+
+def test_text_of_a_run_appears_literally(tmp_path: Path) -> None:
+    """Neither HTML nor the syntax of templates in a sample, a log or a path has an effect."""
+    text = "{{ 7*7 }} {% if x %} {# y #} <script>alert('&amp;')</script>"
+    folder = tmp_path / "{{ 7*7 }} <b>"
+    shutil.copytree(STORED_RUN, folder)
+    sample = {"step": 8, "prompt": "{{ 7*7 }}", "text": text}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (folder / "log.txt").write_text(f"2026-01-01 00:00:00,000 WARNING log {text}\n")
+    run = Run.read(folder)
+    config = run.config.override(data=f"data {text}")
+    page = html.page([dataclasses.replace(run, config=config)])
+    assert "<script>alert" not in page
+    found = text_of(page)
+    assert f"{{{{ 7*7 }}}}{text}" in found, "the sample after its prompt"
+    assert f"log {text}" in found
+    assert f"data: data {text}" in found, "the settings"
+    assert found.count(folder.name) == 2, "the title and the heading"
+    assert "49" not in found
 
 
 def test_run_without_finite_losses_has_a_page(folder: Path, tmp_path: Path) -> None:
