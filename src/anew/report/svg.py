@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from statistics import fmean
 
 from anew.report.templates import render
 
@@ -59,7 +60,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
     means = []
     for begin, end in pairwise(edges):
         x_values, y_values = zip(*points[begin:end], strict=True)
-        means.append((sum(x_values) / len(x_values), sum(y_values) / len(y_values)))
+        means.append((fmean(x_values), fmean(y_values)))
     return [*means[:-1], points[-1]]
 
 

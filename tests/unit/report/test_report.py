@@ -204,6 +204,8 @@ def test_chart_stays_within_its_area(points: Points) -> None:
 def test_numbers_and_points_of_charts() -> None:
     assert line_chart("empty", [Line("x", [])], "u") == ""
     assert thinned([(float(i), 1.0) for i in range(1000)], 10)[-1] == (999.0, 1.0)
+    constant = [(float(i), 0.00677339) for i in range(7333)]
+    assert {y for _, y in thinned(constant)} == {0.00677339}, "rounding gives it no range"
     moving_mean = smoothed([(float(i), float(i % 2)) for i in range(1000)])
     assert moving_mean[500][1] == pytest.approx(0.5, abs=0.05)
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
