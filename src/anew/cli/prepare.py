@@ -25,6 +25,7 @@ from anew.data.shards import SHARD_TOKENS, DataFolder, disk_bytes
 from anew.data.token_formats import open_others, write_others
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
+from anew.utils.files import parse_json
 
 # For --dry-run: measured on web text (docs/log.md, 6).
 BYTES_PER_TOKEN = 4.4
@@ -51,6 +52,10 @@ class PrepareArgs:
     """data folder to write or to continue"""
     tokenizer: str = "gpt2"
     """gpt2: 50,257 tokens; bytes: 257; train:N: learn N tokens; or a folder with a tokenizer"""
+    column: str = "text"
+    """column of .csv, .tsv and .parquet files, or key of .jsonl files, that holds the text"""
+    encoding: str = ""
+    """encoding of files without a byte-order mark, such as latin-1; the default is UTF-8"""
     workers: int = 0
     """threads that tokenise; 0: one for each core"""
     limit_tokens: int = 0
@@ -125,7 +130,7 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
         seed=args.seed,
         validation=args.validation,
     )
-    source = sources.find(args.source, begun_at(out) or "main")
+    source = sources.find(args.source, begun_at(out) or "main", args.column, args.encoding)
     budget = parse_bytes(args.disk_budget)
     with progress_bar() as update:
         folder = prepare_data(
@@ -137,12 +142,21 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
             report=lambda status: update(status.share, _describe(status)),
         )
     counts = {split: folder.n_tokens(split) for split in ("train", "val")}
+    index = parse_json(out / INDEX)
+    print(
+        f"{source.name}: {len(source.files):,} files read, {len(source.skipped):,} skipped; "
+        f"{index['documents']:,} documents, {index['bytes']:,} bytes of text"
+    )
     print(
         f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens "
-        f"({folder.tokenizer}) of {source.name}"
+        f"({folder.tokenizer})"
     )
     return {
         "out": str(out),
+        "files": len(source.files),
+        "skipped": {str(path): reason for path, reason in source.skipped},
+        "documents": index["documents"],
+        "bytes": index["bytes"],
         "tokenizer": folder.tokenizer,
         "revision": folder.revision,
         **counts,
@@ -178,7 +192,7 @@ def _convert(args: PrepareArgs) -> dict[str, Any]:
 
 def _estimate(args: PrepareArgs) -> dict[str, Any]:
     """Print what a preparation will take, estimated from the sizes of the source's files."""
-    source = sources.find(args.source)
+    source = sources.find(args.source, column=args.column, encoding=args.encoding)
     first_file = source.files[0]
     suffix = Path(str(getattr(first_file, "path", first_file))).suffix
     text_bytes = source.total_bytes * EXPANSION.get(suffix, 1.0)

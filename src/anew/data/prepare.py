@@ -285,14 +285,15 @@ class _Job:
 
     def _texts(self, files: Iterable[tuple[int, Path | HubFile]], skip: int) -> Iterator[Text]:
         """Yield the documents of numbered files, without the first `skip` of the first file."""
+        encoding = self.source.encoding
         for number, path in files:
             assert isinstance(path, Path)
             if self.source.by_position and self.settings.validation == "hash":
-                for i, piece in enumerate(halves(readers.documents(path))):
+                for i, piece in enumerate(halves(readers.documents(path, encoding=encoding))):
                     if piece and i >= skip:
                         yield Text(number, i, piece, split="val" if i % 2 else "train")
             else:
-                contents = readers.documents(path, self.source.column, skip)
+                contents = readers.documents(path, self.source.column, skip, encoding)
                 for i, content in enumerate(contents, start=skip):
                     yield Text(number, i, content, split="")
             skip = 0

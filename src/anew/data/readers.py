@@ -1,18 +1,26 @@
-"""Read the documents of a file, a few at a time.
+"""Read the documents of a file, a few at a time, as UTF-8.
 
 | file | documents |
 |---|---|
 | `.parquet` | the text column of each row |
 | `.jsonl`, also `.gz` `.xz` `.bz2` `.zst` | the "text" of each line |
+| `.csv`, `.tsv`, also compressed | the "text" column of each row |
 | any other, also compressed | the file itself |
+
+A byte-order mark tells that a file is in UTF-8, UTF-16 or UTF-32, and is not part of the text. A
+file without a mark is in the `encoding` that the user names, else in UTF-8.
 """
 
 import bz2
+import codecs
 import contextlib
+import csv
 import gzip
 import io
 import json
+import logging
 import lzma
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,27 +29,86 @@ from anew.errors import UserError
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 COMPRESSED = {*OPENERS, ".zst"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLES = {".jsonl", ".parquet", *DELIMITERS}
 ROWS_AT_A_TIME = 512
+SNIFFED_BYTES = 1 << 16
+# The mark of UTF-16 (little-endian) is the beginning of that of UTF-32, so it stands behind it.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+OTHER_FORMATS = {
+    ".pdf": "a PDF; extract its text first, for example with pdftotext",
+    ".docx": "a Word document; save it as plain text first",
+    ".epub": "an e-book; convert it to plain text first",
+}
+log = logging.getLogger("anew")
 
 
 def is_table(path: Path) -> bool:
     """Return whether the file holds many documents instead of being one."""
+    return _kind(path) in TABLES
+
+
+def _kind(path: Path) -> str:
+    """Return the ending of a file's name, without that of a compression."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
-    return bool(suffixes) and suffixes[-1] in (".jsonl", ".parquet")
+    return suffixes[-1].lower() if suffixes else ""
 
 
-def documents(path: Path, column: str = "text", skip: int = 0) -> Iterator[bytes]:
+def why_not_text(path: Path, encoding: str = "") -> str:
+    """Return why a file cannot be read as text, judged by its name and beginning; "" if it can."""
+    if path.stat().st_size == 0:
+        return "empty"
+    kind = _kind(path)
+    if kind in OTHER_FORMATS:
+        return OTHER_FORMATS[kind]
+    if kind == ".parquet":
+        return ""
+    try:
+        with _opened(path) as file:
+            start = file.read(SNIFFED_BYTES)
+    except (OSError, EOFError, lzma.LZMAError):
+        return ""  # the reader reports what is wrong with the compressed file
+    codec = _codec_of(start, encoding)
+    if codec == "utf-8" and b"\0" in start:
+        return "binary; if it is UTF-16 without a byte-order mark, name the --encoding"
+    try:
+        codecs.getincrementaldecoder(codec)().decode(start)
+    except UnicodeDecodeError:
+        return f"not in {codec}; name its --encoding, such as latin-1 or cp1252"
+    return ""
+
+
+def _codec_of(start: bytes, encoding: str) -> str:
+    """Return the codec of a file from its first bytes; without a mark it is `encoding` or UTF-8."""
+    for mark, codec in MARKS:
+        if start.startswith(mark):
+            return codec
+    return encoding or "utf-8"
+
+
+def documents(
+    path: Path, column: str = "text", skip: int = 0, encoding: str = ""
+) -> Iterator[bytes]:
     """Yield every document of `path` that is not empty, in order, without the first `skip`.
 
     Raises UserError with the path, and with the line where there is one, if the file cannot be
     read.
     """
-    if path.suffix == ".parquet":
+    kind = _kind(path)
+    if kind == ".parquet":
         stream = _parquet_rows(path, column)
-    elif is_table(path):
-        stream = _json_lines(path, column)
+    elif kind in DELIMITERS:
+        stream = _csv_rows(path, column, encoding)
+    elif kind == ".jsonl":
+        stream = _json_lines(path, column, encoding)
     else:
-        stream = _whole_file(path)
+        stream = _whole_file(path, encoding)
     try:
         number = 0
         for document in stream:
@@ -72,22 +139,55 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _whole_file(path: Path) -> Iterator[bytes]:
+def _whole_file(path: Path, encoding: str) -> Iterator[bytes]:
     with _opened(path) as file:
-        yield file.read()
+        content = file.read()
+    codec = _codec_of(content[:4], encoding)
+    try:
+        text = content.decode(codec)
+    except UnicodeDecodeError:
+        text = content.decode(codec, errors="replace")
+        log.warning(
+            f"{path}: {text.count(chr(0xFFFD)):,} characters are not in {codec} and were replaced"
+        )
+    yield content if codec == "utf-8" and chr(0xFFFD) not in text else text.encode()
 
 
-def _json_lines(path: Path, column: str) -> Iterator[bytes]:
+@contextlib.contextmanager
+def _opened_as_text(path: Path, encoding: str) -> Iterator[IO[str]]:
+    """Open a file of rows. Bytes that are not in its encoding are read as lone surrogates."""
     with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
+        codec = _codec_of(file.read(4), encoding)
+    with _opened(path) as file:
+        yield io.TextIOWrapper(file, encoding=codec, errors="surrogateescape", newline="")
+
+
+def _csv_rows(path: Path, column: str, encoding: str) -> Iterator[bytes]:
+    csv.field_size_limit(sys.maxsize)
+    with _opened_as_text(path, encoding) as lines:
+        rows = csv.DictReader(lines, delimiter=DELIMITERS[_kind(path)])
+        names = rows.fieldnames or []
+        if column not in names:
+            raise UserError(
+                f"{path} has no column '{column}'; choose one of its columns with --column: "
+                f"{', '.join(names)}."
+            )
+        for row in rows:
+            yield _utf8(row[column] or "")
+
+
+def _json_lines(path: Path, column: str, encoding: str) -> Iterator[bytes]:
+    with _opened_as_text(path, encoding) as lines:
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
+                line.encode()  # raises ValueError for bytes that are not in the file's encoding
                 yield _utf8(json.loads(line)[column])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f'{path} line {number} is not a JSON object with a "{column}" string; '
-                    "correct or remove the line."
+                    "correct or remove the line, or choose another --column."
                 ) from error
 
 

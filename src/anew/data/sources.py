@@ -10,20 +10,22 @@
 | `fineweb-edu`, `fineweb`, `openwebtext`, `wikitext-103` | datasets of the hub (hub_datasets.py) |
 | `repo:config:split:column` | any other dataset of the hub |
 | `book.txt`, any text file | one document, split by position: the last tenth is held out |
-| `posts.jsonl`, `.jsonl.gz`, `.xz`, `.zst`, `.parquet` | one document a row, its "text" |
-| a folder, a glob | each file as above |
+| `posts.jsonl`, `.jsonl.gz`, `.csv`, `.tsv`, `.parquet` | one document a row, its "text" |
+| a folder, a glob | each file as above; files that are not text are skipped and named |
 """
 
+import codecs
 import glob
 import hashlib
 import http.client
+import logging
 import re
 import socket
 import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +50,9 @@ SKIPPED_FOLDERS = {
     "lib2to3",
     "ensurepip",
 }
+MARKUP = {".html", ".htm", ".md"}
+LISTED_FILES = 10  # of those that are skipped
+log = logging.getLogger("anew")
 HUB_SPEC = re.compile(r"([\w.-]+/[\w.-]+):([^:]+):([^:]+)(?::([^:]+))?")
 
 
@@ -58,6 +63,8 @@ class Source:
     name: str
     files: tuple[Path | HubFile, ...]
     column: str = "text"
+    encoding: str = ""  # of files without a byte-order mark; "": UTF-8
+    skipped: tuple[tuple[Path, str], ...] = ()  # files that are not text, and why
 
     @property
     def is_remote(self) -> bool:
@@ -82,6 +89,8 @@ class Source:
         if isinstance(self.files[0], HubFile):
             return self.files[0].revision
         digests = hashlib.sha256()
+        if self.column != "text" or self.encoding:
+            digests.update(f"{self.column} {self.encoding} ".encode())
         try:
             for path in self.files:
                 assert isinstance(path, Path)
@@ -94,14 +103,21 @@ class Source:
         """Yield every document that is not empty, always in the same order. Not for the hub."""
         for path in self.files:
             assert isinstance(path, Path), "files on the hub are fetched by prepare.py"
-            yield from readers.documents(path, self.column)
+            yield from readers.documents(path, self.column, encoding=self.encoding)
 
 
-def find(source: str, revision: str = "main") -> Source:
+def find(source: str, revision: str = "main", column: str = "text", encoding: str = "") -> Source:
     """Return the source that `--data` names; `revision` is that of a dataset of the hub.
 
-    Raises UserError if there is no such source, or no text in it.
+    `column` and `encoding` are those of files on this machine. Raises UserError if there is no such
+    source, or no text in it.
     """
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError as error:
+        raise UserError(
+            f"there is no encoding '{encoding}'; use a name such as latin-1, cp1252 or utf-16."
+        ) from error
     if source == "stdlib":
         return _standard_library()
     if source == "tinyshakespeare":
@@ -111,19 +127,45 @@ def find(source: str, revision: str = "main") -> Source:
         return Source("tinyshakespeare", (text,))
     path = Path(source).expanduser()
     if path.is_file():
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty; give a file with text in it.")
-        return Source(path.stem, (path,))
+        reason = readers.why_not_text(path, encoding)
+        if reason:
+            raise UserError(f"{path} cannot be read as text: it is {reason}.")
+        return Source(path.stem, (path,), column, encoding)
     if path.is_dir():
-        texts = [file for file in path.rglob("*") if _is_text(file, path)]
-        if not texts:
-            raise UserError(f"folder {path} holds no text files.")
-        return Source(path.resolve().name, _ordered(texts, path))
+        files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
+        return _texts_among(files, path, path.resolve().name, column, encoding)
     matches = [Path(match) for match in glob.glob(source, recursive=True)]
     files = [match for match in matches if match.is_file()]
     if files:
-        return Source("glob", _ordered(files, Path()))
+        return _texts_among(files, Path(), "glob", column, encoding)
     return _on_the_hub(source, revision)
+
+
+def _texts_among(files: list[Path], root: Path, name: str, column: str, encoding: str) -> Source:
+    """Return the source of those files that can be read as text; the others are named in the log.
+
+    Raises UserError if there is none.
+    """
+    texts = []
+    skipped = []
+    for file in _ordered(files, root):
+        reason = readers.why_not_text(file, encoding)
+        if reason:
+            skipped.append((file, reason))
+        else:
+            texts.append(file)
+    for file, reason in skipped[:LISTED_FILES]:
+        log.warning(f"skipped {file}: it is {reason}")
+    if len(skipped) > LISTED_FILES:
+        log.warning(f"skipped {len(skipped) - LISTED_FILES} more files that are not text")
+    if not texts:
+        raise UserError(f"there are no text files in {root}; {len(skipped)} files are not text.")
+    marked_up = sum(file.suffix.lower() in MARKUP for file in texts)
+    if marked_up:
+        log.info(
+            f"HTML and Markdown are read with their markup ({marked_up} of {len(texts)} files)"
+        )
+    return Source(name, tuple(texts), column, encoding, tuple(skipped))
 
 
 def cache_name(source: str) -> str:
@@ -165,7 +207,7 @@ def _on_the_hub(source: str, revision: str) -> Source:
     return Source(cache_name(source), tuple(files), column or "text")
 
 
-def _ordered(files: list[Path], root: Path) -> tuple[Path, ...]:
+def _ordered(files: Sequence[Path], root: Path) -> tuple[Path, ...]:
     """Sort files by their path within `root`, in the same order on every operating system."""
 
     def key(path: Path) -> str:
@@ -175,15 +217,9 @@ def _ordered(files: list[Path], root: Path) -> tuple[Path, ...]:
     return tuple(sorted(files, key=key))
 
 
-def _is_text(path: Path, root: Path) -> bool:
-    """Return whether a file is not hidden, and is a table, compressed or free of NUL bytes."""
-    is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    if is_hidden or not path.is_file():
-        return False
-    if readers.is_table(path) or path.suffix in readers.COMPRESSED:
-        return True
-    with path.open("rb") as file:
-        return b"\0" not in file.read(4096)
+def _is_hidden(path: Path, root: Path) -> bool:
+    """Return whether a name on the way from `root` to `path` begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def download(
