@@ -14,6 +14,7 @@ from anew.cli.main import COMMANDS as CLI_COMMANDS
 from anew.cli.main import main
 from anew.config.recipes import RECIPES
 from anew.data import prepare, sources
+from anew.data.holdout import Settings
 from anew.training.trainer import train
 from tests.support import ROOT
 
@@ -42,7 +43,7 @@ def user_folder(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
     shakespeare = Path("cache/downloads/tinyshakespeare.txt")
     shakespeare.parent.mkdir(parents=True)
     shakespeare.write_text(text * 5)
-    prepare.prepare_data(sources.find("my.txt"), prepare.Settings("gpt2"), Path("DIR"))
+    prepare.prepare_data(sources.find("my.txt"), Settings("gpt2"), Path("DIR"))
     small = {
         "n_layer": 1,
         "n_head": 1,

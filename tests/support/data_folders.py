@@ -3,12 +3,14 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from anew import Tokenizer
 from anew.data.holdout import Settings
 from anew.data.shards import DataFolder, Shard, SplitWriter
+from anew.data.sources import Source
 
 GPT2 = Tokenizer.named("gpt2")
 SMALL = Settings("gpt2", shard_tokens=20_000, block_bytes=8_000, val_tokens=6_000)
@@ -43,9 +45,18 @@ def make_shards(folder: Path, lengths: list[int]) -> list[Shard]:
     return shards
 
 
-def shard_of(folder: Path, entry: dict) -> Shard:
+def shard_of(folder: Path, entry: dict[str, Any]) -> Shard:
     """Return the shard that an entry of index.json describes."""
     return Shard(folder / entry["name"], entry["tokens"], entry["sha256"])
+
+
+def file_names(source: Source) -> list[str]:
+    """Return the names of the files of a source on this machine."""
+    names = []
+    for file in source.files:
+        assert isinstance(file, Path)
+        names.append(file.name)
+    return names
 
 
 def write_documents(path: Path, documents: list[str]) -> None:

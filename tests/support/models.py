@@ -18,6 +18,12 @@ def ids_for(config: GPTConfig, batch: int, length: int, seed: int = 0) -> torch.
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
 
 
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the gradient that a backward pass has left in a tensor."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def loss_and_gradients(loss_of: Any, model: GPT) -> tuple[float, torch.Tensor]:
     """Return the loss of `loss_of(ids, targets)` and all gradients of `model` in fp64, joined."""
     ids = ids_for(SMALL, 2, 24)

@@ -55,20 +55,21 @@ class TheirGPT(nn.Module):
             )
             for _ in range(config.n_layer)
         ]
+        wte = nn.Embedding(config.vocab_size, C)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, C),
+                "wte": wte,
                 "wpe": nn.Embedding(config.block_size, C),
                 "h": nn.ModuleList(blocks),
                 "ln_f": nn.LayerNorm(C, bias=bias),
             }
         )
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = wte.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return logits (B, T, 50257)."""
-        transformer = self.transformer
+        transformer: Any = self.transformer  # a ModuleDict does not know its modules' types
         B, T = ids.shape
         x = transformer["wte"](ids) + transformer["wpe"](torch.arange(T))
         for block in transformer["h"]:

@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from anew.data import prepare, sources
+from anew.data.holdout import Settings
 from tests.support import shared
 
 
@@ -18,5 +19,5 @@ def write_reviews(folder: Path) -> Path:
 
 def prepare_reviews(reviews: Path, out: Path, workers: int = 1) -> None:
     """Prepare the reviews with a learned vocabulary of 1,000 ids."""
-    settings = prepare.Settings("train:1000", val_tokens=5000)
+    settings = Settings("train:1000", val_tokens=5000)
     prepare.prepare_data(sources.find(str(reviews)), settings, out, workers=workers)

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 def prefetch(
     load: Callable[[Item], Result], items: Iterable[Item], ahead: int = 2, threads: int = 1
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield `load(item)` for each item, in order, while threads load up to `ahead` further ones.
 
     An error in `load` is raised here when its result is due, and no later item is loaded. If the

@@ -129,7 +129,7 @@ def documents(
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading; its content is decompressed as it is read."""
     if path.suffix == ".zst":
-        from pyarrow import CompressedInputStream  # type: ignore[attr-defined]
+        from pyarrow import CompressedInputStream
 
         with CompressedInputStream(str(path), "zstd") as stream:
             yield io.BufferedReader(stream)

@@ -7,6 +7,7 @@ import pytest
 
 from anew import UserError
 from anew.data import prepare, sources
+from anew.data.holdout import Settings
 from anew.data.shards import HEADER_BYTES, DataFolder, SplitWriter
 from tests.support.data_folders import make_shards, shard_of
 
@@ -36,7 +37,7 @@ def test_damaged_shard_is_refused_before_its_tokens_are_used(
     text_file: Path, tmp_path: Path, damage: str
 ) -> None:
     out = tmp_path / "data"
-    folder = prepare.prepare_data(sources.find(str(text_file)), prepare.Settings("bytes"), out)
+    folder = prepare.prepare_data(sources.find(str(text_file)), Settings("bytes"), out)
     path = folder.splits["train"][0].path
     raw = bytearray(path.read_bytes())
     if damage == "flip":

@@ -1,6 +1,7 @@
 """The runner: division over ranks, and continuing after a kill."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,9 +34,9 @@ def test_figures_are_the_same_on_any_number_of_ranks(
     model: GPT, examples: list[Example], size: int
 ) -> None:
     alone = runner.run_task(model, LAMBADA, examples)
-    shares: list = []  # of the ranks that have gathered; the last rank sees all of them
+    shares: list[Any] = []  # of the ranks that have gathered; the last rank sees all of them
 
-    def gather(share: object) -> list:
+    def gather(share: object) -> list[Any]:
         shares.append(share)
         return shares
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from anew import UserError
 from anew.data import prepare, sources
 from anew.data.dataset import open_data
+from anew.data.holdout import Settings
 from anew.evaluate.loss import mean_loss
 from anew.evaluate.runner import run_task
 from anew.evaluate.scorer import Question
@@ -25,7 +27,7 @@ from anew.evaluate.tasks.wikitext import WIKITEXT103
 from tests.support import shared
 from tests.support.evaluation import TOKENIZER, task_model
 
-ROW = {
+ROW: dict[str, Any] = {
     "ind": 24,
     "activity_label": "Roof shingle removal",
     "ctx_a": "A man is sitting on a roof.",
@@ -64,13 +66,13 @@ def test_hellaswag_questions_equal_tokens_worked_by_hand(tmp_path: Path) -> None
     context = TOKENIZER.decode(clean.question.context)
     assert context == "Roof shingle removal: A man is sitting on a roof. He"
     endings = [TOKENIZER.decode(ending) for ending in clean.question.endings]
-    assert endings == [" " + ending for ending in ROW["endings"]]  # type: ignore[attr-defined]
+    assert endings == [" " + ending for ending in ROW["endings"]]
 
 
 def test_windows_predict_every_token_once_behind_as_many_as_fit() -> None:
     ids = list(range(100))
     for positions, stride in ((16, 0), (16, 4), (16, 1), (128, 0), (16, 99)):
-        predicted = []
+        predicted: list[int] = []
         for example in windows(ids, positions, 10, 1000, stride):
             [ending] = example.question.endings
             first = ending[0]
@@ -113,7 +115,7 @@ def test_validation_task_equals_the_loss_that_training_reports(
     text_file: Path, tmp_path: Path
 ) -> None:
     model = task_model()
-    prepare.prepare_data(sources.find(str(text_file)), prepare.Settings("gpt2"), tmp_path / "data")
+    prepare.prepare_data(sources.find(str(text_file)), Settings("gpt2"), tmp_path / "data")
     folder = open_data(str(tmp_path / "data"), "gpt2")
     task = Validation(folder, 48, 500)
     examples = task.examples(Path(), TOKENIZER, 128)

@@ -9,6 +9,7 @@ from anew import GPT, GPTConfig, generate
 from anew.inference.cpu_decoder import GROUP, CpuBatchDecoder, CpuDecoder, load_library, quantize
 from anew.inference.decoders import CudaGraphDecoder, TorchDecoder, decoder_for
 from anew.inference.generate import _prefill
+from anew.model.gpt import Block
 from anew.model.kv_cache import Cache
 
 pytestmark = pytest.mark.skipif(
@@ -145,7 +146,9 @@ def test_model_with_changed_weights_gets_a_new_decoder() -> None:
     assert decoder_for(model, 1, int8=True) is not first
     second = decoder_for(model, 1)
     with torch.no_grad():
-        model.transformer.h[0].mlp.c_fc.weight.mul_(2.0)
+        block = model.transformer.h[0]
+        assert isinstance(block, Block)
+        block.mlp.c_fc.weight.mul_(2.0)
     third = decoder_for(model, 1)
     assert third is not second
 

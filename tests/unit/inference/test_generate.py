@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anew import GPTConfig, UserError, generate
-from anew.inference.generate import stream, until_end_of_text
+from anew.inference.generate import Options, stream, until_end_of_text
 from anew.inference.sampling import sample
 from anew.model.gpt import GPT
 
@@ -27,10 +27,11 @@ def seeded(seed: int = 0) -> torch.Generator:
         {"top_p": 0.8, "seed": 5},
     ],
 )
-def test_cached_decoding_equals_reading_the_whole_text(options: dict[str, float]) -> None:
+def test_cached_decoding_equals_reading_the_whole_text(options: Options) -> None:
     prompts = [[1, 2, 3], [7], [250, 4, 9, 9, 1]]
     cached = list(stream(MODEL, prompts, 20, **options))
-    assert cached == list(stream(MODEL, prompts, 20, use_cache=False, **options))
+    without_cache: Options = {**options, "use_cache": False}
+    assert cached == list(stream(MODEL, prompts, 20, **without_cache))
 
 
 def test_row_does_not_depend_on_other_rows() -> None:
@@ -107,7 +108,7 @@ def test_until_end_of_text_reads_no_further_than_the_last_end() -> None:
         {"top_k": -1},
     ],
 )
-def test_options_without_a_meaning_are_refused(options: dict[str, float]) -> None:
+def test_options_without_a_meaning_are_refused(options: Options) -> None:
     with pytest.raises(UserError):
         generate(MODEL, [[1]], 3, **options)
 

@@ -8,7 +8,7 @@ import torch
 from anew.model.attention import plain_attention
 from anew.model.gpt import GPT
 from anew.model.kernels.cpu_attention import TILE, TiledBackward
-from tests.support.models import SMALL, ids_for
+from tests.support.models import SMALL, gradient_of, ids_for
 
 
 def test_no_token_depends_on_later_tokens() -> None:
@@ -55,7 +55,7 @@ def test_tiled_backward_is_the_gradient_of_the_formula(dtype: torch.dtype) -> No
     out.backward(d_out)
     exact_out.backward(d_out.double())
     tolerance = 1e-10 if dtype == torch.float64 else 1e-2
-    found = [out, *(x.grad for x in inputs)]
-    exact = [exact_out, *(x.grad for x in exact_inputs)]
+    found = [out, *(gradient_of(x) for x in inputs)]
+    exact = [exact_out, *(gradient_of(x) for x in exact_inputs)]
     for a, b in zip(found, exact, strict=True):
         assert (a.double() - b).norm() / b.norm() < tolerance

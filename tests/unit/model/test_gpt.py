@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from anew.config.schema import GPTConfig
 from anew.model.gpt import GPT, gelu
 from anew.model.kernels.fused_bias import gelu_by_sigmoid
-from tests.support.models import SMALL, check_gpu_forms, check_recompute, ids_for
+from tests.support.models import SMALL, check_gpu_forms, check_recompute, gradient_of, ids_for
 
 
 def test_initial_weights_have_the_std_of_gpt2() -> None:
@@ -50,7 +50,7 @@ def test_bf16_activations_with_fp32_weights() -> None:
     assert loss.dtype == torch.float32
     for p in model.parameters():
         assert p.dtype == torch.float32
-        assert p.grad.dtype == torch.float32
+        assert gradient_of(p).dtype == torch.float32
     assert loss.item() == pytest.approx(GPT(SMALL)(ids, ids).item(), rel=5e-3)
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from anew.config.schema import GPTConfig, OptimConfig
-from anew.model.gpt import GPT
+from anew.model.gpt import GPT, Block
 from anew.optim.build import build_optimizers, set_learning_rates
 from anew.optim.muon import Muon
+from tests.support.models import gradient_of
 
 CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=8, vocab_size=257)
 
@@ -46,9 +47,12 @@ def test_step_with_found_inf_changes_neither_weights_nor_state(optimizer: Any) -
     def step(found_inf: bool) -> None:
         model(ids, ids).backward()
         if found_inf:
-            model.transformer.h[0].mlp.c_fc.weight.grad[0, 0] = math.nan
+            block = model.transformer.h[0]
+            assert isinstance(block, Block)
+            gradient_of(block.mlp.c_fc.weight)[0, 0] = math.nan
         for o in optimizers:
-            o.found_inf = torch.tensor(float(found_inf))
+            # Muon and the fused AdamW read it; torch's type of an optimizer does not have it.
+            o.found_inf = torch.tensor(float(found_inf))  # type: ignore[attr-defined]
             o.step()
             o.zero_grad()
 

@@ -5,7 +5,7 @@ import torch
 from anew.optim.muon import Muon, orthogonalise
 
 
-def normal(shape: tuple[int, int], seed: int) -> torch.Tensor:
+def normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,6 +1,7 @@
 """Learning rate and momentum against the values of the reference runs."""
 
 import itertools
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,7 @@ def test_learning_rate_of_the_reference_run() -> None:
     min_lr=st.sampled_from([0.0, 1e-5]),
 )
 def test_learning_rate_is_above_zero_in_runs_of_any_length(
-    steps: int, warmup: int, schedule: str, min_lr: float
+    steps: int, warmup: int, schedule: Literal["cosine", "linear"], min_lr: float
 ) -> None:
     config = OptimConfig(warmup_steps=warmup, schedule=schedule, min_lr=min_lr)
     assert all(0 < learning_rate_factor(step, steps, config) <= 1 for step in range(steps))

@@ -35,7 +35,7 @@ def state_of(config: Config) -> TrainState:
         return TrainState(config, runtime.set_up_device(config.run), folder.identity)
 
 
-def peak_of_100_and_10_megabytes(_: TrainState, sequences: int) -> int:
+def peak_of_100_and_10_megabytes(state: TrainState, sequences: int) -> int:
     return 100 * MEGABYTE + 10 * MEGABYTE * sequences
 
 
@@ -89,8 +89,8 @@ def test_passes_of_a_trial_leave_weights_and_optimizer_unchanged(
 
 def train_starved(config: Config) -> Any:
     """Rank 1 has no memory at all; rank 0 must not wait for it."""
-    probe.usable_bytes = lambda _: GIB
-    probe.measured_peak = lambda _, sequences: None if os.environ["RANK"] == "1" else MEGABYTE
+    probe.usable_bytes = lambda device: GIB
+    probe.measured_peak = lambda state, sequences: None if os.environ["RANK"] == "1" else MEGABYTE
     return train(config).step
 
 
@@ -161,7 +161,7 @@ def test_step_that_does_not_fit_is_reported_in_a_sentence(config: Config) -> Non
 def train_with_limits(config: Config, limits: list[int]) -> int:
     """Train where rank i may use `limits[i]` bytes."""
     probe.measured_peak = peak_of_100_and_10_megabytes
-    probe.usable_bytes = lambda _: limits[int(os.environ["RANK"])]
+    probe.usable_bytes = lambda device: limits[int(os.environ["RANK"])]
     return train(config).step
 
 

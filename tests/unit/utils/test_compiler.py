@@ -1,5 +1,6 @@
 """What compiler.py finds missing on simulated machines."""
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,11 +16,11 @@ def test_apple_compiler_without_command_line_tools_counts_as_missing(
     exit_code: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = sysconfig.get_paths()
-    answer = subprocess.CompletedProcess([], exit_code)
-    monkeypatch.setattr(compiler.sysconfig, "get_paths", lambda: paths)
+    answer: subprocess.CompletedProcess[bytes] = subprocess.CompletedProcess([], exit_code)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(compiler.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
     found = compiler.missing_for_compile(torch.device("cpu"))
     if expected:
         assert expected in found

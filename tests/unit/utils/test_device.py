@@ -1,5 +1,6 @@
 """The choice of device, precision and compiler, on machines that are simulated."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from anew import UserError
 from anew.bench.competitors import writing_dtype
 from anew.config.schema import RunConfig
 from anew.data import prepare, sources
+from anew.data.holdout import Settings
 from anew.data.shards import DataFolder, consume
 from anew.distributed.preflight import refuse_shared_gpus
 from anew.distributed.world import World
 from anew.model.attention import kernels_for
 from anew.training.micro_batch import is_out_of_memory
-from anew.utils import compiler, device
+from anew.utils import device
 
 CPU = torch.device("cpu")
 
@@ -57,7 +59,7 @@ def test_auto_precision_of_a_cpu_follows_its_instructions(
 def test_without_a_compiler_steps_are_eager_and_a_wish_to_compile_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert device.pick_compile("auto", CPU) == (False, "eager: there is no C++ compiler")
     with pytest.raises(UserError, match="use --compile off"):
         device.pick_compile("on", CPU)
@@ -186,7 +188,7 @@ def test_shard_is_unmapped_before_it_is_removed(tmp_path: Path) -> None:
     """Windows refuses to remove a file that is mapped into memory."""
     text = tmp_path / "text.txt"
     text.write_text("A sentence of some length that is read again and again.\n" * 400)
-    prepare.prepare_data(sources.find(str(text)), prepare.Settings("bytes"), tmp_path / "data")
+    prepare.prepare_data(sources.find(str(text)), Settings("bytes"), tmp_path / "data")
     folder = DataFolder.open(tmp_path / "data")
     shard = folder.splits["train"][0]
     assert len(shard.tokens) > 1000
