@@ -11,8 +11,7 @@ from unittest.mock import patch
 
 from anew.cli.main import main
 from anew.training import trainer
-
-original_step = trainer.train_step
+from anew.training.step import train_step
 
 
 def train_step_or_raise(loss_function: Any, state: Any, *arguments: Any, **named: Any) -> Any:
@@ -22,7 +21,7 @@ def train_step_or_raise(loss_function: Any, state: Any, *arguments: Any, **named
     if is_planned and not Path(marker).exists():
         Path(marker).touch()
         raise RuntimeError("a planned error")
-    return original_step(loss_function, state, *arguments, **named)
+    return train_step(loss_function, state, *arguments, **named)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from anew.checkpoint.folder import newest_valid
 from anew.errors import Preempted
 from anew.evaluate.loss import mean_loss
 from anew.training import run_log, trainer, validation
+from anew.training.step import train_step
 from anew.training.trainer import train
 from tests.faults.common import (
     FaultResult,
@@ -74,7 +75,6 @@ def chained_resumes(injections: int, rng: random.Random, scratch: Path) -> Fault
 @contextlib.contextmanager
 def _sigterm(step: int, moment: str) -> Iterator[None]:
     """Send SIGTERM once: in the second micro-batch of `step`, after it, or in an evaluation."""
-    train_step = trainer.train_step
     is_sent = False
     is_first = True  # until the first step of a process, signals have their default behaviour
 
@@ -318,7 +318,6 @@ class Step:
 
 def train_with_bad_loss(config: Config, factor: float, bad_step: int) -> list[Step]:
     """Train one rank. In `bad_step`, the loss of rank 1 is multiplied by `factor`."""
-    train_step = trainer.train_step
     steps: list[Step] = []
 
     def bad_train_step(loss_of: Any, state: Any, *arguments: Any, **named: Any) -> Any:

@@ -34,8 +34,9 @@ from anew.distributed.world import World, full_tensor
 from anew.inference.decoders import CudaGraphDecoder, TorchDecoder, decoder_for
 from anew.inference.generate import _prefill
 from anew.model.attention import attend
+from anew.training.step import train_step
 from anew.training.train_state import TrainState
-from anew.training.trainer import train, train_step
+from anew.training.trainer import train
 from anew.utils.device import set_up_device
 from anew.utils.gpus import GPUS
 from anew.utils.signals import StopFlag

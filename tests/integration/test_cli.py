@@ -256,10 +256,9 @@ def test_libraries_print_nothing_after_the_end_of_a_run(text_file: Path, tmp_pat
 
 
 def test_closed_standard_output_is_not_an_error(model: Path) -> None:
-    process = start("sample", model, "--tokens", "3000")
-    assert process.stdout is not None
-    process.stdout.read(5)
-    process.stdout.close()
-    assert process.stderr is not None
-    assert "Traceback" not in process.stderr.read()
-    process.wait()
+    with start("sample", model, "--tokens", "3000") as process:
+        assert process.stdout is not None
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()

@@ -50,6 +50,7 @@ def test_checkpoint_opens_in_transformers(tmp_path: Path) -> None:
 
     anew.train(anew.recipe("demo", steps=3, warmup_steps=1, out=str(tmp_path / "run")))
     newest, _ = checkpoint.newest_valid(tmp_path / "run")
+    assert newest is not None
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(newest).eval(),
         AutoTokenizer.from_pretrained(newest),

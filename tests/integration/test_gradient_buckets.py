@@ -1,10 +1,12 @@
 """The exchange of gradients between ranks: its sums, its order, and when it starts."""
 
+import functools
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,10 +18,14 @@ from anew.distributed.rendezvous import joined
 from anew.errors import Preempted
 from anew.evaluate.tasks.registry import TASKS
 from anew.evaluate.tasks.task import Remote
+from anew.training import step as step_module
+from anew.training import trainer
+from anew.training.step import clip_gradients, train_step
 from anew.training.trainer import train
 from anew.utils.files import sha256_of
 from anew.utils.signals import signal_this_process
 from tests.faults.common import final, losses, tiny
+from tests.support.models import gradient_of
 from tests.support.ranks import run_ranks
 
 SHAPE = GPTConfig(n_layer=4, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
@@ -57,11 +63,6 @@ def mean_gradients_of_a_rank() -> tuple[list[list[float]], list[list[float]]]:
         every = world.gather([gradient_of(p) for p in alone.parameters()])
         means = [torch.stack(parts).double().mean(0) for parts in zip(*every, strict=True)]
         return found, [mean.flatten().tolist() for mean in means]
-
-
-def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def test_gradients_are_the_mean_over_ranks() -> None:
@@ -114,11 +115,6 @@ def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[b
 
     (has every parameter a gradient?, its device) when gradients are clipped.
     """
-    import importlib
-
-    module = importlib.import_module("anew.training.trainer")
-    step_module = importlib.import_module("anew.training.step")
-    train_step, clip_gradients = module.train_step, step_module.clip_gradients
     seen: list[tuple[bool, str]] = []
 
     def stopped(
@@ -144,8 +140,12 @@ def gradients_when_clipped(step: int, run: Path, precision: str) -> list[tuple[b
             )
         return clip_gradients(state)
 
-    module.train_step, step_module.clip_gradients = stopped, watched
-    with pytest.raises(Preempted, match=f"stopped at step {step} of 12" if step else "stopped"):
+    words = f"stopped at step {step} of 12" if step else "stopped"
+    with (
+        patch.object(trainer, "train_step", stopped),
+        patch.object(step_module, "clip_gradients", watched),
+        pytest.raises(Preempted, match=words),
+    ):
         train(tiny(run, precision=precision, steps=12))
     return seen
 
@@ -163,27 +163,24 @@ def stopped_at(config: Any, step: int) -> str:
 
     Compiled code is traced, not made into C++.
     """
-    import functools
-    import importlib
-
-    compile_function, compile_module = torch.compile, torch.nn.Module.compile
-    torch.compile = functools.partial(compile_function, backend="aot_eager")
-    torch.nn.Module.compile = functools.partialmethod(compile_module, backend="aot_eager")  # type: ignore[assignment]
-
-    module = importlib.import_module("anew.training.trainer")
-    train_step = module.train_step
+    compile_function = functools.partial(torch.compile, backend="aot_eager")
+    compile_module = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
 
     def watched(loss_of: Any, state: Any, *rest: Any, **more: Any) -> Any:
         if state.step == step and state.world.rank == 0:
             signal_this_process(signal.SIGTERM)
         return train_step(loss_of, state, *rest, **more)
 
-    module.train_step = watched
-    try:
-        train(config)
-    except Preempted:
-        return "preempted"
-    return "complete"
+    with (
+        patch.object(torch, "compile", compile_function),
+        patch.object(torch.nn.Module, "compile", compile_module),
+        patch.object(trainer, "train_step", watched),
+    ):
+        try:
+            train(config)
+        except Preempted:
+            return "preempted"
+        return "complete"
 
 
 @pytest.mark.parametrize(

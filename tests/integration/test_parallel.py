@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from anew import Config
 from anew.checkpoint import folder as checkpoint
 from anew.training import run_log as metrics
+from anew.training import trainer
+from anew.training.step import train_step
 from anew.training.trainer import train
 from tests.faults.common import tiny
 from tests.support.ranks import free_port, run_ranks
@@ -24,20 +27,17 @@ def trained(config: Config) -> dict[str, Any]:
     """One rank's part in a run, with a hash of all the sequence ids that it was given and of its
     final weights.
     """
-    import importlib
-
-    module = importlib.import_module("anew.training.trainer")
-    original, ids = module.train_step, hashlib.sha256()
+    ids = hashlib.sha256()
     rows: list[list[list[int]]] = []
 
     def watched(loss_of: Any, state: Any, micro_batches: Any, *rest: Any, **more: Any) -> Any:
         rows.append([row for inputs, _ in micro_batches for row in inputs.tolist()])
-        outcome = original(loss_of, state, micro_batches, *rest, **more)
+        outcome = train_step(loss_of, state, micro_batches, *rest, **more)
         ids.update(repr(outcome).encode())
         return outcome
 
-    module.train_step = watched
-    result = train(config)
+    with patch.object(trainer, "train_step", watched):
+        result = train(config)
     return {**dataclasses.asdict(result), "rows": rows, "outcomes": ids.hexdigest()}
 
 
@@ -162,27 +162,23 @@ def trained_until(config: Config, step: int) -> dict[str, Any]:
     """As `trained`, but asked to stop (every rank for itself, as a scheduler would) once `step` is
     saved.
     """
-    import importlib
     import signal
 
     from anew.errors import Preempted
 
-    module = importlib.import_module("anew.training.trainer")
-    original = module.train_step
     rows: list[list[list[int]]] = []
     first: list[int] = []
 
     def watched(loss_of: Any, state: Any, micro_batches: Any, *rest: Any, **more: Any) -> Any:
         if state.step == step and state.world.rank == state.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one rank knows, and all stop at the same step
-        outcome = original(loss_of, state, micro_batches, *rest, **more)
+        outcome = train_step(loss_of, state, micro_batches, *rest, **more)
         if not outcome.stop:
             first.append(state.step)
             rows.append([row for inputs, _ in micro_batches for row in inputs.tolist()])
         return outcome
 
-    module.train_step = watched
-    with contextlib.suppress(Preempted):
+    with patch.object(trainer, "train_step", watched), contextlib.suppress(Preempted):
         train(config)
     return {"rows": rows, "first": first[0]}
 

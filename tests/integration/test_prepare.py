@@ -26,6 +26,7 @@ from anew.data.shards import DataFolder
 from anew.data.streaming import finished
 from anew.errors import Preempted
 from anew.tokenizer.bpe import MOST_BYTES, PIECE_BYTES
+from anew.training.run_log import Row
 from anew.training.trainer import train
 from tests.support import shared
 from tests.support.data_folders import (
@@ -250,7 +251,7 @@ def test_hub_that_stops_answering_is_tried_again_and_then_a_user_error(
 ) -> None:
     [file, *_] = hub_datasets.listing("HuggingFaceFW/fineweb-edu", "sample/10BT/")
     pauses: list[float] = []
-    monkeypatch.setattr(hub_datasets.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"the hub cannot be reached .* run the same command again"):
         hub_datasets.fetch(file, tmp_path)
@@ -356,7 +357,7 @@ def test_disk_budget_holds_through_a_whole_run_and_its_resume(
         while not stop.wait(0.002):
             most_bytes = max(most_bytes, shards.disk_bytes(cache))
 
-    def interrupt(row: dict) -> None:
+    def interrupt(row: Row) -> None:
         if row["step"] == 30:
             signal.raise_signal(signal.SIGTERM)
 

@@ -79,10 +79,13 @@ def test_openai_client_gets_what_generate_returns(
 def test_several_prompts_and_copies_are_choices_in_order(
     client: openai.OpenAI, models: list[Path]
 ) -> None:
+    # The client's types allow texts or lists of ids, not both.
+    prompt: Any = ["One", [84, 119, 111]]
     several = client.completions.create(
-        model=str(models[0]), prompt=["One", [84, 119, 111]], n=2, max_tokens=5, seed=1
+        model=str(models[0]), prompt=prompt, n=2, max_tokens=5, seed=1
     )
     assert [c.index for c in several.choices] == [0, 1, 2, 3]
+    assert several.usage is not None
     assert several.usage.completion_tokens == 20
 
 
@@ -116,6 +119,8 @@ def test_prompt_has_the_scores_of_the_model(client: openai.OpenAI, models: list[
     ids = list(b"A tower")
     log_p = log_probabilities(models[0], ids)
     found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.token_logprobs is not None
     assert found.token_logprobs[0] is None
     assert found.token_logprobs[1:] == pytest.approx(
         [log_p[n, i].item() for n, i in enumerate(ids[1:])], abs=1e-4

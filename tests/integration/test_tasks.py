@@ -3,7 +3,10 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,12 @@ from anew.evaluate.tasks.task import Remote
 from anew.evaluate.tasks.wikitext import articles, detokenize
 from anew.utils.files import sha256_of
 from tests.support import shared
+from tests.support.data_folders import read_documents
 from tests.support.evaluation import TOKENIZER, run_on_file, task_model
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def test_cleaned_hellaswag_file_equals_the_cleaned_json_lines() -> None:
     cleaned_text = shared("hellaswag/hellaswag_val_full.txt.bz2")
     task = TASKS["hellaswag_harness"]
 
-    def shape(row: dict) -> tuple:
+    def shape(row: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         # The text file has no double spaces, and no capital letter where the second part begins.
         texts = (row["context"], *row["endings"])
         return tuple(" ".join(text.lower().split()) for text in texts), row["label"]
@@ -49,7 +57,7 @@ def test_cleaned_hellaswag_file_equals_the_cleaned_json_lines() -> None:
 # --- against lm-evaluation-harness
 
 
-def instances(rows: list[tuple]) -> list:
+def instances(rows: Sequence[tuple[Any, ...]]) -> list["Instance"]:
     """Return requests of the harness."""
     from lm_eval.api.instance import Instance
 
@@ -60,7 +68,7 @@ def instances(rows: list[tuple]) -> list:
 
 
 @pytest.fixture(scope="module")
-def hflm(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> object:
+def hflm(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> "HFLM":
     """The same weights as a model of transformers, in the harness's own class."""
     from lm_eval.models.huggingface import HFLM
 
@@ -80,19 +88,20 @@ def test_detokenized_wikitext_equals_the_harness() -> None:
 
 
 @pytest.mark.guarantee("evidence")
-def test_hellaswag_equals_the_harness_example_by_example(model: GPT, hflm: object) -> None:
+def test_hellaswag_equals_the_harness_example_by_example(model: GPT, hflm: "HFLM") -> None:
     from lm_eval.tasks.hellaswag.utils import preprocess
 
     from anew.evaluate.harness import HarnessModel
 
     path = shared("hellaswag/hellaswag_val_raw_1000.jsonl")
-    rows = [json.loads(line) for line in path.open()][:200]
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in islice(file, 200)]
     requests, labels = [], []
     for row in rows:
         query = preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
         requests += [(query, " " + preprocess(ending)) for ending in row["endings"]]
         labels.append(int(row["label"]))
-    theirs = hflm.loglikelihood(instances(requests), disable_tqdm=True)  # type: ignore[attr-defined]
+    theirs = hflm.loglikelihood(instances(requests), disable_tqdm=True)
     ours = HarnessModel(model, TOKENIZER).loglikelihood(instances(requests), disable_tqdm=True)
     np.testing.assert_allclose([nats for nats, _ in ours], [nats for nats, _ in theirs], rtol=1e-5)
     assert [hit for _, hit in ours] == [hit for _, hit in theirs]
@@ -104,23 +113,23 @@ def test_hellaswag_equals_the_harness_example_by_example(model: GPT, hflm: objec
 
 
 @pytest.mark.guarantee("evidence")
-def test_lambada_equals_the_harness_example_by_example(model: GPT, hflm: object) -> None:
+def test_lambada_equals_the_harness_example_by_example(model: GPT, hflm: "HFLM") -> None:
     path = shared("lambada/lambada_test.jsonl")
-    texts = [json.loads(line)["text"] for line in path.open()][:200]
+    texts = read_documents(path)[:200]
     words = [(" ".join(text.split(" ")[:-1]), " " + text.split(" ")[-1]) for text in texts]
-    theirs = hflm.loglikelihood(instances(words), disable_tqdm=True)  # type: ignore[attr-defined]
+    theirs = hflm.loglikelihood(instances(words), disable_tqdm=True)
     figures = run_on_file(model, TASKS["lambada"], path, 200).figures
     perplexity = math.exp(-np.mean([nats for nats, _ in theirs]))
     assert figures["perplexity"] == pytest.approx(perplexity, rel=1e-5)
     assert figures["acc"] == np.mean([hit for _, hit in theirs])
 
 
-def test_rolling_likelihood_equals_the_harness(model: GPT, hflm: object) -> None:
+def test_rolling_likelihood_equals_the_harness(model: GPT, hflm: "HFLM") -> None:
     from anew.evaluate.harness import HarnessModel
 
     article = articles(shared("wikitext/wikitext2.test.raw").read_text(encoding="utf-8"))[4]
     request = instances([(detokenize(article),)])
-    [theirs] = hflm.loglikelihood_rolling(request, disable_tqdm=True)  # type: ignore[attr-defined]
+    [theirs] = hflm.loglikelihood_rolling(request, disable_tqdm=True)
     [ours] = HarnessModel(model, TOKENIZER).loglikelihood_rolling(request)
     assert ours == pytest.approx(theirs, rel=1e-6)
 
@@ -160,13 +169,13 @@ def test_generation_task_runs_in_the_harness(
     assert len(outcome["samples"]["count"]) == 6
 
 
-def test_generation_equals_the_harness_and_ends_at_a_stop_string(model: GPT, hflm: object) -> None:
+def test_generation_equals_the_harness_and_ends_at_a_stop_string(model: GPT, hflm: "HFLM") -> None:
     from anew.evaluate.harness import HarnessModel
 
     adapter = HarnessModel(model, TOKENIZER)
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
     requests = instances([(f"{i} and", settings) for i in range(6)])
-    theirs = hflm.generate_until(requests, disable_tqdm=True)  # type: ignore[attr-defined]
+    theirs = hflm.generate_until(requests, disable_tqdm=True)
     assert adapter.generate_until(requests) == theirs
     assert any(theirs)
     word = theirs[0].split()[-1]
@@ -225,7 +234,7 @@ def test_lambada_and_wikitext_equal_transformers(
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     path = shared("lambada/lambada_test.jsonl")
     figures = run_on_file(ours, TASKS["lambada"], path, passages).figures
-    texts = [json.loads(line)["text"] for line in path.open()][:passages]
+    texts = read_documents(path)[:passages]
     perplexity, acc = lambada_by_loop(theirs, texts)
     assert figures["perplexity"] == pytest.approx(perplexity, rel=1e-4)
     assert figures["acc"] == acc

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from anew import Config, UserError
 from anew.checkpoint import folder as checkpoint
 from anew.errors import Preempted
 from anew.training import run_log as metrics
-from anew.training.step import dropout_seed, train_step
+from anew.training.step import LossFunction, StepResult, dropout_seed, train_step
 from anew.training.train_state import TrainState
-from anew.training.trainer import train
+from anew.training.trainer import DelayedRows, train
 from anew.utils import device as runtime
 from anew.utils.signals import StopFlag
 from tests.faults.common import tiny
@@ -68,13 +69,13 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-FAST = {
+FAST: dict[str, Any] = {
     "optimizer": "muon",
     "muon_warmup": 6,
     "decay_share": 0.5,
     "wte_lr": 2e-3,
 }
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"optimizer": "muon"},
     "fast": FAST,
@@ -260,6 +261,7 @@ def test_validation_loss_equals_a_loop_over_transformers(tiny: Config) -> None:
 
     result = train(tiny)
     newest, _ = checkpoint.newest_valid(tiny.folder)
+    assert newest is not None
     model = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.float64).eval()
     text = Path(tiny.data.data).read_bytes()
     ids = torch.tensor([256, *text[len(text) * 9 // 10 :]])
@@ -281,9 +283,10 @@ def test_step_that_is_not_finite_is_skipped_and_logged(
     tiny: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["anew.training.trainer"]  # `anew.train` is the function
-    original, calls = module.train_step, []
+    original = module.train_step
+    calls: list[int] = []
 
-    def poisoned(loss_of, *rest, **more):
+    def poisoned(loss_of: LossFunction, *rest: Any, **more: Any) -> StepResult:
         calls.append(len(calls))
         bad = len(calls) == 4
         return original((lambda i, t: loss_of(i, t) * math.nan) if bad else loss_of, *rest, **more)
@@ -305,22 +308,25 @@ def test_delayed_rows_are_all_written_in_order(
     evaluated or ends the run.
     """
     module = sys.modules["anew.training.trainer"]
-    made = module.DelayedRows.__init__
+    made = DelayedRows.__init__
 
-    def late(self, *arguments):
+    def late(self: DelayedRows, *arguments: Any) -> None:
         made(self, *arguments)
         self.is_delayed = True
 
     settings = {"save_every": 4, "evaluate_every": 3, "keep": 0}
     usual = tiny.override(**settings, out=tiny.run.out + "-usual")
     train(usual)
-    monkeypatch.setattr(module.DelayedRows, "__init__", late)
+    monkeypatch.setattr(DelayedRows, "__init__", late)
     delayed = tiny.override(**settings)
-    behind = []
-    write = module.DelayedRows.write
-    monkeypatch.setattr(
-        module.DelayedRows, "write", lambda self: (behind.append(len(self.waiting)), write(self))[1]
-    )
+    behind: list[int] = []
+    write = DelayedRows.write
+
+    def counted(self: DelayedRows) -> None:
+        behind.append(len(self.waiting))
+        write(self)
+
+    monkeypatch.setattr(DelayedRows, "write", counted)
     for stop in (2, 7):
         with pytest.raises(Preempted):
             train(delayed, StopAt(stop))
@@ -337,7 +343,7 @@ def test_delayed_rows_are_all_written_in_order(
 
     step = module.train_step
 
-    def failing(loss_of, state, *rest, **more):
+    def failing(loss_of: LossFunction, state: TrainState, *rest: Any, **more: Any) -> StepResult:
         if state.step == 5:
             raise RuntimeError("the device is gone")
         return step(loss_of, state, *rest, **more)
