@@ -33,16 +33,14 @@ while True:
 def test_sigkill_at_any_moment_of_saving_loses_no_reported_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)
     for trial in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        n_saves = chance.randint(1, 40)
-        reported = [int(process.stdout.readline()) for _ in range(n_saves)]
-        process.send_signal(signal.SIGKILL)  # The writer is somewhere in a later save.
-        rest = process.stdout.read().split()
-        process.wait()
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            n_saves = chance.randint(1, 40)
+            reported = [int(process.stdout.readline()) for _ in range(n_saves)]
+            process.send_signal(signal.SIGKILL)  # The writer is somewhere in a later save.
+            rest = process.stdout.read().split()
         last = int(rest[-1]) if rest else reported[-1]
         found, skipped = newest_valid(tmp_path)
         assert found is not None

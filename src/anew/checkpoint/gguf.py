@@ -6,6 +6,7 @@ Matrices are stored as `dtype`; positions, biases and the parameters of LayerNor
 embedding is stored a second time as `output.weight`, because llama.cpp requires it for GPT-2.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,10 +52,10 @@ def write_gguf(path: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: str
     _add_tokenizer(writer, tokenizer)
     for tensor_name, tensor in _tensors(gpt):
         _add_tensor(writer, tensor_name, tensor, dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def _add_tokenizer(writer: "GGUFWriter", tokenizer: Tokenizer) -> None:

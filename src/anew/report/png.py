@@ -87,7 +87,8 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
             else:
                 _draw(axes, run.points(key), colour)
         _finish(axes, title, "tokens")
-    grid[0, 0].legend(frameon=False, fontsize=9)
+    if grid[0, 0].lines:  # a run without finite losses draws none
+        grid[0, 0].legend(frameon=False, fontsize=9)
     losses = []
     for run in runs:
         points = settled(run.points("train/loss"), run.last["tokens"])
