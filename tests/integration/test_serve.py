@@ -31,8 +31,9 @@ def address(models: list[Path]) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
 
 
 def log_probabilities(folder: Path, ids: list[int]) -> Tensor:
@@ -241,7 +242,7 @@ def test_other_hosts_and_forms_are_refused(address: str) -> None:
 
 def test_page_loads_nothing_from_elsewhere(address: str) -> None:
     answer = request(address, "GET", "/")
-    page = answer.read().decode()
+    page = answer.body.decode()
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "http" not in page.replace("http-equiv", "")
     for path in ("/page.css", "/page.js"):
@@ -254,7 +255,7 @@ def test_page_loads_nothing_from_elsewhere(address: str) -> None:
 def test_other_paths_are_not_found(path: str, address: str) -> None:
     answer = request(address, "GET", path)
     assert answer.status in (400, 404)
-    assert json.loads(answer.read())["error"]["message"]
+    assert json.loads(answer.body)["error"]["message"]
 
 
 def test_server_listens_on_one_address_only(address: str) -> None:
@@ -268,7 +269,7 @@ def test_server_listens_on_one_address_only(address: str) -> None:
 
 
 def test_openapi_document_describes_the_fields(address: str) -> None:
-    document = json.loads(request(address, "GET", "/openapi.json").read())
+    document = json.loads(request(address, "GET", "/openapi.json").body)
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]
     [schema] = [content["schema"]["$ref"] for content in body["content"].values()]
     described = document["components"]["schemas"][schema.rsplit("/", 1)[1]]["properties"]
@@ -279,7 +280,7 @@ def test_openapi_document_describes_the_fields(address: str) -> None:
     assert sorted(statuses) == ["200", "4XX"]
     docs = request(address, "GET", "/docs")
     assert docs.status == 200
-    assert "/openapi.json" in docs.read().decode()
+    assert "/openapi.json" in docs.body.decode()
     assert "https://cdn.jsdelivr.net" in docs.headers["content-security-policy"]
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -49,16 +50,27 @@ def served(*arguments: str) -> Iterator[str]:
             assert process.wait(20) in (0, 130, -signal.SIGINT)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the server has answered to a request."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
 def request(
     address: str, method: str, path: str, body: bytes | None = None, **headers: str
-) -> http.client.HTTPResponse:
+) -> Answer:
     """Send a request; its content type is JSON unless `headers` has another one."""
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-    connection.request(method, path, body, {"content-type": "application/json", **headers})
-    return connection.getresponse()
+    host = address.removeprefix("http://")
+    with contextlib.closing(http.client.HTTPConnection(host, timeout=60)) as connection:
+        connection.request(method, path, body, {"content-type": "application/json", **headers})
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
 
 
 def post(address: str, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
     """Send JSON; return the status and the body of the answer."""
     answer = request(address, "POST", path, body, **headers)
-    return answer.status, answer.read()
+    return answer.status, answer.body
