@@ -31,12 +31,13 @@ class Job:
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.run = config.folder
-        self.log = config.folder.with_suffix(".log").open("w")
+        self.log = config.folder.with_suffix(".log")
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = [sys.executable, "-m", *launcher, f"--max-restarts={restarts}"]
         command += ["-m", module, "train", "shakespeare", *flags(config)]
         variables = {**os.environ, **environment, MARK: self.mark, "OMP_NUM_THREADS": "1"}
-        self.agent = subprocess.Popen(command, env=variables, stdout=self.log, stderr=self.log)
+        with self.log.open("w") as log:
+            self.agent = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
 
     def processes(self) -> list[int]:
         """Return every living process of the job except the agent."""
@@ -79,7 +80,6 @@ class Job:
             return -1
         finally:
             self.kill_all()
-            self.log.close()
 
 
 def _is_alive(pid: int) -> bool:
@@ -215,10 +215,9 @@ def _lose(result: FaultResult, reference: Config, case: Case) -> float:
         has_no_orphans = _seconds_until_gone(job.processes(), 5) < 5
         result.check(has_no_orphans, "processes are left over after the agent was killed")
         _finish(result, config)
-        job.log.close()
     else:
         exit_code = job.end(120)
-        output = Path(job.log.name).read_text()[-1500:]
+        output = job.log.read_text()[-1500:]
         result.check(exit_code == 0, f"{case.kind}: torchrun did not finish the run: {output}")
     result.check(not job.processes(), f"{case.kind}: processes are left over")
     check_same_run(result, config, reference, case.kind)

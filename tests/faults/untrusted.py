@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.serialization import DEFAULT_PROTOCOL
 
 from anew import GPT, Config, GPTConfig, Tokenizer, UserError
 from anew.checkpoint.huggingface import load_model, read_config, save_model
@@ -98,7 +99,8 @@ def _pickle_attacks(scratch: Path, touched: Path) -> Attacks:
     torch.save({"wte.weight": bomb}, folder / "pytorch_model.bin")
     attacks["pytorch_model.bin"] = partial(load_model, str(folder))
     folder = _copy_of_model(scratch, "legacy", with_weights=False)
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"wte.weight": bomb}))
+    in_torchs_protocol = pickle.dumps({"wte.weight": bomb}, DEFAULT_PROTOCOL)
+    (folder / "pytorch_model.bin").write_bytes(in_torchs_protocol)
     attacks["legacy .bin"] = partial(load_model, str(folder))
     folder = _copy_of_model(scratch, "dcp", with_weights=False)
     (folder / ".metadata").write_bytes(pickle.dumps(bomb))
