@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]  # torch imports it there
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close

@@ -91,7 +91,7 @@ def started_during_backward(kind: str) -> list[tuple[int, int]]:
             started.append((len(buckets.started), complete))
             start_next()
 
-        buckets._start_next = watched  # type: ignore[method-assign]
+        buckets._start_next = watched  # type: ignore[method-assign]  # for this object only
         buckets.start_step()
         compute_gradients(model, buckets, world.rank)
         before_the_end = len(started)

@@ -166,7 +166,8 @@ def test_error_is_one_sentence(
     fields = {"model": str(models[0]), "prompt": "x", "max_tokens": 4, **settings}
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(**fields)
-    assert words in error.value.body["message"]  # type: ignore[index]
+    body: Any = error.value.body  # JSON
+    assert words in body["message"]
 
 
 def test_too_long_request_is_refused(address: str) -> None:

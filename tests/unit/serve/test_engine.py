@@ -15,8 +15,8 @@ def engine_of_two_places() -> Engine:
     return Engine([served], waiting=1)
 
 
-def job(engine: Engine, n_tokens: int, **options: float) -> Job:
-    return Job(engine.find("m"), [[65]], n_tokens, **options)  # type: ignore[arg-type]
+def job(engine: Engine, n_tokens: int, temperature: float = 1.0, seed: int = 0) -> Job:
+    return Job(engine.find("m"), [[65]], n_tokens, temperature=temperature, seed=seed)
 
 
 def assert_all_places_are_free(engine: Engine) -> None:
