@@ -25,7 +25,11 @@ runtime.set_up_device(
 )  # torch's settings as in training: memory that is freed is kept, results can be repeated
 tokenizer = anew.Tokenizer.named("gpt2")
 text = torch.tensor(
-    [i for path in bench.standard_library_files()[:40] for i in tokenizer.encode(path.read_text(encoding="utf-8"))]
+    [
+        i
+        for path in bench.standard_library_files()[:40]
+        for i in tokenizer.encode(path.read_text(encoding="utf-8"))
+    ]
 )
 print(f"{len(text):,} tokens of Python's own source")
 

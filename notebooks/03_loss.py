@@ -25,7 +25,9 @@ from anew.model.loss import HeadLoss
 # %%
 print(f"ln 50257 = {math.log(50257):.3f} nats = {math.log2(50257):.2f} bits")
 tokenizer = anew.Tokenizer.named("gpt2")
-ids = torch.tensor([tokenizer.encode(bench.standard_library_files()[3].read_text(encoding="utf-8"))[:257]])
+ids = torch.tensor(
+    [tokenizer.encode(bench.standard_library_files()[3].read_text(encoding="utf-8"))[:257]]
+)
 model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256), seed=1)
 with torch.no_grad():
     logits = model(ids[:, :-1])  # (1, 256, 50257)

@@ -26,7 +26,9 @@ config = anew.GPTConfig(
     n_layer=2, n_head=2, n_embd=64, n_positions=T, vocab_size=257, attention="plain"
 )
 settings = OptimConfig(lr=6e-3, min_lr=6e-4, warmup_steps=15)
-text = torch.tensor(list(b"".join(path.read_bytes() for path in bench.standard_library_files()[:40])))
+text = torch.tensor(
+    list(b"".join(path.read_bytes() for path in bench.standard_library_files()[:40]))
+)
 cut = int(0.9 * len(text))
 
 
