@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from anew.errors import UserError
     from anew.inference.generate import generate, stream
     from anew.model.gpt import GPT
+    from anew.report.training import train
     from anew.tokenizer.bpe import Tokenizer
-    from anew.training.trainer import train
 
 # cuBLAS reads this variable once, at its first call in the process. Without it, a later run with
 # deterministic=True would be refused by PyTorch.
@@ -54,7 +54,7 @@ _PUBLIC = {
     "load": ("anew.checkpoint.huggingface", "load_model"),
     "recipe": ("anew.config.recipes", "recipe"),
     "stream": ("anew.inference.generate", "stream"),
-    "train": ("anew.training.trainer", "train"),
+    "train": ("anew.report.training", "train"),
 }
 
 

@@ -1,6 +1,17 @@
-"""`python -m anew ...` is the same program as `anew ...`."""
+"""`python -m anew` and the command `anew`."""
 
-from anew.cli.main import main
+import sys
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C ends it quietly, also while its modules are being imported."""
+    try:
+        from anew.cli.main import main as run_command_line
+
+        run_command_line()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

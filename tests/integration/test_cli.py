@@ -99,7 +99,7 @@ INVALID = [
     (["train", "--resume="], "needs the run folder"),
     (["train", "finetune", "--init", "{model}", "--n-layer", "3"], "--n-layer contradicts --init"),
     (["train", "--memorise", "demo"], "variant of the shakespeare recipe"),
-    (["train", "--resume", "{tmp}/nowhere"], "is not the config.json of a run"),
+    (["train", "--resume", "{tmp}/nowhere"], "there is no run at .*/nowhere"),
     (["train", "demo", "--resume", "{tmp}"], "leave out the recipe demo"),
     (["train", "overfit", "--data", "{shard}"], "is damaged: its size or sha256"),
     (["sample", "{tmp}"], "is not a model"),
@@ -192,9 +192,10 @@ def test_interactive_sample_continues_each_line(
     capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = iter(["The cat", "A dog", ""])
-    monkeypatch.setattr("builtins.input", lambda: next(lines))
-    code, stdout, _ = run(capsys, "sample", model, "--interactive", "--tokens", "4")
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    code, stdout, stderr = run(capsys, "sample", model, "--interactive", "--tokens", "4")
     assert code == 0
+    assert "Type a prompt and press Enter" in stderr
     assert stdout.startswith("The cat")
     assert "\nA dog" in stdout
 

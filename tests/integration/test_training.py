@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 import anew
 from anew import Config, UserError
 from anew.checkpoint import folder as checkpoint
+from anew.cli.main import main
 from anew.errors import Preempted
 from anew.training import run_log as metrics
 from anew.training.step import LossFunction, StepResult, dropout_seed, train_step
@@ -219,10 +221,6 @@ def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
 
     seen = []
     for micro in range(1, 9):
-        if 8 % micro:
-            with pytest.raises(UserError, match=f"micro-batches of {micro}"):
-                tiny.override(micro_batch=micro).micro_batches(1)
-            continue
         with contextlib.ExitStack() as stack:
             run = start_run(tiny.override(micro_batch=micro), StopFlag(), stack)
             steps = list(batches_of_steps(run, range(3, 6)))
@@ -572,3 +570,41 @@ def test_garbage_collector_is_off_during_steps(tmp_path: Path) -> None:
     train(tiny(tmp_path / "run", steps=2, warmup_steps=1), lambda row: seen.append(gc.isenabled()))
     assert seen == [False, False]
     assert gc.isenabled()
+
+
+def test_run_in_its_constant_phase_may_become_longer(tiny: Config) -> None:
+    constant = tiny.override(schedule="linear", min_lr=0.0, decay_share=0.2, warmup_steps=2)
+    whole = train(constant.override(steps=40, save_every=20, out=str(tiny.folder / "whole")))
+    run = constant.override(steps=20, save_every=10, keep=0, out=str(tiny.folder / "extended"))
+    train(run)
+    shutil.rmtree(run.folder / "checkpoints" / "step-00000020")  # it was decaying then
+    longer = train(run.override(steps=40))
+    assert longer.train_loss == whole.train_loss
+
+
+def test_run_whose_rate_has_followed_its_plan_cannot_become_longer(tiny: Config) -> None:
+    train(tiny)
+    with pytest.raises(UserError, match=r"was planned for 12 steps.*--init .* --out NEW"):
+        train(tiny.override(steps=24))
+    with pytest.raises(UserError, match="has taken 12 steps already"):
+        train(tiny.override(steps=6))
+
+
+def test_finetuning_takes_the_length_of_a_sequence_from_its_model(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny)
+    arguments = ["--init", str(tiny.folder), "--data", tiny.data.data, "--batch-tokens", "64"]
+    arguments += ["--steps", "2", "--out", str(tmp_path / "tuned"), "--compile", "off"]
+    main(["train", "finetune", *arguments])
+    assert "2 steps, 128 tokens" in capsys.readouterr().out
+
+
+def test_training_from_python_writes_the_page_of_the_run(tiny: Config) -> None:
+    anew.train(tiny)
+    assert f"<title>{tiny.folder.name}</title>" in (tiny.folder / "report.html").read_text()
+
+
+def test_something_else_than_a_config_is_refused() -> None:
+    with pytest.raises(UserError, match=r"anew\.recipe"):
+        anew.train("shakespeare")  # type: ignore[arg-type]

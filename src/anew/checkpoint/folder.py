@@ -98,15 +98,13 @@ def verify(folder: Path) -> None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read; "
-            "use an earlier checkpoint."
+            f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read."
         ) from error
     for name, (sha256, size) in files.items():
         path = folder / Path(name).name  # A manifest cannot name files outside its folder.
         if not path.is_file() or path.stat().st_size != size or sha256_of(path) != sha256:
             raise UserError(
-                f"checkpoint {folder} is damaged: {name} is missing or does not match "
-                f"{MANIFEST}; use an earlier checkpoint."
+                f"checkpoint {folder} is damaged: {name} is missing or does not match {MANIFEST}."
             )
 
 

@@ -23,6 +23,7 @@ import tyro
 from anew.config.recipes import RECIPES
 from anew.config.schema import FIELDS, GROUP_OF, GROUPS, REMOVED, Config
 from anew.errors import UserError
+from anew.utils.files import similar_path
 
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SETTINGS = [name for name, field in FIELDS.items() if field.metadata["flag"]]
@@ -142,8 +143,11 @@ class Command:
 
 
 def read_run(folder: str) -> Config:
-    """Return the settings of a run folder."""
-    return Config.read(Path(folder) / "config.json")
+    """Return the settings of a run folder. Raises UserError if there is none."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UserError(f"there is no run at {folder}{similar_path(path)}")
+    return Config.read(path / "config.json")
 
 
 def _optional_keys(types: dict[str, Any]) -> Any:

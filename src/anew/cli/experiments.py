@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import shlex
 import statistics
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -200,7 +201,7 @@ def sweep(
     best = [result.folder for result in by_loss[:4]]
     if arguments.picture:
         png.progress([Run.read(folder) for folder in best], Path(arguments.picture))
-    print("\nto compare the curves of the best runs:\n  anew report " + " ".join(map(str, best)))
+    print("\nto compare the curves of the best runs:\n  anew report " + shlex.join(map(str, best)))
     return {"runs": [{**point, "loss": loss} for point, loss in zip(grid, losses, strict=True)]}
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from loguru import logger
 
 import anew
-from anew.cli.progress import is_rank_0
 from anew.config.recipes import RECIPES
 from anew.errors import LostRank, Preempted, UserError, unknown_name
+from anew.utils.ranks import is_rank_0
 
 # The function of a command is anew.cli.NAME.run_NAME. Only the chosen command is imported.
 COMMANDS = {

@@ -255,7 +255,8 @@ def _show(folder: DataFolder) -> dict[str, Any]:
     steps = folder.n_tokens("train") / STEP_TOKENS
     epochs = GPT2_STEPS / max(steps, 1e-9)
     print(f"an epoch is {steps:,.1f} steps of {STEP_TOKENS:,} tokens;")
-    print(f"10B tokens are {GPT2_STEPS:,} steps, {epochs:,.1f} epochs")
+    if epochs < 100:
+        print(f"10B tokens are {GPT2_STEPS:,} steps, {epochs:,.1f} epochs")
     facts["steps_an_epoch"] = steps
     if folder.splits["train"]:
         tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
@@ -272,6 +273,8 @@ def _show_lengths(starts: np.ndarray) -> dict[str, int]:
     Return the number of documents by the smallest length of their bar, a power of two.
     """
     lengths = np.diff(starts) - 1
+    if len(lengths) == 0:
+        return {}
     print(f"tokens of each of the first {len(lengths):,} documents:")
     counts = Counter(max(int(length), 1).bit_length() for length in lengths)
     histogram = {}

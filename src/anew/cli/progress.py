@@ -6,19 +6,15 @@ with progress_bar() as update:
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from anew.utils.ranks import is_rank_0
+
 Update = Callable[[float, str], None]
 log = logging.getLogger("anew")
-
-
-def is_rank_0() -> bool:
-    """Say whether this process prints for all processes of a distributed run."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import tyro
 
 from anew.checkpoint.huggingface import find_model, load_model
 from anew.errors import UserError
-from anew.inference.generate import stream, until_end_of_text
+from anew.inference.generate import check_options, stream, until_end_of_text
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.device import DTYPES, MATMUL_PRECISION, pick_device, pick_precision
@@ -63,8 +63,12 @@ def run_sample(argv: list[str]) -> None:
     args = tyro.cli(SampleArgs, args=argv, prog="anew sample")
     if args.count < 1:
         raise UserError(f"count {args.count} must be at least 1.")
+    check_options(args.temperature, args.top_k, args.top_p, args.tokens)
+    prompts = iter([_prompt(args)])
     model, tokenizer = open_model(find_model(args.model), args.device, args.precision)
-    prompts = iter(input, "") if args.interactive else iter([_prompt(args)])
+    if args.interactive:
+        print("Type a prompt and press Enter. An empty line ends.", file=sys.stderr, flush=True)
+        prompts = iter(lambda: input("> " if sys.stdin.isatty() else ""), "")
     texts: list[str] = []
     try:
         for prompt in prompts:

@@ -7,6 +7,7 @@ anew train --resume runs/try
 import dataclasses
 import json
 import os
+import shlex
 from typing import Annotated
 
 from loguru import logger
@@ -14,13 +15,14 @@ from tyro.conf import DisallowNone
 
 from anew.cli.args import Command, CommandLine, flag, read_run
 from anew.cli.demo import show_demo
-from anew.cli.progress import Update, is_rank_0, progress_bar
+from anew.cli.progress import Update, progress_bar
 from anew.config.recipes import RECIPES, read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError
-from anew.report.html import write as write_page
+from anew.report.training import train
 from anew.training.run_log import Row, describe_run
-from anew.training.trainer import TrainResult, train
+from anew.training.trainer import TrainResult
+from anew.utils.ranks import is_rank_0
 
 TRAIN = Command(
     "train",
@@ -58,7 +60,6 @@ def run_train(argv: list[str]) -> None:
     if not is_rank_0():
         return
     _print_result(config, result)
-    _write_report(config)
     facts = {**dataclasses.asdict(result), "folder": str(result.folder)}
     if config.recipe == "demo":
         facts |= show_demo(result.folder)
@@ -106,24 +107,10 @@ def _final_config(base: Config, typed: CommandLine) -> Config:
 
 
 def _train(config: Config) -> TrainResult:
-    """Train with a progress bar. The report is rewritten at each validation and after a failure."""
+    """Train with a progress bar."""
     # Without a terminal no lines are needed: the trainer logs its own.
     with progress_bar(seconds_between_lines=None) as update:
-
-        def after_step(row: Row) -> None:
-            every = config.run.evaluate_every
-            # The validation of a step is in metrics.jsonl when the next step has ended.
-            follows_validation = every > 0 and row["step"] > 1 and row["step"] % every == 1
-            if follows_validation and is_rank_0():
-                _write_report(config)
-            _show_step(update, row, config.run.steps)
-
-        try:
-            return train(config, after_step)
-        except BaseException:
-            if is_rank_0() and (config.folder / "metrics.jsonl").is_file():
-                _write_report(config)
-            raise
+        return train(config, lambda row: _show_step(update, row, config.run.steps))
 
 
 def _show_step(update: Update, row: Row, steps: int) -> None:
@@ -153,12 +140,5 @@ def _print_result(config: Config, result: TrainResult) -> None:
             "which does not help it with text it has never seen."
         )
     folder = result.folder
-    print(f"run folder: {folder}    page: {folder / 'report.html'}    try: anew sample {folder}")
-
-
-def _write_report(config: Config) -> None:
-    """Write RUN/report.html. A failure is logged, because it must not end the training."""
-    try:
-        write_page([config.folder], config.folder / "report.html")
-    except Exception as error:  # noqa: BLE001
-        logger.info(f"no report.html was written: {error}")
+    command = f"anew sample {shlex.quote(str(folder))}"
+    print(f"run folder: {folder}    page: {folder / 'report.html'}    try: {command}")

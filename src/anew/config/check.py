@@ -31,8 +31,7 @@ NEVER_NEGATIVE = (
 
 def problems(config: "Config") -> Iterator[str]:
     """Yield a sentence for each rule that the config breaks, the most basic rules first."""
-    for group in (config.model, config.data, config.optim, config.run):
-        yield from _type_problems(group)
+    yield from type_problems(config)
     yield from _model_problems(config)
     yield from _data_problems(config)
     yield from _optimizer_problems(config)
@@ -128,14 +127,15 @@ def _run_problems(config: "Config") -> Iterator[str]:
         yield "the finetune recipe needs a model to start from: add --init MODEL."
 
 
-def _type_problems(group: Any) -> Iterator[str]:
-    """Yield a sentence for each field of a group of settings whose value has the wrong type."""
-    types = typing.get_type_hints(type(group))
-    for field in dataclasses.fields(group):
-        value = getattr(group, field.name)
-        needed = _needed_type(types[field.name], field.default, value)
-        if needed:
-            yield f"{field.name} is {value!r}; it must be {needed}."
+def type_problems(config: "Config") -> Iterator[str]:
+    """Yield a sentence for each setting whose value has the wrong type."""
+    for group in (config.model, config.data, config.optim, config.run):
+        types = typing.get_type_hints(type(group))
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            needed = _needed_type(types[field.name], field.default, value)
+            if needed:
+                yield f"{field.name} is {value!r}; it must be {needed}."
 
 
 def _needed_type(kind: Any, default: Any, value: Any) -> str:

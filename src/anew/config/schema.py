@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from anew.config.check import problems
+from anew.config.check import problems, type_problems
 from anew.config.values import vocabulary_size
 from anew.errors import UserError, unknown_name
 from anew.utils.files import read_json
@@ -365,8 +365,11 @@ class Config:
     def adapted(self, given: set[str]) -> tuple[Self, list[str]]:
         """Return the config with dependent settings adjusted, and a line for each adjustment.
 
-        `given` names the settings that the user chose. Those are never adjusted.
+        `given` names the settings that the user chose. Those are never adjusted. Raises UserError
+        for a value of the wrong type.
         """
+        for problem in type_problems(self):
+            raise UserError(problem)
         optim = self.optim
         steps = self.run.steps
         positions = self.model.n_positions

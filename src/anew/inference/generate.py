@@ -106,7 +106,8 @@ def stream_with_logits(
     A text longer than the model's positions is cropped to its last half and read again, which is
     logged once. Raises UserError for options without a meaning.
     """
-    check_options(temperature, top_k, top_p, prompts, n_tokens)
+    check_options(temperature, top_k, top_p, n_tokens)
+    check_prompts(prompts, model.config.vocab_size)
     positions = model.config.n_positions
     if max(map(len, prompts)) > positions:
         log.warning(
@@ -151,9 +152,7 @@ def stream_with_logits(
         model.train(was_training)
 
 
-def check_options(
-    temperature: float, top_k: int, top_p: float, prompts: Sequence[Sequence[int]], n_tokens: int
-) -> None:
+def check_options(temperature: float, top_k: int, top_p: float, n_tokens: int) -> None:
     """Raise UserError for sampling options without a meaning."""
     if not temperature >= 0 or temperature == float("inf"):
         raise UserError(f"temperature {temperature} must be 0 (the likeliest token) or above.")
@@ -163,8 +162,21 @@ def check_options(
         raise UserError(f"top_k {top_k} must be 0 (all tokens) or above.")
     if n_tokens < 0:
         raise UserError(f"{n_tokens} tokens cannot be sampled; ask for 0 or more.")
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise UserError for prompts that are not rows of token ids of the model."""
+    is_rows = not isinstance(prompts, str) and all(isinstance(row, list | tuple) for row in prompts)
+    if not is_rows or not all(isinstance(token, int) for row in prompts for token in row):
+        raise UserError(
+            "prompts are rows of token ids, such as [tokenizer.encode(text)], and not text or one "
+            "flat list."
+        )
     if not prompts or not all(prompts):
         raise UserError("each prompt needs at least one token.")
+    for row in prompts:
+        if not 0 <= min(row) <= max(row) < vocab_size:
+            raise UserError(f"a token id is outside 0 to {vocab_size - 1}.")
 
 
 def _prefill(model: GPT, rows: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:

@@ -9,6 +9,7 @@ be sent to other people.
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def page(runs: Sequence[Run], price: float | None = None) -> str:
 
 def _about(run: Run, prefix: str) -> dict[str, Any]:
     """Return what page.html says about a run, besides its charts and figures."""
-    command = f"anew report {run.folder} --baseline gpt2"
+    command = f"anew report {shlex.quote(str(run.folder))} --baseline gpt2"
     environment = run.state.get("environment", {})
     return {
         "prefix": prefix,

@@ -118,6 +118,11 @@ def _add_generation(api: FastAPI, engine: Engine) -> None:
         answer = joined([chunk async for chunk in arriving], len(job.prompts))
         return JSONResponse(common | answer)
 
+    @api.post("/v1/chat/completions", include_in_schema=False)
+    async def chat() -> Response:
+        """Refuse a request for a chat: GPT-2 was not trained on conversations."""
+        return _error(404, "these models continue texts and do not chat; use /v1/completions.")
+
     @api.post("/api/write")
     async def write(body: PageRequest, request: Request) -> Response:
         """Continue one text, with the alternatives of each token, for the page."""

@@ -11,6 +11,7 @@ import codecs
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -127,12 +128,19 @@ class Engine:
         self.int8 = int8
 
     def find(self, name: str | None) -> Served:
-        """Return the model of this name, or the first model; raise UserError if there is none."""
+        """Return the model of this name, or the first model.
+
+        The last part of a name is enough, such as demo for runs/demo. Raises UserError if there is
+        no such model, or more than one.
+        """
         if name is None:
             return next(iter(self.models.values()))
-        if name not in self.models:
+        found = [full for full in self.models if name in (full, Path(full).name)]
+        if name in self.models:
+            found = [name]
+        if len(found) != 1:
             raise unknown_name("model", name, self.models)
-        return self.models[name]
+        return self.models[found[0]]
 
     def take_place(self) -> Place:
         """Return a place in the queue; raise Busy if all are taken."""

@@ -153,18 +153,25 @@ class RunLog:
                     raise
 
     def _record_end(self, error: BaseException | None) -> None:
-        """Write how the run ended to the log and to run_state.json."""
+        """Write how the run ended to log.txt and to run_state.json.
+
+        The console is left to the caller, who receives the error and shows it.
+        """
         if error is None:
             end: Row = {"status": "complete"}
         elif isinstance(error, Preempted):
-            log.info(str(error))
+            self._to_log_file(logging.INFO, str(error))
             end = {"status": "preempted"}
         else:
             if not isinstance(error, KeyboardInterrupt):
-                log.error(f"stopped: {error}")
+                self._to_log_file(logging.ERROR, f"stopped: {error}")
             end = {"status": "failed", "error": str(error)}
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
             self.run_state.update(**end)
+
+    def _to_log_file(self, level: int, message: str) -> None:
+        record = logging.LogRecord(log.name, level, __file__, 0, message, None, None)
+        self.handler.handle(record)
 
     def row(self, row: Row) -> None:
         """Append one row to metrics.jsonl, and its numbers to TensorBoard."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anew.checkpoint import huggingface
+from anew.checkpoint.folder import list_checkpoints, step_of
 from anew.config.schema import Config
 from anew.config.values import parse_bytes, vocabulary_size
 from anew.data.dataloader import DataLoader
@@ -26,6 +27,7 @@ from anew.distributed.preflight import check_ranks, refuse_shared_gpus
 from anew.distributed.rendezvous import joined
 from anew.distributed.world import World
 from anew.errors import UserError
+from anew.optim.schedule import learning_rate_factor
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.async_checkpoint import CheckpointWriter
 from anew.training.micro_batch import choose_micro_batch
@@ -145,6 +147,9 @@ def resolve_config(config: Config) -> Config:
         # The setting is newer than such runs, and on by default. They keep their order.
         config = config.override(recut=False)
         log.info("this run keeps the same windows in every epoch, as it began (--no-recut)")
+    if config.run.steps != existing.run.steps:
+        refuse_another_schedule(existing, config)
+        existing = existing.override(steps=config.run.steps)
     differences = existing.differences(config)
     if differences:
         raise UserError(
@@ -152,6 +157,22 @@ def resolve_config(config: Config) -> Config:
             "use the same settings to go on with it, or another --out."
         )
     return config
+
+
+def refuse_another_schedule(existing: Config, config: Config) -> None:
+    """Raise UserError if another number of steps changes the rates of steps that were taken."""
+    checkpoints = list_checkpoints(config.folder)
+    taken = step_of(checkpoints[-1]) if checkpoints else 0
+    if config.run.steps < taken:
+        raise UserError(f"{config.folder} has taken {taken:,} steps already; raise --steps.")
+    for step in range(taken):
+        before = learning_rate_factor(step, existing.run.steps, existing.optim)
+        if before != learning_rate_factor(step, config.run.steps, config.optim):
+            raise UserError(
+                f"{config.folder} was planned for {existing.run.steps:,} steps, and its learning "
+                f"rate has followed that plan since step {step:,}. To train it longer, start a run "
+                f"from its weights, with a new warm-up: --init {config.folder} --out NEW."
+            )
 
 
 def tokenizer_of_init(config: Config) -> Tokenizer:

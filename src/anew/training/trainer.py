@@ -55,6 +55,8 @@ def train(config: Config, progress: ProgressCallback | None = None) -> TrainResu
     `progress` is called with the row of each step. Raises UserError for problems that the user can
     correct, and Preempted after SIGTERM, SIGUSR1 or Ctrl-C, when the last complete step is saved.
     """
+    if not isinstance(config, Config):
+        raise UserError('train takes a config, such as anew.train(anew.recipe("shakespeare")).')
     try:
         with contextlib.ExitStack() as stack:
             return run_training(config, progress, stack)

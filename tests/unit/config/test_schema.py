@@ -157,3 +157,9 @@ def test_differences_name_only_settings_that_make_another_run() -> None:
     resumed = config.override(micro_batch=2, device="cpu", save_every=7, out="elsewhere")
     assert config.differences(resumed) == []
     assert config.differences(config.override(seed=2)) == ["seed: 1337 -> 2"]
+
+
+@pytest.mark.parametrize("settings", [{"steps": "ten"}, {"lr": "1e-3"}, {"n_layer": 2.0}])
+def test_value_of_the_wrong_type_is_refused_before_it_is_used(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="it must be a"):
+        recipe("shakespeare", **settings)

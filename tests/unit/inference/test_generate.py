@@ -1,5 +1,7 @@
 """Generation with the cache, its options, and the rules of sampling."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -116,3 +118,19 @@ def test_options_without_a_meaning_are_refused(options: Options) -> None:
 def test_empty_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="at least one token"):
         generate(MODEL, [[]], 3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ("text", "not text or one flat list"),
+        (["text"], "not text or one flat list"),
+        ([1, 2, 3], "not text or one flat list"),
+        ([[1.0]], "not text or one flat list"),
+        ([[1, 257]], "a token id is outside 0 to 256"),
+        ([[-1]], "a token id is outside 0 to 256"),
+    ],
+)
+def test_prompts_that_are_not_rows_of_token_ids_are_refused(prompts: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        generate(MODEL, prompts, 1)

@@ -63,3 +63,15 @@ def test_impossible_jobs_are_refused() -> None:
         Job(served, [[65]], 256)
     with pytest.raises(UserError, match="a token id is outside 0 to 256"):
         Job(served, [[257]], 5)
+
+
+def test_last_part_of_a_name_names_a_model_if_only_one_has_it() -> None:
+    model = GPT(CONFIG).eval()
+    names = ("runs/demo", "runs/bard", "old/bard")
+    engine = Engine([Served(name, model, Tokenizer.named("bytes")) for name in names])
+    assert engine.find("demo").name == "runs/demo"
+    assert engine.find("old/bard").name == "old/bard"
+    with pytest.raises(UserError, match="no model 'bard'"):
+        engine.find("bard")
+    with pytest.raises(UserError, match="did you mean runs/demo"):
+        engine.find("run/demo")
