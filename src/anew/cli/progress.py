@@ -16,6 +16,8 @@ from anew.utils.ranks import is_rank_0
 Update = Callable[[float, str], None]
 log = logging.getLogger("anew")
 
+NARROW = 70  # terminals with fewer columns show no bar, so that the text fits
+
 
 @contextmanager
 def progress_bar(seconds_between_lines: float | None = 10.0) -> Iterator[Update]:
@@ -36,15 +38,22 @@ def progress_bar(seconds_between_lines: float | None = 10.0) -> Iterator[Update]
 @contextmanager
 def _terminal_bar() -> Iterator[Update]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (
-        BarColumn(bar_width=16),
-        TextColumn("{task.description}", markup=False),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
+    class TextOrClock(ProgressColumn):
+        """The text of the last update; before the first one, the seconds since the start."""
+
+        def render(self, task: Task) -> Text:
+            text = task.description or f"waiting for the first result, {task.elapsed or 0:.0f} s"
+            return Text(text, no_wrap=True, overflow="ellipsis")
+
+    console = Console(stderr=True)
+    columns = [TimeRemainingColumn(compact=True), TextOrClock()]
+    if console.width >= NARROW:
+        columns.insert(0, BarColumn(bar_width=16))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
         yield lambda share, text: bar.update(task, completed=share, description=text)
 
 
