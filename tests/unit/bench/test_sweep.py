@@ -21,8 +21,17 @@ def test_signal_at_the_end_of_a_trial_stops_the_experiment() -> None:
         assert stop.is_set()
 
 
-@pytest.mark.parametrize("over", ["", "lr", "speed=1,2", "steps=ten", "lr=1 steps=2 seed=3"])
-def test_invalid_sweeps_are_refused(tiny: Config, over: str) -> None:
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ("", "over one setting or two"),
+        ("lr", "is not a setting with values"),
+        ("lrr=1,2", "no setting 'lrr'; did you mean lr"),
+        ("steps=ten", "steps takes values of type int"),
+        ("lr=1 steps=2 seed=3", "over one setting or two"),
+    ],
+)
+def test_invalid_sweeps_are_refused(tiny: Config, over: str, words: str) -> None:
     arguments = SimpleNamespace(over=over, minutes=0.0, picture="")
-    with pytest.raises(UserError, match="over"):
+    with pytest.raises(UserError, match=words):
         experiments.sweep(tiny.override(val_tokens=500), "cpu", arguments)

@@ -55,8 +55,8 @@ def test_ratio_is_of_neighbouring_turns() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("bench", "say which."),
-        ("bench dreams", "not dreams"),
+        ("bench", "say what to measure"),
+        ("bench dreams", "no measurement 'dreams'"),
         ("bench ladder demo --rounds 0", "at least 1"),
     ],
 )
