@@ -9,10 +9,12 @@ save; 1 anything else.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -141,6 +143,7 @@ def console() -> Iterator[None]:
     log = logging.getLogger("anew")
     log.addHandler(forward)
     log.setLevel(logging.INFO)
+    threading.excepthook = _report_error_of_thread
     try:
         with warnings.catch_warnings():
             # They are for the authors of packages; users cannot act on them.
@@ -148,3 +151,14 @@ def console() -> Iterator[None]:
             yield
     finally:
         log.removeHandler(forward)
+        threading.excepthook = threading.__excepthook__
+
+
+def _report_error_of_thread(error: threading.ExceptHookArgs) -> None:
+    """Show the error of a background thread, except for a full disk.
+
+    The command itself reports a full disk in a sentence; TensorBoard's thread meets it as well.
+    """
+    value = error.exc_value
+    if not isinstance(value, OSError) or value.errno != errno.ENOSPC:
+        threading.__excepthook__(error)

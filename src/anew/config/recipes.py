@@ -151,7 +151,14 @@ _1558M = _gpt2(48, 25, 1600, 2e-4)
 RECIPES: dict[str, tuple[str, Config]] = {
     "demo": (
         "learn Python from its standard library, in minutes",
-        _SMALL.override(steps=2000, val_tokens=131_072, log_every=100),
+        _SMALL.override(
+            steps=2000,
+            val_tokens=131_072,
+            log_every=100,
+            sample_every=500,
+            sample_prompt="def ",
+            sample_tokens=120,
+        ),
     ),
     "shakespeare": ("learn Shakespeare's plays, in a minute on 2 CPU cores", _SHAKESPEARE),
     "shakespeare-memorise": ("memorise the plays (same as shakespeare --memorise)", _MEMORISE),
