@@ -307,6 +307,11 @@ class RunConfig:
         "record this many steps, from the third on, into trace.json for ui.perfetto.dev",
         may_change=True,
     )
+    track: Literal["none", "wandb", "trackio"] = setting(
+        "none",
+        "also send metrics to this service; a failure of the service never stops or slows the run",
+        may_change=True,
+    )
     log_every: int = setting(
         10, "steps between lines on the console; metrics.jsonl has every step", may_change=True
     )

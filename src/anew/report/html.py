@@ -260,12 +260,12 @@ def _loss_chart(runs: Sequence[Run]) -> str:
             name = f"{prefix}expected at 10B tokens: {end}"
             whiskers.append(_whisker(name, projection, validation[-1]))
     own_end = max((x for line in lines for x, _ in line.points), default=math.inf)
-    lines += _reference_lines(runs[0], math.inf if whiskers else own_end)
+    lines += reference_lines(runs[0], math.inf if whiskers else own_end)
     unit = f"nats per {_unit(runs)}"
     return line_chart("Loss", lines, unit, whiskers=whiskers, skip_start=True, wide=True)
 
 
-def _reference_lines(run: Run, end: float) -> list[Line]:
+def reference_lines(run: Run, end: float) -> list[Line]:
     """Return public curves on the same text up to `end`, and the level of GPT-2 or the baseline."""
     lines = []
     data = _public_text(run)

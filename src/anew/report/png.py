@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from anew.errors import UserError
+from anew.report.html import reference_lines
 from anew.report.run import Run
-from anew.report.svg import Points, settled, smoothed
+from anew.report.svg import Line, Points, settled, smoothed
 
 COLOURS = ("#1f5fbf", "#b4541a", "#6b3fa0", "#0d7a6a")
+REFERENCE_COLOUR = "#9aa1ad"
 GRID_COLOUR = "#e3e5ea"
 PANELS = {
     "train/loss": "loss, nats a token",
@@ -87,6 +89,8 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
             else:
                 _draw(axes, run.points(key), colour)
         _finish(axes, title, "tokens")
+    references = reference_lines(runs[0], end=runs[0].last["tokens"])
+    _draw_references(grid[0, 0], references)
     if grid[0, 0].lines:  # a run without finite losses draws none
         grid[0, 0].legend(frameon=False, fontsize=9)
     losses = []
@@ -94,6 +98,7 @@ def progress(runs: Sequence[Run], path: Path) -> Path:
         points = settled(run.points("train/loss"), run.last["tokens"])
         losses += [loss for _, loss in points]
     if losses:
+        losses += [line.points[0][1] for line in references if line.kind == "level"]
         lowest = 0.97 * min(losses)
         highest = 1.03 * max(losses)
         grid[0, 0].set_ylim(lowest, highest)
@@ -117,6 +122,15 @@ def _draw_losses(axes: Any, run: Run, colour: str) -> None:
         markersize=4,
         label=f"{run.name}: validation",
     )
+
+
+def _draw_references(axes: Any, lines: Sequence[Line]) -> None:
+    """Draw the losses of public runs, and of GPT-2 or the baseline, as the page does."""
+    for line in lines:
+        if line.kind == "level":
+            axes.axhline(line.points[0][1], color=REFERENCE_COLOUR, linestyle=":", label=line.name)
+        else:
+            _draw(axes, line.points, REFERENCE_COLOUR, label=line.name)
 
 
 def _draw(axes: Any, points: Points, colour: str, linewidth: float = 1, **style: Any) -> None:

@@ -27,6 +27,7 @@ from typing import Any, Self
 from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.model.flops import count_parameters, flops_per_token
+from anew.training.tracker import Tracker
 from anew.utils.files import json_lines, read_json, write_json
 
 log = logging.getLogger("anew")
@@ -107,6 +108,7 @@ class RunLog:
         self.last_train_loss = last_train_loss(run) if writes else math.nan
         self.skipped_in_a_row = 0
         self.tensorboard: Any = None
+        self.tracker: Tracker | None = None
         self.run_state = RunState(run, writes)
 
     def __enter__(self) -> Self:
@@ -123,6 +125,8 @@ class RunLog:
         self.tensorboard = open_tensorboard(self.run / "tensorboard", self.first_step)
         if self.tensorboard is not None:
             self.tensorboard.add_text("settings", self.config.to_json(), self.first_step)
+        if self.config.run.track != "none":
+            self.tracker = Tracker(self.config.run.track, self.run, self.config)
         self.run_state.update(
             status="running",
             step=self.first_step,
@@ -141,6 +145,8 @@ class RunLog:
         if not self.writes:
             return
         self._record_end(error)
+        if self.tracker is not None:
+            self.tracker.close()
         log.removeHandler(self.handler)
         self.handler.close()
         for file in (self.metrics, self.samples, self.tensorboard):
@@ -179,6 +185,8 @@ class RunLog:
         if not self.writes:
             return
         write_line(self.metrics, {key: finite_or_none(value) for key, value in row.items()})
+        if self.tracker is not None:
+            self.tracker.row(row)
         if self.tensorboard is None:
             return
         for key, value in row.items():

@@ -15,7 +15,7 @@ from anew import UserError
 from anew.cli.main import main
 from anew.config.recipes import RECIPES
 from anew.config.schema import Config
-from anew.report import html
+from anew.report import html, png
 from anew.report import reference_runs as reference
 from anew.report.run import Run
 from anew.report.svg import Line, Points, line_chart, short, smoothed, thinned, ticks
@@ -112,6 +112,17 @@ def test_incomplete_run_gets_a_projection_and_no_verdict(tmp_path: Path) -> None
     assert '<polygon class="band"' in page
     early = text_of(html.page([like_gpt2(tmp_path / "early", 0.03)]))
     assert "expected at" not in early
+
+
+def test_picture_of_a_run_has_the_public_runs_of_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(png, "_save", lambda figure, _: figures.append(figure))
+    png.progress([like_gpt2(tmp_path / "running", 0.4)], tmp_path / "progress.png")
+    labels = {line.get_label() for line in figures[0].axes[0].lines}
+    assert {curve.name for curve in reference.CURVES if curve.data == "FineWeb-Edu"} <= labels
+    assert any("OpenAI's GPT-2 124M" in label for label in labels)
 
 
 def test_data_folder_is_known_by_its_source(tmp_path: Path) -> None:
