@@ -20,7 +20,6 @@ import io
 import json
 import logging
 import lzma
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +32,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLES = {".jsonl", ".parquet", *DELIMITERS}
 ROWS_AT_A_TIME = 512
 SNIFFED_BYTES = 1 << 16
+MOST_CHARACTERS = 2**31 - 1  # of a field of a .csv file; the module csv allows 131,072 by default
 # The mark of UTF-16 (little-endian) is the beginning of that of UTF-32, so it stands behind it.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -76,11 +76,11 @@ def why_not_text(path: Path, encoding: str = "") -> str:
         return ""  # the reader reports what is wrong with the compressed file
     codec = _codec_of(start, encoding)
     if codec == "utf-8" and b"\0" in start:
-        return "binary; if it is UTF-16 without a byte-order mark, name the --encoding"
+        return "binary (UTF-16 without a byte-order mark needs anew prepare --encoding utf-16)"
     try:
         codecs.getincrementaldecoder(codec)().decode(start)
     except UnicodeDecodeError:
-        return f"not in {codec}; name its --encoding, such as latin-1 or cp1252"
+        return f"not in {codec}; name its encoding, as in anew prepare --encoding latin-1"
     return ""
 
 
@@ -119,7 +119,8 @@ def documents(
             number += 1
     except UserError:
         raise
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:  # pyarrow raises ValueErrors
+    # pyarrow raises ValueErrors.
+    except (OSError, EOFError, lzma.LZMAError, csv.Error, ValueError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         reason = getattr(error, "strerror", None) or first_line
         raise UserError(f"{path} cannot be read ({reason}).") from error
@@ -150,7 +151,7 @@ def _whole_file(path: Path, encoding: str) -> Iterator[bytes]:
         log.warning(
             f"{path}: {text.count(chr(0xFFFD)):,} characters are not in {codec} and were replaced"
         )
-    yield content if codec == "utf-8" and chr(0xFFFD) not in text else text.encode()
+    yield text.encode()
 
 
 @contextlib.contextmanager
@@ -163,17 +164,24 @@ def _opened_as_text(path: Path, encoding: str) -> Iterator[IO[str]]:
 
 
 def _csv_rows(path: Path, column: str, encoding: str) -> Iterator[bytes]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MOST_CHARACTERS)
     with _opened_as_text(path, encoding) as lines:
         rows = csv.DictReader(lines, delimiter=DELIMITERS[_kind(path)])
         names = rows.fieldnames or []
         if column not in names:
             raise UserError(
-                f"{path} has no column '{column}'; choose one of its columns with --column: "
-                f"{', '.join(names)}."
+                f"{path} has no column '{column}'; choose one of its columns, as in anew prepare "
+                f"--column NAME: {', '.join(names)}."
             )
-        for row in rows:
-            yield _utf8(row[column] or "")
+        for number, row in enumerate(rows, start=1):
+            text = row[column] or ""
+            try:
+                yield text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{path} row {number} is not in {encoding or 'utf-8'}; name its encoding, as "
+                    "in anew prepare --encoding latin-1."
+                ) from error
 
 
 def _json_lines(path: Path, column: str, encoding: str) -> Iterator[bytes]:

@@ -38,7 +38,7 @@ def test_marked_encodings_are_read_without_their_mark(
 def test_another_encoding_is_refused_and_read_with_the_name_of_the_encoding(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.replace("€", "EUR").encode("latin-1"))
-    with pytest.raises(UserError, match="not in utf-8; name its --encoding"):
+    with pytest.raises(UserError, match="not in utf-8; name its encoding"):
         sources.find(str(path))
     source = sources.find(str(path), encoding="latin-1")
     assert list(source.documents()) == [TEXT.replace("€", "EUR").encode()]
@@ -64,7 +64,7 @@ def test_replaced_characters_are_counted_with_the_name_of_the_file(
         ("a.pdf", b"%PDF-1.7 text", "a PDF; extract its text first"),
         ("a.bin", b"\x7fELF\x00\x00", "binary"),
         ("a.txt", b"", "empty"),
-        ("a.txt", "abc".encode("utf-16-le"), "binary; if it is UTF-16"),
+        ("a.txt", "abc".encode("utf-16-le"), r"binary \(UTF-16 without"),
     ],
 )
 def test_file_that_is_not_text_is_refused_by_name(
@@ -81,8 +81,18 @@ def test_column_of_a_table_is_read_also_across_lines(tmp_path: Path) -> None:
     (tmp_path / "b.tsv").write_text("id\tbody\n1\tfive, six\n")
     source = sources.find(str(tmp_path), column="body")
     assert list(source.documents()) == [b"one, two\nthree", b"four", b"five, six"]
-    with pytest.raises(UserError, match=r"no column 'text'; choose .* --column: id, body"):
+    with pytest.raises(UserError, match=r"no column 'text'; choose .* --column NAME: id, body"):
         list(sources.find(str(tmp_path)).documents())
+
+
+def test_row_of_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\n" + b"good\n" * 20_000 + b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"a\.csv row 20001 is not in utf-8"):
+        list(sources.find(str(path)).documents())
+    path.write_text("text\n" + "long " * 50_000)
+    [document] = sources.find(str(path)).documents()
+    assert len(document) == 250_000
 
 
 def test_line_of_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
