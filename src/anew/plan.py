@@ -1,7 +1,7 @@
 """What a run needs before it starts: memory, time, cost and disk. All figures are estimates.
 
-    plan = make(config, find("h100"), count=8, price=2.5)
-    for line in lines(plan):
+    plan = make_plan(config, find("h100"), count=8, price=2.5)
+    for line in format_plan(plan):
         print(line)
 
 | what | how it is estimated |
@@ -295,7 +295,7 @@ def _half(plan: Plan) -> str:
     fits = "" if half.fits else "; the micro-batch no longer fits"
     return (
         f"half     {count} x {plan.gpu.name}: {accumulated} accumulated, "
-        f"{_hours(half.hours)}{_dollars(half)}, the same losses{fits}"
+        f"{_hours(half.hours)}{_dollars(half)}, the same tokens a step{fits}"
     )
 
 

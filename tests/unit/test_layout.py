@@ -1,6 +1,7 @@
 """Rules for the source files: where packages are imported, and what no file may contain."""
 
 import ast
+import builtins
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from tests.support import ROOT
 
 SOURCE = ROOT / "src" / "anew"
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -86,3 +88,18 @@ def test_every_file_has_a_docstring() -> None:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert docstring, path
         assert len(docstring) > 20, path
+
+
+def test_examples_in_docstrings_call_functions_that_exist() -> None:
+    """A function that is renamed keeps no old name in the example of its module."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    defined = set(dir(builtins)) | {"Path", "hf_hub_download", "model", "work"}
+    for tree in trees.values():
+        defined |= {node.name for node in tree.body if isinstance(node, DEFINITIONS)}
+    for path, tree in trees.items():
+        example = re.findall(r"^    .*", ast.get_docstring(tree, clean=False) or "", re.MULTILINE)
+        code = re.sub(r"#.*|\"[^\"]*\"", "", "\n".join(example), flags=re.MULTILINE)
+        local = set(re.findall(r"(\w+) = |as (\w+)|for (\w+) in", code))
+        names = defined | {name for group in local for name in group}
+        for call in re.findall(r"(?<![\w.])([A-Za-z_]\w*)\(", code):
+            assert call in names, f"{path.relative_to(SOURCE)}: {call}"

@@ -1,8 +1,8 @@
 """Show how far long work has come: a bar on a terminal, plain lines elsewhere.
 
-with progress_bar() as update:
-    for i, document in enumerate(documents):
-        update(i / len(documents), f"{i:,} documents")
+    with progress_bar() as update:
+        for i, document in enumerate(documents):
+            update(i / len(documents), f"{i:,} documents")
 """
 
 import logging

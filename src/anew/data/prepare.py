@@ -3,7 +3,7 @@
     anew prepare fineweb-edu --out data/edu --disk-budget 30GB
     anew prepare my.txt --out data/mine --tokenizer gpt2
 
-    folder = prepare(sources.find("my.txt"), Settings("gpt2"), Path("data/mine"))
+    folder = prepare_data(sources.find("my.txt"), Settings("gpt2"), Path("data/mine"))
 
 Documents are taken in blocks of about 32 MB of text. A block is tokenised by threads; each of its
 documents is held out or not by its hash; the others are shuffled within the block by a generator

@@ -5,7 +5,7 @@
     for micro_batch in micro_batches:
         if micro_batch is the last one:
             buckets.start_when_ready()     # from here on, hooks start the all-reduce of a bucket
-        loss_of(*micro_batch).backward()
+        model(*micro_batch).backward()
     buckets.all_reduce()                   # starts what has not started, and waits
 
 The backward pass computes the gradients of the last block first, so the exchange of a block runs

@@ -1,6 +1,6 @@
 """Run a task: score its examples in chunks, divide the chunks over ranks, and keep their results.
 
-    report = run(model, TASKS["lambada"], examples)
+    report = run_task(model, TASKS["lambada"], examples)
     report.figures["perplexity"]
 
 The results of a chunk depend on the chunk alone, and figures are computed from the results in the

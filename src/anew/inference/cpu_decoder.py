@@ -1,7 +1,7 @@
 """Decoders for CPUs in bf16. They call decode.cpp, which is compiled at the first use.
 
     library = load_library()                        # None without Linux and a C++ compiler
-    logits = Kernel(model, library, int8=False).step([id], cache)           # (1, 50257)
+    logits = CpuDecoder(model, library, int8=False).step([id], cache)           # (1, 50257)
 
 Compiling takes two seconds, and the library is kept in the cache folder. With PyTorch, each of the
 200 operations of a token costs some microseconds; all that a token of GPT-2 124M needs is to read

@@ -1,7 +1,7 @@
 """Decoders: copies of a model's weights that are made for reading one more token of each row.
 
-    decoder = pack(model, rows=1)               # None in fp32, where a copy would change nothing
-    logits = decoder.step(ids, cache)           # (B,) ids after the cached ones -> (B, 50257)
+    decoder = decoder_for(model, rows=1)    # None in fp32, where a copy would change nothing
+    logits = decoder.step(ids, cache)       # (B,) ids after the cached ones -> (B, 50257)
 
 A model keeps its weights in fp32 and casts them where they are used. In training that costs little;
 in decoding it is most of the work. A decoder casts them once.

@@ -1,6 +1,6 @@
 """Choose the device, precision and compiler of a process, and measure the device.
 
-    runtime = start(config.run)
+    runtime = set_up_device(config.run)
     print(runtime.device, runtime.precision, runtime.reasons)
 
 | device | auto precision |
@@ -62,7 +62,7 @@ class Runtime:
 
 
 class DeviceSettings(Protocol):
-    """The settings that `start` reads; `config.schema.RunConfig` has them."""
+    """The settings that `set_up_device` reads; `config.schema.RunConfig` has them."""
 
     @property
     def device(self) -> str: ...
