@@ -103,9 +103,11 @@ def load_model(
 ) -> GPT:
     """Return a model for inference, which computes in `dtype`; its matrices are cast once, here.
 
-    A string is looked up with `find`. A Path must come from `find` and is not verified again.
+    A string or the path of a run is looked up by `find_model`. The path of a model, which
+    `find_model` has returned, is not verified again.
     """
-    path = find_model(model) if isinstance(model, str) else model
+    is_model = isinstance(model, Path) and model.exists() and not (model / "checkpoints").is_dir()
+    path = Path(model) if is_model else find_model(str(model))
     config = read_config(path)
     tensors = read_tensors(path)
     n_described = count_parameters(config)

@@ -55,7 +55,7 @@ class PrepareArgs:
     column: str = "text"
     """column of .csv, .tsv and .parquet files, or key of .jsonl files, that holds the text"""
     encoding: str = ""
-    """encoding of files without a byte-order mark, such as latin-1; the default is UTF-8"""
+    """encoding of files that are not UTF-8 and have no byte-order mark, such as latin-1"""
     workers: int = 0
     """threads that tokenise; 0: one for each core"""
     limit_tokens: int = 0

@@ -3,6 +3,8 @@
     with progress_bar() as update:
         for i, document in enumerate(documents):
             update(i / len(documents), f"{i:,} documents")
+
+In a distributed run, only rank 0 shows anything.
 """
 
 import logging

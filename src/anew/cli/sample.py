@@ -64,6 +64,8 @@ def run_sample(argv: list[str]) -> None:
     if args.count < 1:
         raise UserError(f"count {args.count} must be at least 1.")
     check_options(args.temperature, args.top_k, args.top_p, args.tokens)
+    if args.interactive and (args.prompt or args.prompt_file):
+        raise UserError("--interactive reads the prompts; leave out --prompt and --prompt-file.")
     prompts = iter([_prompt(args)])
     model, tokenizer = open_model(find_model(args.model), args.device, args.precision)
     if args.interactive:

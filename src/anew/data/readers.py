@@ -8,7 +8,7 @@
 | any other, also compressed | the file itself |
 
 A byte-order mark tells that a file is in UTF-8, UTF-16 or UTF-32, and is not part of the text. A
-file without a mark is in the `encoding` that the user names, else in UTF-8.
+file without a mark is in UTF-8 or, if it is not valid UTF-8, in the `encoding` that the user names.
 """
 
 import bz2
@@ -75,21 +75,40 @@ def why_not_text(path: Path, encoding: str = "") -> str:
     except (OSError, EOFError, lzma.LZMAError):
         return ""  # the reader reports what is wrong with the compressed file
     codec = _codec_of(start, encoding)
-    if codec == "utf-8" and b"\0" in start:
+    if b"\0" in start and not codec.lower().startswith(("utf-16", "utf-32", "utf16", "utf32")):
         return "binary (UTF-16 without a byte-order mark needs anew prepare --encoding utf-16)"
     try:
-        codecs.getincrementaldecoder(codec)().decode(start)
+        _decode_start(start, codec)
     except UnicodeDecodeError:
         return f"not in {codec}; name its encoding, as in anew prepare --encoding latin-1"
     return ""
 
 
 def _codec_of(start: bytes, encoding: str) -> str:
-    """Return the codec of a file from its first bytes; without a mark it is `encoding` or UTF-8."""
+    """Return the codec of a file from its beginning: `encoding` if it has no mark and no UTF-8."""
     for mark, codec in MARKS:
         if start.startswith(mark):
             return codec
-    return encoding or "utf-8"
+    if encoding and (b"\0" in start or not _is_utf8(start)):
+        return encoding
+    return "utf-8"
+
+
+def _is_utf8(start: bytes) -> bool:
+    try:
+        _decode_start(start, "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _decode_start(start: bytes, codec: str) -> None:
+    """Raise UnicodeDecodeError if `start` is not in `codec`.
+
+    The beginning of a longer file may end within a character.
+    """
+    is_whole = len(start) != SNIFFED_BYTES
+    codecs.getincrementaldecoder(codec)().decode(start, is_whole)
 
 
 def documents(
@@ -143,7 +162,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _whole_file(path: Path, encoding: str) -> Iterator[bytes]:
     with _opened(path) as file:
         content = file.read()
-    codec = _codec_of(content[:4], encoding)
+    codec = _codec_of(content, encoding)
     try:
         text = content.decode(codec)
     except UnicodeDecodeError:
@@ -158,7 +177,7 @@ def _whole_file(path: Path, encoding: str) -> Iterator[bytes]:
 def _opened_as_text(path: Path, encoding: str) -> Iterator[IO[str]]:
     """Open a file of rows. Bytes that are not in its encoding are read as lone surrogates."""
     with _opened(path) as file:
-        codec = _codec_of(file.read(4), encoding)
+        codec = _codec_of(file.read(SNIFFED_BYTES), encoding)
     with _opened(path) as file:
         yield io.TextIOWrapper(file, encoding=codec, errors="surrogateescape", newline="")
 

@@ -199,6 +199,8 @@ def _on_the_hub(source: str, revision: str) -> Source:
             "it is no file, folder, glob, repo:config:split:column or known source "
             f"({', '.join(known)}){similar_path(Path(source))}"
         )
+        if Path(source).suffix or "/" in source:  # the name of a file or folder
+            raise UserError(f"there is no data '{source}'; {advice}")
         raise unknown_name("data", source, known, advice)
     repository, config, split, column = match.groups()
     if revision == "main":  # else the commit of that branch which a preparation began with

@@ -18,6 +18,7 @@ is the number of keys that attention sees: T, and with a cache the tokens in it 
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +208,7 @@ class GPT(nn.Module):
         self.head_loss: Callable[..., Tensor] = HeadLoss.apply
 
     @classmethod
-    def from_pretrained(cls, model: str) -> "GPT":
+    def from_pretrained(cls, model: str | Path) -> "GPT":
         """Return the model of a run, checkpoint or Hugging Face folder (see `load_model`)."""
         # This is the one import of a room above: `from_pretrained` is a public name of the model.
         from anew.checkpoint.huggingface import load_model

@@ -6,6 +6,7 @@ result = train(anew.recipe("shakespeare"))      # also writes RUN/report.html
 import logging
 
 from anew.config.schema import Config
+from anew.errors import UserError
 from anew.report import html
 from anew.training import trainer
 from anew.training.run_log import Row
@@ -46,5 +47,7 @@ def _write_page(config: Config) -> None:
         return
     try:
         html.write([config.folder], config.folder / "report.html")
+    except UserError:  # the run has no steps yet
+        pass
     except Exception as error:  # noqa: BLE001
         log.info(f"no report.html was written: {error}")

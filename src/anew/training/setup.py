@@ -8,6 +8,7 @@ Problems are reported here, in one sentence and on one rank, before time is spen
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,10 @@ def refuse_another_schedule(existing: Config, config: Config) -> None:
         if before != learning_rate_factor(step, config.run.steps, config.optim):
             raise UserError(
                 f"{config.folder} was planned for {existing.run.steps:,} steps, and its learning "
-                f"rate has followed that plan since step {step:,}. To train it longer, start a run "
-                f"from its weights, with a new warm-up: --init {config.folder} --out NEW."
+                f"rate has followed that plan since step {step:,}. For another number of steps, "
+                "start a run from its weights, with a new warm-up: "
+                f"anew train {config.recipe} --init {shlex.quote(str(config.folder))} "
+                f"--data {shlex.quote(config.data.data)} --out NEW --steps {config.run.steps}"
             )
 
 

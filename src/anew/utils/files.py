@@ -118,7 +118,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def similar_path(path: Path) -> str:
     """Return the end of a sentence about a path that does not exist: a similar one beside it."""
-    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    others = os.listdir(path.parent) if path.parent.is_dir() else []
+    names = [name for name in others if name != path.name]
     similar = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / similar[0]}?" if similar else "."
 

@@ -248,6 +248,16 @@ def test_mistyped_run_is_refused_with_the_run_that_was_meant_and_without_the_hub
         find_model("runs/shakespear")
 
 
+def test_path_of_a_run_is_looked_up_as_its_name_is(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        GPT.from_pretrained(run)
+    with pytest.raises(UserError, match="no model at"):
+        GPT.from_pretrained(tmp_path / "runs" / "other")
+    assert GPT.from_pretrained(folder).config == GPT.from_pretrained(str(folder)).config
+
+
 def test_weights_are_readable_by_whom_other_files_are(folder: Path) -> None:
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert len(modes) == 1

@@ -47,6 +47,20 @@ def test_another_encoding_is_refused_and_read_with_the_name_of_the_encoding(tmp_
         sources.find(str(path), encoding="latin-99")
 
 
+def test_encoding_is_for_files_that_are_not_utf8_and_makes_no_text_of_binary_files(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "b.txt").write_bytes("é".encode())
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    source = sources.find(str(tmp_path), encoding="latin-1")
+    assert list(source.documents()) == ["é".encode()] * 2
+    assert [path.name for path, _ in source.skipped] == ["c.png"]
+    (tmp_path / "a.txt").write_bytes("ab".encode("utf-16-le"))
+    [document] = sources.find(str(tmp_path / "a.txt"), encoding="utf-16-le").documents()
+    assert document == b"ab"
+
+
 def test_replaced_characters_are_counted_with_the_name_of_the_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
