@@ -11,7 +11,7 @@ from anew.config.recipes import read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.plan import Plan, format_plan, from_run, make_plan
-from anew.training.setup import with_shape_of_init
+from anew.training.setup import read_init
 from anew.utils.device import Runtime, peak_flops, set_up_device
 from anew.utils.gpus import GPU, find, known
 
@@ -35,7 +35,7 @@ def run_plan(argv: list[str]) -> None:
     arguments = typed.options
     config, _ = base.override(**typed.settings).adapted(set(typed.settings))
     if config.run.init:
-        config = with_shape_of_init(config)
+        config, _ = read_init(config)
     config.check()
     if arguments.price is not None and arguments.price < 0:
         raise UserError(f"--price {arguments.price:g} cannot be negative.")

@@ -145,7 +145,7 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
     index = parse_json(out / INDEX)
     print(
         f"{source.name}: {len(source.files):,} files read, {len(source.skipped):,} skipped; "
-        f"{index['documents']:,} documents, {index['bytes']:,} bytes of text"
+        f"{index.get('documents', 0):,} documents, {index.get('bytes', 0):,} bytes of text"
     )
     print(
         f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens "
@@ -155,8 +155,8 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
         "out": str(out),
         "files": len(source.files),
         "skipped": {str(path): reason for path, reason in source.skipped},
-        "documents": index["documents"],
-        "bytes": index["bytes"],
+        "documents": index.get("documents", 0),
+        "bytes": index.get("bytes", 0),
         "tokenizer": folder.tokenizer,
         "revision": folder.revision,
         **counts,

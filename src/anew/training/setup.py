@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anew.checkpoint import huggingface
 from anew.checkpoint.folder import list_checkpoints, step_of
-from anew.config.schema import Config
+from anew.config.schema import Config, GPTConfig
 from anew.config.values import parse_bytes, vocabulary_size
 from anew.data.dataloader import DataLoader
 from anew.data.dataset import open_data
@@ -133,10 +133,11 @@ def resolve_config(config: Config) -> Config:
     path = config.folder / "config.json"
     existing = Config.read(path) if path.exists() else None
     if config.run.init:
-        is_begun = existing is not None and existing.run.init == config.run.init
-        config = with_shape_of_init(config, existing if is_begun else None)
-        if not is_begun:
-            tokenizer_of_init(config).keep(config.folder)
+        if existing is not None and existing.run.init == config.run.init:
+            config = with_shape(config, existing.model, existing.data.tokenizer)
+        else:
+            config, tokenizer = read_init(config)
+            tokenizer.keep(config.folder)
     elif vocabulary_size(config.data.tokenizer) is None:
         tokenizer = Tokenizer.of_folder(Path(config.data.tokenizer))
         tokenizer.keep(config.folder)
@@ -178,23 +179,16 @@ def refuse_another_schedule(existing: Config, config: Config) -> None:
             )
 
 
-def tokenizer_of_init(config: Config) -> Tokenizer:
-    """Return the tokenizer of the model that --init names."""
+def read_init(config: Config) -> tuple[Config, Tokenizer]:
+    """Return `config` with the shape of the model that --init names, and that model's tokenizer."""
     model = huggingface.find_model(config.run.init)
-    return Tokenizer.of_model(model, huggingface.read_config(model).vocab_size)
+    shape = huggingface.read_config(model)
+    tokenizer = Tokenizer.of_model(model, shape.vocab_size)
+    return with_shape(config, shape, tokenizer.name), tokenizer
 
 
-def with_shape_of_init(config: Config, begun: Config | None = None) -> Config:
-    """Return `config` with the shape and the tokenizer of the model that --init names.
-
-    If the run has begun already, these are in its config `begun`, and the model is not needed.
-    """
-    if begun is not None:
-        shape = begun.model
-        tokenizer_name = begun.data.tokenizer
-    else:
-        shape = huggingface.read_config(huggingface.find_model(config.run.init))
-        tokenizer_name = tokenizer_of_init(config).name
+def with_shape(config: Config, shape: GPTConfig, tokenizer: str) -> Config:
+    """Return `config` for a model of this shape and tokenizer, which bounds `seq_len`."""
     seq_len = min(config.data.seq_len, shape.n_positions)
     if seq_len < config.data.seq_len:
         log.info(
@@ -202,7 +196,7 @@ def with_shape_of_init(config: Config, begun: Config | None = None) -> Config:
             f"{config.run.init}"
         )
     settings = {name: getattr(shape, name) for name in SHAPE}
-    return config.override(**settings, tokenizer=tokenizer_name, seq_len=seq_len)
+    return config.override(**settings, tokenizer=tokenizer, seq_len=seq_len)
 
 
 def lock_run_folder(run: Path, stack: contextlib.ExitStack) -> None:

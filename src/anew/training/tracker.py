@@ -46,6 +46,8 @@ class Tracker:
 
     def close(self) -> None:
         """Wait until all rows are sent, for a limited time."""
+        if not self.thread.is_alive():
+            return
         try:
             self.waiting.put(None, timeout=SECONDS_AT_THE_END)
         except queue.Full:
