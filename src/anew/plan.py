@@ -301,7 +301,7 @@ def _half(plan: Plan) -> str:
 
 def from_run(run: Path, config: Config) -> Iterator[str]:
     """Yield what the measured speed of a run says about `config` on the same device."""
-    source = Config.read(run / "config.json")
+    source = Config.of_run(run)
     rows = [row for row in run_log.read_metrics(run) if "speed/tokens_per_second" in row]
     if len(rows) < 4:
         raise UserError(

@@ -130,7 +130,7 @@ def test_plan_that_does_not_fit_says_what_does(capsys: pytest.CaptureFixture[str
         ("gpt2-124m --gpu t4 --precision bf16", "T4 has no bf16; use --precision fp16"),
         ("gpt2-124m --gpu h100 --count 7", "not a multiple of 7 ranks"),
         ("gpt2-124m --gpu h100 --count 0", "--count must be at least 1"),
-        ("gpt2-124m --from nowhere", "is not the config.json of a run"),
+        ("gpt2-124m --from nowhere", "there is no run at nowhere"),
     ],
 )
 def test_invalid_plan_is_refused(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ come from the recipe, which is only known after parsing.
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -23,7 +22,6 @@ import tyro
 from anew.config.recipes import RECIPES
 from anew.config.schema import FIELDS, GROUP_OF, GROUPS, REMOVED, Config
 from anew.errors import UserError
-from anew.utils.files import similar_path
 
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
 SETTINGS = [name for name, field in FIELDS.items() if field.metadata["flag"]]
@@ -140,14 +138,6 @@ class Command:
             title = tyro.conf.arg(name=TITLES[group])
             types[group] = Annotated[_optional_keys(group_types), title]
         return types
-
-
-def read_run(folder: str) -> Config:
-    """Return the settings of a run folder. Raises UserError if there is none."""
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UserError(f"there is no run at {folder}{similar_path(path)}")
-    return Config.read(path / "config.json")
 
 
 def _optional_keys(types: dict[str, Any]) -> Any:

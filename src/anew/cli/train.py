@@ -8,12 +8,13 @@ import dataclasses
 import json
 import os
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 from loguru import logger
 from tyro.conf import DisallowNone
 
-from anew.cli.args import Command, CommandLine, flag, read_run
+from anew.cli.args import Command, CommandLine, flag
 from anew.cli.demo import show_demo
 from anew.cli.progress import Update, progress_bar
 from anew.config.recipes import RECIPES, read_recipe
@@ -21,6 +22,7 @@ from anew.config.schema import Config
 from anew.errors import UserError
 from anew.report.training import train
 from anew.training.run_log import Row, describe_run
+from anew.training.setup import refuse_fewer_steps
 from anew.training.trainer import TrainResult
 from anew.utils.ranks import is_rank_0
 
@@ -80,7 +82,7 @@ def _base_config(typed: CommandLine) -> Config:
             f"--resume {resume} already says which run to continue; leave out the recipe {recipe}."
         )
     if resume:
-        return read_run(resume)
+        return Config.of_run(Path(resume))
     if typed.options.memorise:
         recipe = f"{recipe or 'shakespeare'}-memorise"
         if recipe not in RECIPES:
@@ -93,6 +95,7 @@ def _final_config(base: Config, typed: CommandLine) -> Config:
     given = set(typed.settings)
     config = base.override(**typed.settings)
     if typed.options.resume:
+        refuse_fewer_steps(Path(typed.options.resume), config.run.steps)
         return config.override(out=typed.options.resume)
     for name in SET_BY_INIT:
         if config.run.init and name in given:

@@ -10,6 +10,7 @@ A config is checked as a whole (`Config.check`; the rules are in check.py), so t
 settings are given never matters.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Self
 from anew.config.check import problems, type_problems
 from anew.config.values import vocabulary_size
 from anew.errors import UserError, unknown_name
-from anew.utils.files import read_json
+from anew.utils.files import parse_json, read_json, similar_path
 
 VOCAB_MULTIPLE = (
     128  # `wte` is stored with a multiple of this many rows: 50257 -> 50304 = 393 x 2^7
@@ -222,9 +223,9 @@ class RunConfig:
     )
     compile: Literal["auto", "on", "blocks", "off"] = setting(
         "auto",
-        "torch.compile for the training step; auto: on if there is a compiler; blocks: one graph "
-        "for all blocks instead of one for the model, which starts minutes sooner for large "
-        "models (always used with several ranks)",
+        "torch.compile for the training step; auto: on if there is a compiler and the run is long "
+        "enough for compiling to save time; blocks: one graph for all blocks instead of one for "
+        "the model, which starts minutes sooner for large models (always used with several ranks)",
         basic=True,
         may_change=True,
     )
@@ -456,6 +457,27 @@ class Config:
     def to_json(self) -> str:
         """Return the text of RUN/config.json."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def of_run(cls, run: Path) -> Self:
+        """Read the settings of the run in the folder `run`.
+
+        Raises UserError, which names the folder that was probably meant, if it holds no run.
+        """
+        path = run / "config.json"
+        if not run.exists():
+            raise UserError(f"there is no run at {run}{similar_path(run)}")
+        if not path.is_file():
+            raise UserError(f"{run} is not a run folder: it has no config.json.")
+        checkpoints = run.parent
+        if checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file():
+            raise UserError(f"{run} is a checkpoint; name its run, {checkpoints.parent}.")
+        content: Any = None
+        with contextlib.suppress(OSError, ValueError):  # `read` reports a damaged file
+            content = parse_json(path)
+        if isinstance(content, dict) and "model_type" in content:
+            raise UserError(f"{run} is a model, and not the folder of a training run.")
+        return cls.read(path)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -56,9 +56,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Read the run at `folder`. Raises UserError if there is none, or it has no steps yet."""
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is not a run folder: it has no config.json.")
-        config = Config.read(folder / "config.json")
+        config = Config.of_run(folder)
         rows = run_log.read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         if not any("train/loss" in row for row in rows):
             raise UserError(f"{folder} has no steps to report yet.")

@@ -28,6 +28,7 @@ from anew.distributed.preflight import check_ranks, refuse_shared_gpus
 from anew.distributed.rendezvous import joined
 from anew.distributed.world import World
 from anew.errors import UserError
+from anew.model.flops import flops_per_token
 from anew.optim.schedule import learning_rate_factor
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.async_checkpoint import CheckpointWriter
@@ -41,6 +42,19 @@ from anew.utils.signals import StopFlag
 
 log = logging.getLogger("anew")
 
+# With --compile auto, a run of fewer operations than this is not compiled: about a minute of eager
+# work on two CPU cores; for a GPU, an estimate for one A100. Compiling takes 15 to 60 seconds.
+SHORT_RUN_OPERATIONS = {"cpu": 2e13, "cuda": 5e15, "xpu": 5e15}
+# What a run can have written when it was killed before it wrote config.json.
+FILES_OF_A_RUN = {
+    "checkpoints",
+    "log.txt",
+    "metrics.jsonl",
+    "run_state.json",
+    "samples.jsonl",
+    "tensorboard",
+    "tokenizer.json",
+}
 # The settings of a model that --init takes over.
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")
 
@@ -130,8 +144,11 @@ def resolve_config(config: Config) -> Config:
     The model's shape and the tokenizer come from --init or from the tokenizer's folder. A setting
     that differs from an existing run in the same folder is refused by name.
     """
-    path = config.folder / "config.json"
-    existing = Config.read(path) if path.exists() else None
+    existing = None
+    if (config.folder / "config.json").exists():
+        existing = Config.of_run(config.folder)
+    else:
+        refuse_other_files(config.folder)
     if config.run.init:
         if existing is not None and existing.run.init == config.run.init:
             config = with_shape(config, existing.model, existing.data.tokenizer)
@@ -144,12 +161,16 @@ def resolve_config(config: Config) -> Config:
         config = config.override(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab)
     config.check()
     if existing is None:
-        return config
+        return eager_if_short(config)
+    if config.run.compile == "auto":
+        # The result of `eager_if_short`, so that a resumed run computes as it began.
+        config = config.override(compile=existing.run.compile)
     if config.data.recut and not existing.data.recut:
         # The setting is newer than such runs, and on by default. They keep their order.
         config = config.override(recut=False)
         log.info("this run keeps the same windows in every epoch, as it began (--no-recut)")
     if config.run.steps != existing.run.steps:
+        refuse_fewer_steps(config.folder, config.run.steps)
         refuse_another_schedule(existing, config)
         existing = existing.override(steps=config.run.steps)
     differences = existing.differences(config)
@@ -161,13 +182,36 @@ def resolve_config(config: Config) -> Config:
     return config
 
 
+def eager_if_short(config: Config) -> Config:
+    """Return `config` with --compile off if it says auto and compiling cannot pay.
+
+    The decision depends on the settings and the type of device alone, and it is stored with them.
+    """
+    device_type = device.pick_device(config.run.device).type
+    operations = config.total_tokens * flops_per_token(config.model, config.data.seq_len)
+    is_short = operations < SHORT_RUN_OPERATIONS.get(device_type, 0.0)
+    if config.run.compile != "auto" or not is_short:
+        return config
+    log.info("the run is too short for torch.compile to save time; --compile on compiles it")
+    return config.override(compile="off")
+
+
+def steps_taken(run: Path) -> int:
+    """Return the step of the newest checkpoint of a run; 0 if there is none."""
+    checkpoints = list_checkpoints(run)
+    return step_of(checkpoints[-1]) if checkpoints else 0
+
+
+def refuse_fewer_steps(run: Path, steps: int) -> None:
+    """Raise UserError if a run has taken more than `steps` steps already."""
+    taken = steps_taken(run)
+    if steps < taken:
+        raise UserError(f"{run} has taken {taken:,} steps already; raise --steps.")
+
+
 def refuse_another_schedule(existing: Config, config: Config) -> None:
     """Raise UserError if another number of steps changes the rates of steps that were taken."""
-    checkpoints = list_checkpoints(config.folder)
-    taken = step_of(checkpoints[-1]) if checkpoints else 0
-    if config.run.steps < taken:
-        raise UserError(f"{config.folder} has taken {taken:,} steps already; raise --steps.")
-    for step in range(taken):
+    for step in range(steps_taken(config.folder)):
         before = learning_rate_factor(step, existing.run.steps, existing.optim)
         if before != learning_rate_factor(step, config.run.steps, config.optim):
             raise UserError(
@@ -177,6 +221,17 @@ def refuse_another_schedule(existing: Config, config: Config) -> None:
                 f"anew train {config.recipe} --init {shlex.quote(str(config.folder))} "
                 f"--data {shlex.quote(config.data.data)} --out NEW --steps {config.run.steps}"
             )
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise UserError if a folder without a run holds files that no run writes."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(name for name in names - FILES_OF_A_RUN if not name.startswith("."))
+    if others:
+        raise UserError(
+            f"{folder} is not a run, and it holds other files, such as {others[0]}; "
+            "choose another --out."
+        )
 
 
 def read_init(config: Config) -> tuple[Config, Tokenizer]:
@@ -203,13 +258,22 @@ def lock_run_folder(run: Path, stack: contextlib.ExitStack) -> None:
     """Let only this process write to the run folder, until it ends."""
     from filelock import FileLock, Timeout
 
+    lock = run / ".lock"
     run.mkdir(parents=True, exist_ok=True)
     try:
-        stack.enter_context(FileLock(run / ".lock", timeout=0))
+        stack.enter_context(FileLock(lock, timeout=0))
     except Timeout as error:
         raise UserError(
             f"another process is training in {run}; wait until it ends, or use another --out."
         ) from error
+    stack.callback(remove_if_unused, run, lock)
+
+
+def remove_if_unused(run: Path, lock: Path) -> None:
+    """Remove the folder of a run that was refused before it wrote anything but its lock."""
+    if list(run.iterdir()) == [lock]:
+        lock.unlink()
+        run.rmdir()
 
 
 def open_training_data(

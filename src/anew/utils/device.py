@@ -262,7 +262,7 @@ def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
             f"torch.compile cannot work here: {missing}; install it, or use --compile off."
         )
     if wanted == "off":
-        return False, "eager, as requested"
+        return False, "eager (compile off)"
     if missing:
         return False, f"eager: {missing}"
     return True, "compiled (the first step takes a while)"

@@ -163,3 +163,23 @@ def test_differences_name_only_settings_that_make_another_run() -> None:
 def test_value_of_the_wrong_type_is_refused_before_it_is_used(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="it must be a"):
         recipe("shakespeare", **settings)
+
+
+def test_folder_that_is_not_a_run_is_named_for_what_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    checkpoint = run / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (run / "config.json").write_text(Config().to_json())
+    (checkpoint / "config.json").write_text('{"model_type": "gpt2"}')
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "gpt2"}')
+    assert Config.of_run(run) == Config()
+    for folder, sentence in (
+        (checkpoint, f"name its run, {run}"),
+        (model, "is a model"),
+        (tmp_path / "runs", "has no config.json"),
+        (tmp_path / "runs" / "mime", f"did you mean {run}"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Config.of_run(folder)

@@ -1,0 +1,79 @@
+"""What a run's settings become before its first step."""
+
+from pathlib import Path
+
+import pytest
+
+from anew import Config, UserError, train
+from anew.cli.main import main
+from anew.config.recipes import read_recipe
+from anew.training.setup import eager_if_short, resolve_config
+from tests.faults.common import tiny
+
+
+def short_run(out: Path, **settings: object) -> Config:
+    return tiny(out, compile="auto", **settings)
+
+
+def store(config: Config) -> None:
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.json").write_text(config.to_json())
+
+
+def test_short_run_is_not_compiled_unless_asked(tmp_path: Path) -> None:
+    assert eager_if_short(short_run(tmp_path / "run")).run.compile == "off"
+    assert eager_if_short(tiny(tmp_path / "run", compile="on")).run.compile == "on"
+    assert eager_if_short(tiny(tmp_path / "run", compile="blocks")).run.compile == "blocks"
+
+
+def test_reproduction_of_gpt2_is_compiled() -> None:
+    config = read_recipe("gpt2-124m").override(device="cpu")
+    assert eager_if_short(config).run.compile == "auto"
+
+
+def test_resumed_run_computes_as_it_began(tmp_path: Path) -> None:
+    config = short_run(tmp_path / "run", schedule="linear", decay_share=0.5)
+    store(resolve_config(config))
+    longer = config.override(steps=10**9)  # long enough for compiling, if the run were new
+    assert eager_if_short(longer).run.compile == "auto"
+    assert resolve_config(longer).run.compile == "off"
+
+
+def test_run_of_an_earlier_version_stays_compiled(tmp_path: Path) -> None:
+    config = short_run(tmp_path / "run")
+    store(config)  # earlier versions stored "auto" and compiled
+    assert resolve_config(config).run.compile == "auto"
+
+
+def test_run_is_not_begun_in_a_folder_with_other_files(tmp_path: Path) -> None:
+    config = short_run(tmp_path / "run")
+    config.folder.mkdir()
+    (config.folder / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files, such as thesis\.txt"):
+        resolve_config(config)
+
+
+def test_run_that_was_killed_before_it_wrote_its_settings_can_begin_again(tmp_path: Path) -> None:
+    config = short_run(tmp_path / "run")
+    for name in ("log.txt", "metrics.jsonl", ".lock"):
+        config.folder.mkdir(exist_ok=True)
+        (config.folder / name).touch()
+    assert resolve_config(config).folder == config.folder
+
+
+def test_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run").override(data=str(tmp_path / "nothing.txt"))
+    with pytest.raises(UserError, match="there is no data"):
+        train(config)
+    assert not config.folder.exists()
+
+
+def test_fewer_steps_than_were_taken_are_refused_before_any_other_rule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (run / "config.json").write_text(tiny(run, warmup_steps=15).to_json())
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(run), "--steps", "10"])
+    assert "has taken 20 steps already" in capsys.readouterr().err
