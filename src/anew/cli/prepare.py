@@ -7,6 +7,7 @@ anew prepare data/edu --to llm.c --out other/
 """
 
 import json
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import tyro
 
 from anew.cli.progress import progress_bar
-from anew.config.values import parse_bytes, vocabulary_size
+from anew.config.values import TOKENIZERS, parse_bytes, vocabulary_size
 from anew.data import sources
 from anew.data.holdout import SHARD_0_TOKENS, VAL_TOKENS, Settings
 from anew.data.prepare import INDEX, Status, begun_at, cores, prepare_data
@@ -151,6 +152,7 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
         f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens "
         f"({folder.tokenizer})"
     )
+    print(f"to train on it: {_training_command(out, folder.tokenizer)}")
     return {
         "out": str(out),
         "files": len(source.files),
@@ -161,6 +163,13 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
         "revision": folder.revision,
         **counts,
     }
+
+
+def _training_command(out: Path, tokenizer: str) -> str:
+    """Return a command that trains a small model on the data folder `out`."""
+    folder = shlex.quote(str(out))
+    named = tokenizer if tokenizer in TOKENIZERS else folder
+    return f"anew train gpt2-5m --data {folder} --tokenizer {named}"
 
 
 def _describe(status: Status) -> str:

@@ -3,7 +3,7 @@
 | file | documents |
 |---|---|
 | `.parquet` | the text column of each row |
-| `.jsonl`, also `.gz` `.xz` `.bz2` `.zst` | the "text" of each line |
+| `.jsonl`, also `.gz` `.xz` `.bz2` `.zst` | the "text" of each line that has one |
 | `.csv`, `.tsv`, also compressed | the "text" column of each row |
 | any other, also compressed | the file itself |
 
@@ -17,6 +17,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -185,7 +186,9 @@ def _opened_as_text(path: Path, encoding: str) -> Iterator[IO[str]]:
 def _csv_rows(path: Path, column: str, encoding: str) -> Iterator[bytes]:
     csv.field_size_limit(MOST_CHARACTERS)
     with _opened_as_text(path, encoding) as lines:
-        rows = csv.DictReader(lines, delimiter=DELIMITERS[_kind(path)])
+        header = lines.readline()
+        all_lines = itertools.chain([header], lines)
+        rows = csv.DictReader(all_lines, delimiter=_delimiter(path, header, column))
         names = rows.fieldnames or []
         if column not in names:
             raise UserError(
@@ -203,19 +206,71 @@ def _csv_rows(path: Path, column: str, encoding: str) -> Iterator[bytes]:
                 ) from error
 
 
+def _delimiter(path: Path, header: str, column: str) -> str:
+    """Return what separates the columns of a table: by its name, or a semicolon.
+
+    Programs in languages with a decimal comma write semicolons into .csv files.
+    """
+    usual = DELIMITERS[_kind(path)]
+    is_one_column = len(next(csv.reader([header], delimiter=usual), [])) == 1
+    return ";" if is_one_column and ";" in header and header.strip() != column else usual
+
+
 def _json_lines(path: Path, column: str, encoding: str) -> Iterator[bytes]:
+    """Yield the text of each line. Lines without one are skipped and counted in the log.
+
+    Raises UserError if the first line has no text, because then most files have none at all.
+    """
+    first_line = True
+    n_skipped = 0
     with _opened_as_text(path, encoding) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                line.encode()  # raises ValueError for bytes that are not in the file's encoding
-                yield _utf8(json.loads(line)[column])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f'{path} line {number} is not a JSON object with a "{column}" string; '
-                    "correct or remove the line, or choose another --column."
-                ) from error
+            text = _text_of_line(path, number, line, column)
+            if text is not None:
+                yield _utf8(text)
+            elif first_line:
+                raise UserError(_why_no_text(path, line, column))
+            else:
+                n_skipped += 1
+            first_line = False
+    if n_skipped:
+        log.warning(
+            f'{path}: skipped {n_skipped:,} lines that are no JSON object with a "{column}" string'
+        )
+
+
+def _text_of_line(path: Path, number: int, line: str, column: str) -> str | None:
+    """Return the text in a line of a .jsonl file; None if it has none."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate stands for a byte that is no UTF-8
+        raise UserError(
+            f"{path} line {number} is not in the encoding of the file; name its encoding, as in "
+            "anew prepare --encoding latin-1."
+        ) from error
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or column not in row:
+        return None
+    text = "" if row[column] is None else row[column]
+    return text if isinstance(text, str) else None
+
+
+def _why_no_text(path: Path, line: str, column: str) -> str:
+    """Return the sentence that refuses a .jsonl file whose first line has no text."""
+    names: list[str] = []
+    with contextlib.suppress(ValueError, AttributeError):
+        names = [name for name, value in json.loads(line).items() if isinstance(value, str)]
+    if names:
+        return (
+            f"{path} has no text '{column}'; choose one of its keys, as in anew prepare "
+            f"--column NAME: {', '.join(names)}."
+        )
+    return f'{path} line 1 is not a JSON object with a "{column}" string.'
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from anew.data.dataset import open_data
     [
         ("", "is empty"),
         ('{"text": 3}\n', "line 1"),
-        ('{"text": "ok"}\nnot json\n', "line 2"),
+        ('{"body": "ok", "id": 1}\n', "choose one of its keys, .* --column NAME: body"),
         ('["text"]\n', "line 1"),
     ],
 )

@@ -99,6 +99,32 @@ def test_column_of_a_table_is_read_also_across_lines(tmp_path: Path) -> None:
         list(sources.find(str(tmp_path)).documents())
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'id;text\n1;"one; two"\n2;three, four\n'),
+        ("a.csv", 'text;id\n"one; two";1\nthree, four;2\n'),
+        ("a.csv", 'id,text\n1,one; two\n2,"three, four"\n'),
+        ("a.csv", 'text\none; two\n"three, four"\n'),
+    ],
+)
+def test_columns_are_separated_by_commas_or_semicolons(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    source = sources.find(str(tmp_path))
+    assert list(source.documents()) == [b"one; two", b"three, four"]
+
+
+def test_lines_without_text_are_skipped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": \n\n[1]\n{"text": null}\n{"text": "two"}\n')
+    assert list(sources.find(str(path)).documents()) == [b"one", b"two"]
+    assert f"{path}: skipped 2 lines that are no JSON object" in caplog.text
+
+
 def test_row_of_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"text\n" + b"good\n" * 20_000 + b"caf\xe9\n")
