@@ -19,10 +19,13 @@ class UserError(ValueError):
 def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -> UserError:
     """Return the error for a name that is not among `known`.
 
-    It suggests the most similar known name. If none is similar, it gives the `advice`, or else
-    lists all known names.
+    It suggests the known names that begin with `name`, or else the most similar one. If there is
+    none, it gives the `advice`, or else lists all known names.
     """
     names = {other.lower(): other for other in known}
+    longer = [other for key, other in names.items() if key.startswith(name.lower())]
+    if name and longer:
+        return UserError(f"there is no {kind} '{name}'; did you mean {' or '.join(longer[:4])}?")
     similar = difflib.get_close_matches(name.lower(), names, n=1)
     if similar:
         advice = f"did you mean {names[similar[0]]}?"

@@ -197,6 +197,13 @@ def test_models_of_other_owners_are_downloaded(
     assert load(server, tmp_path, name).stdout.strip() == fingerprint(folder)
 
 
+def test_machine_without_a_network_is_told_at_once(tmp_path: Path) -> None:
+    outcome = load(None, tmp_path, HF_ENDPOINT="http://hub.invalid")
+    assert outcome.returncode == 2
+    assert "the hub cannot be reached" in outcome.stdout
+    assert "Retry" not in outcome.stderr
+
+
 def test_unknown_revision_is_refused(server: Hub, tmp_path: Path) -> None:
     # gpt2-xl is pinned to a commit that this hub does not have.
     outcome = load(server, tmp_path, "gpt2-xl")

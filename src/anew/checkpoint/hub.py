@@ -13,8 +13,12 @@ import contextlib
 import functools
 import logging
 import re
+import socket
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from anew.errors import UserError
 from anew.utils.files import parse_json, sha256_of
@@ -89,9 +93,34 @@ def _fetch(model: str, repository: str, revision: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with hub_errors("model", repository, revision, file):
-        path = Path(hf_hub_download(repository, file, revision=revision))
+        path = Path(
+            hf_hub_download(
+                repository, file, revision=revision, local_files_only=not hub_has_address()
+            )
+        )
     _verify(model, path)
     return path
+
+
+@functools.cache
+def hub_has_address() -> bool:
+    """Return whether the name of the hub's server is known here, as it is with a network.
+
+    Without this question, huggingface_hub asks six times within 25 seconds. Behind a proxy the
+    answer is always yes, because the proxy looks the name up.
+    """
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():
+        return True
+    host = urlsplit(constants.ENDPOINT).hostname
+    for _ in range(2):
+        try:
+            socket.getaddrinfo(host, None)
+            return True
+        except socket.gaierror:
+            time.sleep(0.5)
+    return False
 
 
 def _verify(model: str, path: Path) -> None:

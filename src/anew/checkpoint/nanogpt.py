@@ -12,6 +12,7 @@ build-nanogpt's pickled object is read as its attributes only.
 """
 
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _load(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint; its tensors are mapped from the file, not read yet."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path} is not a model: torch.save did not write it, or it is damaged. Name a run, a "
+            "folder with a model, or a checkpoint of nanoGPT or build-nanogpt."
+        )
     try:
         with torch.serialization.safe_globals(CONFIG_CLASSES):  # type: ignore[arg-type]
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -86,9 +86,9 @@ def _use_utf8() -> None:
 
 def _run(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help", "help"):
         print(_overview())
-    elif command in ("-V", "--version"):
+    elif command in ("-V", "--version", "version"):
         print(f"anew {anew.__version__}")
     elif command in COMMANDS:
         module = import_module(f"anew.cli.{command}")

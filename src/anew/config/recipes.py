@@ -4,10 +4,12 @@ config = recipe("shakespeare", steps=200)     # settings given here replace thos
 """
 
 import dataclasses
+import shlex
+from pathlib import Path
 from typing import Any
 
 from anew.config.schema import Config
-from anew.errors import unknown_name
+from anew.errors import UserError, unknown_name
 
 # 19,073 steps of 524,288 tokens are 10B tokens, one pass over FineWeb-Edu's sample-10BT. Validation
 # every 500 steps takes 2% of the time of such a run on one H200.
@@ -183,6 +185,9 @@ RECIPES: dict[str, tuple[str, Config]] = {
 
 def read_recipe(name: str) -> Config:
     """Return the settings of a recipe, not checked. Raises UserError if there is no such recipe."""
+    if name not in RECIPES and Path(name).exists():
+        command = f"anew train shakespeare --data {shlex.quote(name)}"
+        raise UserError(f"'{name}' is not a recipe but a text; to train on it: {command}")
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     return dataclasses.replace(RECIPES[name][1], recipe=name)

@@ -44,7 +44,12 @@ def test_version_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "words"),
     [
         (["trian"], "no command 'trian'; did you mean train?"),
-        (["train", "shakespear"], "no recipe 'shakespear'; did you mean shakespeare?"),
+        (["train", "shakespear"], "no recipe 'shakespear'; did you mean shakespeare or"),
+        (["train", "gpt2"], "no recipe 'gpt2'; did you mean gpt2-5m or gpt2-124m or"),
+        (["train", __file__], "to train on it: anew train shakespeare --data /"),
+        (["train", "demo", "--learning-rate=1"], "use --lr: peak learning rate of AdamW."),
+        (["train", "demo", "--max_iters", "20"], "there is no --max-iters; use --steps"),
+        (["sample", __file__], "is not a model: torch.save did not write it"),
         (["plan", "--gpu", "rtx 409"], "no GPU 'rtx 409'; did you mean RTX 4090?"),
         (["plan", "--gpu", "h1000", "--price", "2"], "no GPU 'h1000'"),
         (["plan", "--gpu", "h100", "--price", "-2"], "--price -2 cannot be negative"),
