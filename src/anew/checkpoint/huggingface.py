@@ -128,6 +128,12 @@ def load_model(
     return gpt.to(device).eval()
 
 
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """Return the tokenizer of the model that `find_model` finds."""
+    path = find_model(str(model))
+    return Tokenizer.of_model(path, read_config(path).vocab_size)
+
+
 def read_config(path: Path) -> GPTConfig:
     """Return the sizes of the model at `path`; refuse what is not a GPT-2 as OpenAI released it."""
     if path.is_file():

@@ -363,6 +363,8 @@ class Config:
             if name not in GROUP_OF:
                 advice = "`anew train --help-all` lists them all."
                 raise unknown_name("setting", name, GROUP_OF, advice)
+            if isinstance(value, Path):
+                value = str(value)
             group = GROUP_OF[name]
             before = groups.get(group, getattr(self, group))
             groups[group] = dataclasses.replace(before, **{name: value})

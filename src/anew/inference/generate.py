@@ -154,6 +154,10 @@ def stream_with_logits(
 
 def check_options(temperature: float, top_k: int, top_p: float, n_tokens: int) -> None:
     """Raise UserError for sampling options without a meaning."""
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "n_tokens": n_tokens}
+    for name, value in options.items():
+        if not isinstance(value, int | float):
+            raise UserError(f"{name} is {value!r}; it must be a number.")
     if not temperature >= 0 or temperature == float("inf"):
         raise UserError(f"temperature {temperature} must be 0 (the likeliest token) or above.")
     if not 0 < top_p <= 1:

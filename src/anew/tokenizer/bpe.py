@@ -53,6 +53,14 @@ class Tokenizer:
         assert self.n_vocab == TOKENIZERS.get(name, self.n_vocab)
 
     @staticmethod
+    def from_pretrained(model: str | Path) -> "Tokenizer":
+        """Return the tokenizer of a run, checkpoint or Hugging Face folder (see `load_model`)."""
+        # An import of a room above, as in `GPT.from_pretrained`.
+        from anew.checkpoint.huggingface import load_tokenizer
+
+        return load_tokenizer(model)
+
+    @staticmethod
     @functools.cache
     def named(name: str) -> "Tokenizer":
         """Return the tokenizer "gpt2" or "bytes"."""
@@ -154,6 +162,8 @@ class Tokenizer:
 
         Lone surrogates, which UTF-8 cannot represent, become U+FFFD.
         """
+        if not isinstance(text, str):
+            raise UserError(f"encode takes a text, and not {text!r}.")
         text = _without_surrogates(text)
         if self.name == "bytes":
             return list(text.encode())

@@ -84,5 +84,5 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("not a checkpoint at all")
-    with pytest.raises(UserError, match="torch.save did not write it"):
+    with pytest.raises(UserError, match=r"torch\.save did not write it"):
         GPT.from_pretrained(str(tmp_path / "text.pt"))

@@ -183,3 +183,11 @@ def test_folder_that_is_not_a_run_is_named_for_what_it_is(tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=sentence):
             Config.of_run(folder)
+
+
+def test_paths_are_taken_as_text(tmp_path: Path) -> None:
+    config = recipe("shakespeare", data=tmp_path / "my.txt", out=tmp_path / "run")
+    assert config.data.data == str(tmp_path / "my.txt")
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert Config.read(path) == config

@@ -108,9 +108,11 @@ def test_until_end_of_text_reads_no_further_than_the_last_end() -> None:
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_k": -1},
+        {"temperature": "hot"},
+        {"top_k": None},
     ],
 )
-def test_options_without_a_meaning_are_refused(options: Options) -> None:
+def test_options_without_a_meaning_are_refused(options: Any) -> None:
     with pytest.raises(UserError):
         generate(MODEL, [[1]], 3, **options)
 

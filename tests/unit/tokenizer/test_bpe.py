@@ -1,10 +1,14 @@
 """Text becomes ids and is recovered; tests/integration/test_bpe.py compares with transformers."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anew import Tokenizer, UserError
+from anew import GPT, GPTConfig, Tokenizer, UserError
+from anew.checkpoint.huggingface import save_model
 
 GPT2 = Tokenizer.named("gpt2")
 BYTES = Tokenizer.named("bytes")
@@ -54,3 +58,17 @@ def test_end_of_text_is_decoded_as_text() -> None:
 def test_unknown_tokenizer_is_refused() -> None:
     with pytest.raises(UserError, match="no tokenizer 'gpt4'"):
         Tokenizer.named("gpt4")
+
+
+def test_tokenizer_of_a_model_folder_is_found_by_the_name_of_the_model(tmp_path: Path) -> None:
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=257)
+    save_model(tmp_path, GPT(config), Tokenizer.named("bytes"))
+    assert Tokenizer.from_pretrained(tmp_path).name == "bytes"
+    with pytest.raises(UserError, match="there is no model at"):
+        Tokenizer.from_pretrained(tmp_path / "nothing")
+
+
+def test_what_is_not_a_text_is_refused() -> None:
+    wrong: Any = 5
+    with pytest.raises(UserError, match="encode takes a text, and not 5"):
+        Tokenizer.named("gpt2").encode(wrong)
