@@ -1,8 +1,9 @@
-"""Downloads from the hub with the real huggingface_hub in its own process.
+"""Downloads from the hub and uploads to it, with the real huggingface_hub in its own process.
 
 A small server on the loopback interface acts as the hub and can fail in several ways.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ from anew.checkpoint.huggingface import save_model
 from tests.support import ROOT
 
 COMMIT = OPENAI_MODELS["gpt2"][1]
-REPOSITORIES = {"somebody/small-gpt2", *(repository for repository, _ in OPENAI_MODELS.values())}
+REPOSITORY = "somebody/small-gpt2"
+REPOSITORIES = {REPOSITORY, *(repository for repository, _ in OPENAI_MODELS.values())}
 
 
 # Prints a hash of the weights, or the error as the command line does.
@@ -43,7 +45,9 @@ class Hub(ThreadingHTTPServer):
     """Serves `files` as each of REPOSITORIES at COMMIT, in the protocol of huggingface_hub.
 
     `faults` lists what goes wrong in the next downloads of weights: "cut", "wrong body" or an HTTP
-    status. `seen` lists the method, the file and the byte range of every request.
+    status. `seen` lists the method, the file and the byte range of every request. Files arrive in
+    `objects` by their SHA-256 and become `files` with a commit. Uploads are answered with
+    `refusal`, an HTTP status, if it is not 0.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -51,6 +55,8 @@ class Hub(ThreadingHTTPServer):
         self.files = files
         self.faults: list[str] = []
         self.seen: list[tuple[str, str, str]] = []
+        self.objects: dict[str, bytes] = {}
+        self.refusal = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -103,6 +109,58 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
         return None
 
+    def do_POST(self) -> None:
+        server = self.server
+        assert isinstance(server, Hub)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://127.0.0.1:{server.server_port}"
+        server.seen.append(("POST", self.path, ""))
+        if server.refusal:
+            return self.fail(server.refusal, "")
+        if self.path == "/api/repos/create":
+            return self.send_json({"url": f"{here}/{REPOSITORY}"})
+        if self.path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if self.path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return self.send_json({"files": [upload_mode(name) for name in names]})
+        if self.path.endswith("/objects/batch"):
+            objects = []
+            for wanted in json.loads(body)["objects"]:
+                if wanted["oid"] not in server.objects:
+                    href = f"{here}/objects/{wanted['oid']}"
+                    wanted["actions"] = {"upload": {"href": href}}
+                objects.append(wanted)
+            return self.send_json({"transfer": "basic", "objects": objects})
+        assert self.path.endswith("/commit/main")
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                server.files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                server.files[value["path"]] = server.objects[value["oid"]]
+        url = f"{here}/{REPOSITORY}/commit/{COMMIT}"
+        return self.send_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
+
+    def do_PUT(self) -> None:
+        server = self.server
+        assert isinstance(server, Hub)
+        server.seen.append(("PUT", self.path, ""))
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        digest = self.path.rsplit("/", 1)[1]
+        assert hashlib.sha256(content).hexdigest() == digest
+        server.objects[digest] = content
+        self.fail(200, "")
+
+    def send_json(self, content: object) -> None:
+        raw = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
     def fail(self, status: int, code: str) -> None:
         self.send_response(status)
         if code:
@@ -114,6 +172,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+def upload_mode(name: str) -> dict[str, object]:
+    """Return how the hub wants to receive a file: large ones apart from the commit."""
+    mode = "lfs" if name.endswith(".safetensors") else "regular"
+    return {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": None}
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +205,19 @@ def load(
     server: Hub | None, cache: Path, model: str = "gpt2", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run PROGRAM to load `model` from `server`; without one, the hub cannot be reached."""
+    return run([sys.executable, "-c", PROGRAM, model], server, cache, **environment)
+
+
+def export(server: Hub | None, cache: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run `anew export ... --to hub` with a token of the hub."""
+    command = [sys.executable, "-m", "anew", "export", *flags, "--to", "hub"]
+    return run(command, server, cache, HF_TOKEN="hf_test", HF_HUB_OFFLINE="0")
+
+
+def run(
+    command: list[str], server: Hub | None, cache: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that talks to `server`; without one, the hub cannot be reached."""
     port = server.server_port if server else 9
     env = {
         **os.environ,
@@ -162,7 +239,7 @@ def load(
     ):
         env.pop(name, None)
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, model],
+        command,
         env=env,
         cwd=ROOT,
         capture_output=True,
@@ -266,3 +343,48 @@ def test_missing_models_and_files_are_reported(server: Hub, tmp_path: Path) -> N
     del server.files["model.safetensors"]
     assert "only safetensors" in load(server, tmp_path).stdout
     assert "hub's cache" in load(None, tmp_path / "empty", HF_HUB_OFFLINE="1").stdout
+
+
+def test_export_to_the_hub_uploads_nothing_unless_asked(
+    server: Hub, folder: Path, tmp_path: Path
+) -> None:
+    outcome = export(server, tmp_path, str(folder), "--repo", REPOSITORY, "--json")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "nothing was uploaded; add --push" in outcome.stdout
+    facts = json.loads(outcome.stdout.splitlines()[-1])
+    assert facts["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+    assert server.seen == []
+
+
+def test_uploaded_model_is_downloaded_again(server: Hub, folder: Path, tmp_path: Path) -> None:
+    server.files = {}
+    flags = [str(folder), "--repo", REPOSITORY, "--push", "--private"]
+    outcome = export(server, tmp_path, *flags)
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"is now http://127.0.0.1:{server.server_port}/{REPOSITORY}" in outcome.stdout
+    assert f'from_pretrained("{REPOSITORY}")' in server.files["README.md"].decode()
+    again = load(server, tmp_path, REPOSITORY)
+    assert again.stdout.strip() == fingerprint(folder), again.stderr
+    server.seen = []
+    assert export(server, tmp_path, *flags).returncode == 0
+    assert not [path for method, path, _ in server.seen if method == "PUT"], "it has the weights"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [(401, "hf auth login"), (403, "hf auth login"), (500, "answered 500")],
+)
+def test_refused_upload_is_explained(
+    server: Hub, folder: Path, tmp_path: Path, refusal: int, words: str
+) -> None:
+    server.refusal = refusal
+    outcome = export(server, tmp_path, str(folder), "--repo", REPOSITORY, "--push")
+    assert outcome.returncode == 2, outcome.stderr
+    assert words in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_upload_without_an_owner_is_refused(folder: Path, tmp_path: Path) -> None:
+    outcome = export(None, tmp_path, str(folder), "--repo", "mine")
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert "OWNER/NAME" in outcome.stderr

@@ -1,7 +1,8 @@
-"""Download GPT-2 models from the Hugging Face hub into its cache, and check their weights.
+"""Download GPT-2 models from the Hugging Face hub into its cache, and upload models to it.
 
     folder = download("gpt2")                     # OpenAI's 124M, always the same revision
     folder = download("distilbert/distilgpt2")    # any GPT-2; logs the revision, the newest one
+    address = upload(Path("my-gpt2"), "me/my-gpt2", private=True)
 
 The package huggingface_hub transfers the files: it resumes interrupted downloads, honours
 HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and access tokens, and shares its cache with transformers. It
@@ -71,6 +72,44 @@ def download(model: str) -> Path:
             with contextlib.suppress(MissingFileError):
                 fetch(name)
     return config.parent
+
+
+def check_repository(repository: str) -> None:
+    """Raise UserError if `repository` is not owner/name."""
+    if "@" in repository or OWNER_AND_NAME.fullmatch(repository) is None:
+        raise UserError(
+            f"'{repository}' is no repository of the hub; name it as OWNER/NAME, with your own "
+            "name or that of your organisation."
+        )
+
+
+def upload(folder: Path, repository: str, private: bool) -> str:
+    """Upload the files in `folder` as one commit; return the address of the repository.
+
+    The repository is created if it does not exist. Files that it has already are not sent again.
+    Raises UserError if the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    check_repository(repository)
+    api = HfApi()
+    again = "run the same command again; files that have arrived are not sent again"
+    with hub_errors("model", repository, "main", "", again):
+        try:
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message="Upload a model of anew"
+            )
+        except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 401)
+            if status not in (401, 403):
+                raise
+            raise UserError(
+                f"the hub does not let you write to {repository}; run `hf auth login` with a "
+                "token that may write."
+            ) from error
+    return str(address)
 
 
 def _shards(model: str, fetch: Callable[[str], Path]) -> list[str]:

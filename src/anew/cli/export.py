@@ -1,13 +1,20 @@
-"""`anew export MODEL --to hf|gguf|onnx --out PATH`: convert a model for another program."""
+"""`anew export MODEL --to hf|gguf|onnx --out PATH`: convert a model for another program.
+
+anew export runs/mine --to hub --repo me/my-gpt2            # shows what would be uploaded
+anew export runs/mine --to hub --repo me/my-gpt2 --push     # uploads it
+"""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
+from anew.checkpoint import hub
 from anew.checkpoint.export import export_model
+from anew.errors import UserError
 from anew.report.model_card import model_card
 
 
@@ -20,12 +27,19 @@ class ExportArgs:
 
     model: tyro.conf.Positional[str]
     """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
-    to: Literal["hf", "gguf", "onnx"]
-    """hf: a folder for transformers; gguf: a file for llama.cpp; onnx: a file for ONNX Runtime"""
-    out: str
-    """folder or file to write; it must not exist yet"""
+    to: Literal["hf", "gguf", "onnx", "hub"]
+    """hf: a folder for transformers; gguf: a file for llama.cpp; onnx: a file for ONNX Runtime;
+    hub: a repository on the Hugging Face hub"""
+    out: str = ""
+    """folder or file to write, which must not exist yet; hub: keep the uploaded folder here"""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
     """gguf: how matrices are stored"""
+    repo: str = ""
+    """hub: the repository, as OWNER/NAME"""
+    push: bool = False
+    """hub: upload; without it, only show what would be uploaded"""
+    private: bool = False
+    """hub: create a repository that only its owner can read"""
     json: bool = False
     """the last line of standard output is one JSON object"""
 
@@ -33,12 +47,42 @@ class ExportArgs:
 def run_export(argv: list[str]) -> None:
     """Convert a model for transformers, llama.cpp or ONNX Runtime."""
     args = tyro.cli(ExportArgs, args=argv, prog="anew export")
+    if args.to == "hub":
+        with tempfile.TemporaryDirectory() as temporary:
+            facts = _export_to_hub(args, Path(args.out or f"{temporary}/model"))
+    else:
+        facts = _export_to_file(args)
+    if args.json:
+        print(json.dumps({"model": args.model, "to": args.to, **facts}))
+
+
+def _export_to_file(args: ExportArgs) -> dict[str, Any]:
+    """Write the model to --out; return facts for --json."""
+    if not args.out:
+        raise UserError("name the folder or file to write with --out.")
+    if args.repo or args.push or args.private:
+        raise UserError("--repo, --push and --private belong to --to hub.")
     out = Path(args.out)
     readme = model_card(args.model) if args.to == "hf" else ""
     export_model(args.model, args.to, out, args.dtype, readme)
-    files = out.rglob("*") if out.is_dir() else [out]
+    files = list(out.rglob("*")) if out.is_dir() else [out]
     size = sum(file.stat().st_size for file in files)
     print(f"{args.model} is now {out} ({args.to}, {size / 1e6:,.1f} MB)")
-    if args.json:
-        facts = {"model": args.model, "to": args.to, "out": args.out, "bytes": size}
-        print(json.dumps(facts))
+    return {"out": args.out, "bytes": size}
+
+
+def _export_to_hub(args: ExportArgs, folder: Path) -> dict[str, Any]:
+    """Write a Hugging Face folder and upload it if --push was given; return facts for --json."""
+    hub.check_repository(args.repo)
+    export_model(args.model, "hf", folder, args.dtype, model_card(args.model, args.repo))
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    print(f"files of {args.repo} on the hub:")
+    for name, size in files.items():
+        print(f"  {name:<24} {size:>15,} bytes")
+    address = ""
+    if args.push:
+        address = hub.upload(folder, args.repo, args.private)
+        print(f"{args.model} is now {address}")
+    else:
+        print("nothing was uploaded; add --push to upload these files")
+    return {"repo": args.repo, "files": files, "pushed": args.push, "address": address}

@@ -33,7 +33,7 @@ COMMANDS = {
     "train": "Train a model from a recipe, or resume a run.",
     "sample": "Generate text with a model.",
     "evaluate": "Score a model on HellaSwag, LAMBADA, WikiText and other tasks.",
-    "export": "Convert a model for transformers, llama.cpp or ONNX Runtime.",
+    "export": "Convert a model for transformers, llama.cpp or ONNX; upload it.",
     "prepare": "Turn text into token files for training.",
     "plan": "Estimate memory, hours, cost and disk of a run before it starts.",
     "bench": "Measure speed on this machine, and compare recipes and settings.",

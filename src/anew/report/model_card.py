@@ -15,10 +15,11 @@ from anew.utils.files import json_lines
 Cells = tuple[object, ...]  # of one row of a table
 
 
-def model_card(model: str) -> str:
+def model_card(model: str, repository: str = "") -> str:
     """Return README.md of an exported folder: what the model is, how it was trained, how to use it.
 
-    Training and evaluation are described if `model` is a checkpoint in a run folder.
+    Training and evaluation are described if `model` is a checkpoint in a run folder. `repository`
+    is the name by which transformers will find the model, if it is on the hub.
     """
     path = find_model(model).resolve()
     config = read_config(path)
@@ -38,6 +39,7 @@ def model_card(model: str) -> str:
         tokenizer=Tokenizer.of_model(path, config.vocab_size).name,
         training=training,
         evaluation=evaluation,
+        address=repository or "THIS FOLDER",
     )
 
 

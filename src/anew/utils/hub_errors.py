@@ -31,10 +31,13 @@ class MissingFileError(HubError):
 
 
 @contextlib.contextmanager
-def hub_errors(kind: str, repository: str, revision: str, path: str) -> Iterator[None]:
+def hub_errors(
+    kind: str, repository: str, revision: str, path: str, again: str = CONTINUE
+) -> Iterator[None]:
     """Turn what huggingface_hub raises in the block into a HubError.
 
-    `kind` is "model" or "dataset"; `path` is a file or a folder in the repository.
+    `kind` is "model" or "dataset"; `path` is a file or a folder in the repository. `again` is the
+    advice for errors that may be temporary.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -44,7 +47,7 @@ def hub_errors(kind: str, repository: str, revision: str, path: str) -> Iterator
         RevisionNotFoundError,
     )
 
-    subject = f"{repository}/{path}"
+    subject = f"{repository}/{path}" if path else repository
     try:
         yield
     except RepositoryNotFoundError as error:
@@ -57,7 +60,7 @@ def hub_errors(kind: str, repository: str, revision: str, path: str) -> Iterator
     except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError
         raise HubError(
             f"the hub cannot be reached for {subject}, and the hub's cache does not hold it; "
-            f"{CONTINUE}.",
+            f"{again}.",
             is_temporary=True,
         ) from error
     except EntryNotFoundError as error:
@@ -67,7 +70,7 @@ def hub_errors(kind: str, repository: str, revision: str, path: str) -> Iterator
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         raise HubError(
-            f"the hub answered {status} when asked for {subject}; {CONTINUE}.",
+            f"the hub answered {status} when asked for {subject}; {again}.",
             is_temporary=status not in REFUSALS,
         ) from error
     except UserError:
@@ -77,11 +80,11 @@ def hub_errors(kind: str, repository: str, revision: str, path: str) -> Iterator
         if isinstance(error, ConnectionError) or is_network_error(error):
             problem = f"the hub cannot be reached for {subject} ({first_line})"
         elif isinstance(error, OSError | RuntimeError | ValueError):
-            problem = f"{subject} could not be downloaded ({first_line})"
+            problem = f"{subject} could not be transferred ({first_line})"
         else:
             raise
         is_disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        raise HubError(f"{problem}; {CONTINUE}.", is_temporary=not is_disk_full) from error
+        raise HubError(f"{problem}; {again}.", is_temporary=not is_disk_full) from error
 
 
 def is_network_error(error: Exception) -> bool:
