@@ -115,8 +115,7 @@ def _write_samples(model: GPT, tokenizer: Tokenizer, prompt: str, args: SampleAr
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(args.count)]
     texts = [prompt] * args.count
     is_single = args.count == 1
-    if is_single:
-        print(prompt, end="", flush=True)
+    not_printed = prompt  # until the first token, so that warnings stand above the text
     steps = stream(
         model,
         [ids] * args.count,
@@ -131,9 +130,10 @@ def _write_samples(model: GPT, tokenizer: Tokenizer, prompt: str, args: SampleAr
         piece = decoders[row].decode(tokenizer.decode_bytes([token]))
         texts[row] += piece
         if is_single:
-            print(piece, end="", flush=True)
+            print(not_printed + piece, end="", flush=True)
+            not_printed = ""
     if is_single:
-        print()
+        print(not_printed)
     else:
         for number, text in enumerate(texts, 1):
             print(f"--- {number} of {args.count} ---\n{text}")

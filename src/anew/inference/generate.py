@@ -104,7 +104,7 @@ def stream_with_logits(
     is read for each token.
 
     A text longer than the model's positions is cropped to its last half and read again, which is
-    logged once. Raises UserError for options without a meaning.
+    logged before the first token. Raises UserError for options without a meaning.
     """
     check_options(temperature, top_k, top_p, n_tokens)
     check_prompts(prompts, model.config.vocab_size)
@@ -115,24 +115,23 @@ def stream_with_logits(
             f"only its last {positions} tokens are read"
         )
     rows = [list(prompt[-positions:]) for prompt in prompts]
+    # The last new token is not read.
+    if max(map(len, rows)) + n_tokens - 1 > positions:
+        log.warning(
+            f"beyond the model's {positions} positions, the text is cropped to its last "
+            f"{max(1, positions // 2)} tokens and read again"
+        )
     generator = torch.Generator().manual_seed(seed)
     n_likeliest = 1 if temperature == 0 else top_k
     may_pack = use_cache and (int8 or n_tokens >= PACK_FROM_TOKENS)
     decoder = decoder_for(model, len(rows), int8) if may_pack else None
     cache: Cache | None = None
-    was_cropped = False
     was_training = model.training
     model.eval()
     try:
         for tokens_left in range(n_tokens, 0, -1):
             longest = max(map(len, rows))
             if longest > positions:
-                if not was_cropped:
-                    log.warning(
-                        f"past the model's {positions} positions: the text is cropped to its last "
-                        f"{positions // 2} tokens and read again"
-                    )
-                was_cropped = True
                 longest = max(1, positions // 2)
                 rows = [row[-longest:] for row in rows]
                 cache = None
