@@ -73,7 +73,8 @@ def _training(run: Path, step: int) -> dict[str, object]:
 def _evaluation(run: Path, step: int) -> list[Cells]:
     """Return the figures of complete evaluations of `step`; of repeated ones, the last.
 
-    Each has its task, name, value, number of examples and precision.
+    Each has its task, name, value, number of examples, precision and, where GPT-2's figure is
+    known, that figure and the verdict.
     """
     path = run / "evaluations.jsonl"
     rows: dict[tuple[str, str, str], Cells] = {}
@@ -82,10 +83,15 @@ def _evaluation(run: Path, step: int) -> list[Cells]:
         if evaluation["step"] != step or is_part:
             continue
         precision = evaluation["precision"]
+        published = {(one["task"], one["figure"]): one for one in evaluation["comparisons"]}
         for task, figures in evaluation["tasks"].items():
             examples = figures.get("examples", "")
             for figure, value in figures.items():
                 if isinstance(value, float):
-                    cells = (task, figure, f"{value:.4f}", examples, precision)
+                    theirs: Cells = ("", "")
+                    if (task, figure) in published:
+                        found = published[task, figure]
+                        theirs = (f"{found['published']:.4f}", found["verdict"])
+                    cells = (task, figure, f"{value:.4f}", examples, precision, *theirs)
                     rows[task, figure, precision] = cells
     return list(rows.values())
