@@ -30,7 +30,7 @@ from anew.data.sources import find
 from anew.training.run_log import read_metrics
 from anew.training.trainer import train
 from anew.utils.compiler import missing_for_compile
-from anew.utils.device import pick_device, set_up_device
+from anew.utils.device import pick_device, processor_name, set_up_device
 from anew.utils.files import cache_folder
 
 log = logging.getLogger("anew")
@@ -105,14 +105,10 @@ def _versions() -> Finding:
 
 
 def _machine() -> Finding:
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux it has the name of the model
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    for line in lines:
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
     gigabytes = machine_memory() / 1e9
-    return Finding(True, f"{processor}, {torch.get_num_threads()} threads, {gigabytes:.0f} GB")
+    return Finding(
+        True, f"{processor_name()}, {torch.get_num_threads()} threads, {gigabytes:.0f} GB"
+    )
 
 
 def _device() -> Finding:

@@ -142,6 +142,7 @@ def environment(runtime: Runtime) -> dict[str, str]:
     """Return what a measurement of this process depends on, to be stored beside it."""
     return {
         "device": runtime.reasons[0].removeprefix("device "),
+        "processor": processor_name(),
         "precision": runtime.precision,
         "compiled": "yes" if runtime.compile else "no",
         "torch": torch.__version__,
@@ -149,6 +150,18 @@ def environment(runtime: Runtime) -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
+
+
+def processor_name() -> str:
+    """Return the model of the CPU and the vector instructions that PyTorch uses on it."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux it has the name of the model
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    for line in lines:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    matrix_unit = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{matrix_unit})"
 
 
 def pick_device(wanted: str) -> torch.device:
