@@ -28,6 +28,7 @@ from anew.errors import UserError
 from anew.utils.files import flush_to_disk, parse_json, rename, sha256_of, temporary_name
 
 MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
 STEP_PREFIX = "step-"
 
 
@@ -78,7 +79,7 @@ def publish(temporary: Path, final: Path) -> None:
         flush_to_disk(path)
         files[path.name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     manifest = temporary / MANIFEST
-    content = json.dumps({"version": 1, "files": files}, indent=2) + "\n"
+    content = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=2) + "\n"
     manifest.write_text(content, encoding="utf-8")
     flush_to_disk(manifest)
     flush_to_disk(temporary)

@@ -68,6 +68,14 @@ def open_data(
     return _open_growing(source, wanted, preparation, stop or threading.Event())
 
 
+def is_at_hand(data: str, tokenizer: str) -> bool:
+    """Return whether `open_data` can open `data` without preparing a dataset of the hub."""
+    if (Path(data).expanduser() / INDEX).is_file() or not sources.is_hub_name(data):
+        return True
+    earlier = _earlier_preparation(data, tokenizer)
+    return earlier is not None and (earlier / INDEX).is_file()
+
+
 def settings_for(tokenizer: str) -> Settings:
     """Return how `--data` is prepared."""
     return Settings(tokenizer)

@@ -52,10 +52,7 @@ def read(folder: Path) -> Vocabulary:
     OSError, KeyError, TypeError or AttributeError if files are missing or malformed.
     """
     if not (folder / TOKENIZER_JSON).is_file():
-        ids = parse_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        return Vocabulary(ids, merges)
+        return read_vocab_and_merges(folder)
     raw = parse_json(folder / TOKENIZER_JSON)
     splitting = raw["pre_tokenizer"]
     is_byte_level = splitting["type"] == "ByteLevel" and splitting.get("use_regex", True)
@@ -67,6 +64,14 @@ def read(folder: Path) -> Vocabulary:
         merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]
     ]
     return Vocabulary({**raw["model"]["vocab"], **added}, merges)
+
+
+def read_vocab_and_merges(folder: Path) -> Vocabulary:
+    """Read vocab.json and merges.txt. Raises as `read` does."""
+    ids = parse_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return Vocabulary(ids, merges)
 
 
 def contents(vocabulary: Vocabulary, n_positions: int) -> dict[str, bytes]:

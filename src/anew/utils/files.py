@@ -116,6 +116,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     flush_to_disk(path.parent)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a second name of the file `source`, or a copy where that is not possible.
+
+    `target` must be replaced as a whole and never be written to.
+    """
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
 def similar_path(path: Path) -> str:
     """Return the end of a sentence about a path that does not exist: a similar one beside it."""
     others = os.listdir(path.parent) if path.parent.is_dir() else []
