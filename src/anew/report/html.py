@@ -69,6 +69,7 @@ def _about(run: Run, prefix: str) -> dict[str, Any]:
         "has_baseline": run.baseline is not None,
         "baseline_command": command if size_of(run.config.model) else "",
         "samples": _samples(run),
+        "verification": run.verification,
         "event_count": _event_count(run),
         "events": _events(run),
         "environment": {name.replace("_", " "): value for name, value in environment.items()},

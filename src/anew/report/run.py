@@ -10,6 +10,7 @@
 | samples.jsonl | sample texts by step | `training.run_log` |
 | run_state.json | status, number of starts, environment | `training.run_log` |
 | log.txt | warnings, errors, stops and resumes | `training.run_log` |
+| verifications.jsonl | results of `anew verify` | `report.verifications` |
 | baseline.json | another model's loss on the same windows | `report.baseline` |
 
 Only config.json and metrics.jsonl are required. Half a line at the end of a file, as a killed
@@ -26,6 +27,7 @@ from typing import Any
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
+from anew.report import verifications
 from anew.report.svg import Points
 from anew.training import run_log
 from anew.utils.files import json_lines, parse_json, read_json
@@ -156,6 +158,12 @@ class Run:
             return None
         data = self.config.data
         return found if windows == (data.val_tokens, data.seq_len) else None
+
+    @property
+    def verification(self) -> dict[str, Any] | None:
+        """The newest result of `anew verify`, with time, step and checks; None if there is none."""
+        found = verifications.read(self.folder)
+        return found[-1] if found else None
 
     @property
     def samples(self) -> list[dict[str, Any]]:
