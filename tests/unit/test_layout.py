@@ -40,7 +40,7 @@ IMPORTERS: dict[str, set[str]] = {
     "tensorboard": {"training.run_log"},
     "tiktoken": {"tokenizer.bpe"},
     "tokenizers": {"tokenizer.learn"},
-    "transformers": {"bench.competitors"},
+    "transformers": {"bench.competitors", "verify.model"},
     "triton": {"model.kernels.cross_entropy"},
     "tyro": CLI,
     "uvicorn": {"cli.serve"},

@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": "Estimate memory, hours, cost and disk of a run before it starts.",
     "bench": "Measure speed on this machine, and compare recipes and settings.",
     "report": "Write an HTML page about runs: results, curves and samples.",
+    "verify": "Check that a model is what it claims to be, and that a run resumes.",
     "doctor": "Check what this machine can do: device, compiler, ranks, training.",
     "serve": "Serve models: a web page, and OpenAI's completions API.",
 }

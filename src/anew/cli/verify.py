@@ -1,0 +1,82 @@
+"""`anew verify MODEL`: check that a model is what it claims to be, in less than a minute.
+
+anew verify gpt2
+anew verify runs/demo --json
+"""
+
+import json
+import logging
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import tyro
+
+from anew.report import verifications
+from anew.verify.checks import Subject, all_checks, conclusion, find_subject
+from anew.verify.result import FAIL, Check
+
+log = logging.getLogger("anew")
+
+COLUMNS = 80
+INDENT = 22  # of what a check found
+
+
+@dataclass(frozen=True)
+class VerifyArgs:
+    """Check that a model is what it claims to be. Example: anew verify gpt2
+
+    OpenAI's weights are compared with published logits. A run is restored, and its last steps are
+    taken again in a temporary copy. Nothing is changed, but a run keeps the result for its page.
+    """
+
+    model: tyro.conf.Positional[str]
+    """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
+    json: bool = False
+    """the last line of standard output is one JSON object"""
+
+
+def run_verify(argv: list[str]) -> None:
+    """Check a model, print each result, and end with exit code 1 if a check failed."""
+    args = tyro.cli(VerifyArgs, args=argv, prog="anew verify")
+    subject = find_subject(args.model)
+    checks = []
+    for check in all_checks(subject):
+        checks.append(check)
+        print(formatted(check), flush=True)
+    sentence = conclusion(subject, checks)
+    print("\n".join(textwrap.wrap(sentence, COLUMNS, break_on_hyphens=False)))
+    record(subject, checks)
+    has_failed = any(check.status == FAIL for check in checks)
+    if args.json:
+        facts = {
+            "model": args.model,
+            "path": str(subject.path),
+            "passed": not has_failed,
+            "conclusion": sentence,
+            "checks": [check._asdict() for check in checks],
+        }
+        print(json.dumps(facts))
+    if has_failed:
+        sys.exit(1)
+
+
+def formatted(check: Check) -> str:
+    """Return the lines of a check, at most 80 columns wide."""
+    return textwrap.fill(
+        check.detail,
+        COLUMNS,
+        initial_indent=f"{check.status:<7}  {check.name:<12} ",
+        subsequent_indent=" " * INDENT,
+        break_on_hyphens=False,
+    )
+
+
+def record(subject: Subject, checks: list[Check]) -> None:
+    """Keep the result in the run folder, for the run's page."""
+    if subject.run is None:
+        return
+    try:
+        verifications.append(subject.run, subject.step, [check._asdict() for check in checks])
+    except OSError as error:
+        log.warning(f"the result could not be kept in {subject.run} ({error.strerror})")
