@@ -4,14 +4,17 @@ anew verify gpt2
 anew verify runs/demo --json
 """
 
+import errno
 import json
 import logging
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass
 
 import tyro
 
+from anew.errors import UserError
 from anew.report import verifications
 from anew.verify.checks import Subject, all_checks, conclusion, find_subject
 from anew.verify.result import FAIL, Check
@@ -40,10 +43,7 @@ def run_verify(argv: list[str]) -> None:
     """Check a model, print each result, and end with exit code 1 if a check failed."""
     args = tyro.cli(VerifyArgs, args=argv, prog="anew verify")
     subject = find_subject(args.model)
-    checks = []
-    for check in all_checks(subject):
-        checks.append(check)
-        print(formatted(check), flush=True)
+    checks = print_checks(subject)
     sentence = conclusion(subject, checks)
     print("\n".join(textwrap.wrap(sentence, COLUMNS, break_on_hyphens=False)))
     record(subject, checks)
@@ -59,6 +59,23 @@ def run_verify(argv: list[str]) -> None:
         print(json.dumps(facts))
     if has_failed:
         sys.exit(1)
+
+
+def print_checks(subject: Subject) -> list[Check]:
+    """Make all checks, and print each when it is done."""
+    checks = []
+    try:
+        for check in all_checks(subject):
+            checks.append(check)
+            print(formatted(check), flush=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"the disk of {tempfile.gettempdir()} is full; free some space there, or name another "
+            "folder in the environment variable TMPDIR."
+        ) from error
+    return checks
 
 
 def formatted(check: Check) -> str:

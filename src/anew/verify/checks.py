@@ -65,41 +65,52 @@ def find_subject(name: str) -> Subject:
 
 
 def all_checks(subject: Subject) -> Iterator[Check]:
-    """Yield the result of each check when it is known."""
+    """Yield the result of each check when it is known.
+
+    A check that needs what an earlier one has found to be wrong is not run.
+    """
+    is_intact = True
     if subject.checkpoints:
-        yield of_run.check_manifests(list(subject.checkpoints))
+        manifest = of_run.check_manifests(list(subject.checkpoints))
+        is_intact = manifest.status == PASS
+        yield manifest
     weights = of_model.check_weights(subject.path)
     yield weights
-    architecture = of_model.check_architecture(subject.path)
-    if weights.status == FAIL:
-        architecture = not_run(architecture.name, "the weights cannot be read")
-    yield architecture
     model = None
-    if FAIL in (weights.status, architecture.status) or architecture.status == NOT_RUN:
-        yield not_run("tensors", "the checks above failed")
+    if weights.status == FAIL:
+        yield from left_out(["architecture", "tensors"], "the weights cannot be read")
     else:
-        tensors, model = of_model.check_tensors(subject.path)
-        yield tensors
+        architecture = of_model.check_architecture(subject.path)
+        yield architecture
+        if architecture.status == FAIL:
+            yield from left_out(["tensors"], "the architecture check failed")
+        else:
+            tensors, model = of_model.check_tensors(subject.path)
+            yield tensors
     yield from model_checks(subject, model)
     if subject.run is not None:
-        yield from run_checks(subject, subject.run)
+        yield from run_checks(subject, subject.run, is_intact)
+
+
+def left_out(names: list[str], reason: str) -> Iterator[Check]:
+    """Yield these checks as not run."""
+    for name in names:
+        yield not_run(name, reason)
 
 
 def model_checks(subject: Subject, model: GPT | None) -> Iterator[Check]:
     """Yield the checks that need the loaded model."""
     names = ["tokenizer", "transformers"]
     if subject.run is None:
-        names += ["reload"]
+        names.append("reload")
     if model is None:
-        for name in names:
-            yield not_run(name, "the model cannot be loaded")
+        yield from left_out(names, "the model cannot be loaded")
         return
     wanted = configured_tokenizer(subject)
     tokenizer_check = of_model.check_tokenizer(subject.path, model.config, wanted)
     yield tokenizer_check
     if tokenizer_check.status == FAIL:
-        for name in names[1:]:
-            yield not_run(name, "the tokenizer check failed")
+        yield from left_out(names[1:], "the tokenizer check failed")
         return
     tokenizer = Tokenizer.of_model(subject.path, model.config.vocab_size)
     yield of_model.check_transformers(subject.path, model, tokenizer)
@@ -127,15 +138,20 @@ def published_checks(model: GPT, tokenizer: Tokenizer) -> Iterator[Check]:
         yield not_run("logits", f"no published logits of GPT-2 {size} are known")
 
 
-def run_checks(subject: Subject, run: Path) -> Iterator[Check]:
-    """Yield the checks of a checkpoint that need the run folder around it."""
+def run_checks(subject: Subject, run: Path, is_intact: bool) -> Iterator[Check]:
+    """Yield the checks of a checkpoint that need the run folder around it.
+
+    `is_intact` says that the files match their manifests.
+    """
     formats = of_run.check_formats(run, subject.path)
     yield formats
     if formats.status == FAIL:
-        for name in ("metrics", "reload", "replay"):
-            yield not_run(name, "the formats check failed")
+        yield from left_out(["metrics", "reload", "replay"], "the formats check failed")
         return
     yield of_run.check_metrics(run, subject.step)
+    if not is_intact:
+        yield from left_out(["reload", "replay"], "the manifest check failed")
+        return
     yield of_run.check_state(run, subject.path)
     yield check_replay(run, subject.path)
 
@@ -144,8 +160,8 @@ def conclusion(subject: Subject, checks: Sequence[Check]) -> str:
     """Return the closing sentence about all checks."""
     bad = [check.name for check in checks if check.status == FAIL]
     good = sum(check.status == PASS for check in checks)
-    left_out = sum(check.status == NOT_RUN for check in checks)
-    rest = f", and {left_out} could not be run" if left_out else ""
+    unknown = sum(check.status == NOT_RUN for check in checks)
+    rest = f", and {unknown} could not be run" if unknown else ""
     if bad:
         return f"{subject.name} is not verified: {', '.join(bad)} failed{rest}."
     logits = [check.status for check in checks if check.name == "logits"]

@@ -18,7 +18,6 @@ from anew.config.schema import GPTConfig
 from anew.config.values import tokenizer_matches
 from anew.errors import UserError
 from anew.evaluate.published import size_of
-from anew.model.flops import count_parameters
 from anew.model.gpt import GPT
 from anew.tokenizer import files
 from anew.tokenizer.bpe import Tokenizer
@@ -70,11 +69,9 @@ def check_architecture(path: Path) -> Check:
     except UserError as error:
         return failed(name, error)
     size = released_size(config)
+    shape = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
     label = f"GPT-2 {size}" if size else "GPT-2"
-    return passed(
-        name,
-        f"{label}: {config.n_layer} layers of {config.n_embd:,}, {config.n_head} heads, tanh GELU",
-    )
+    return passed(name, f"{label}: {shape}, tanh GELU, epsilon {config.layer_norm_epsilon:g}")
 
 
 def check_tensors(path: Path) -> tuple[Check, GPT | None]:
@@ -85,9 +82,7 @@ def check_tensors(path: Path) -> tuple[Check, GPT | None]:
     except UserError as error:
         return failed(name, error), None
     count = len(list(model.parameters()))
-    parameters = count_parameters(model.config)
-    detail = f"{count} names and shapes, {parameters:,} parameters, head is wte"
-    return passed(name, detail), model
+    return passed(name, f"{count} names and shapes are GPT-2's, and the head is wte"), model
 
 
 def check_tokenizer(path: Path, config: GPTConfig, wanted: str = "") -> Check:

@@ -94,10 +94,13 @@ def check_replay(run: Path, checkpoint: Path) -> Check:
         return not_run(NAME, error)
     try:
         rows, snapshot = take_steps(replay)
-        problem = compare(replay, rows, snapshot)
+        problem = compare(replay, rows, snapshot, exact=True)
+        is_equal = not problem
+        if problem and replay.difference:
+            problem = compare(replay, rows, snapshot, exact=False)
     except Preempted:
         raise KeyboardInterrupt from None
-    except (UserError, Diverged, SafetensorError) as error:
+    except (UserError, Diverged, FileNotFoundError, SafetensorError) as error:
         return failed(NAME, error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -105,17 +108,21 @@ def check_replay(run: Path, checkpoint: Path) -> Check:
         return not_run(NAME, "there is not enough memory for a training step")
     if problem:
         return failed(NAME, problem)
+    seconds = time.perf_counter() - began
+    return passed(NAME, description(replay, is_equal, seconds))
+
+
+def description(replay: Replay, is_equal: bool, seconds: float) -> str:
+    """Return what a replay that took `seconds` has shown."""
     steps = f"steps {replay.first + 1:,} to {replay.last:,}"
-    what = "losses and state" if replay.reaches_checkpoint else "losses"
-    seconds = f"{time.perf_counter() - began:.0f} s"
-    if replay.difference:
-        state = f" and state to {TENSOR_TOLERANCE:.0%}" * replay.reaches_checkpoint
-        return passed(
-            NAME,
-            f"{steps}: losses to {LOSS_TOLERANCE:.0%}{state} ({seconds}); equal bits cannot be "
-            f"expected: {replay.difference}",
-        )
-    return passed(NAME, f"{steps}: {what} equal bit for bit ({seconds})")
+    if is_equal:
+        what = "losses and state" if replay.reaches_checkpoint else "losses"
+        return f"{steps}: {what} equal bit for bit ({seconds:.0f} s)"
+    state = f", state to {TENSOR_TOLERANCE:.0%}" if replay.reaches_checkpoint else ""
+    return (
+        f"{steps}: losses equal to {LOSS_TOLERANCE:.0%}{state} ({seconds:.0f} s); equal bits "
+        f"cannot be expected: {replay.difference}"
+    )
 
 
 # Before the steps
@@ -274,16 +281,19 @@ def only_errors_logged() -> Iterator[None]:
 # After the steps
 
 
-def compare(replay: Replay, rows: list[Row], snapshot: Snapshot) -> str:
-    """Return how the repeated steps differ from those of the run; empty if they do not."""
+def compare(replay: Replay, rows: list[Row], snapshot: Snapshot, exact: bool) -> str:
+    """Return how the repeated steps differ from those of the run; empty if they do not.
+
+    If not `exact`, values may differ by the tolerances above.
+    """
     recorded = {row["step"]: row for row in read_metrics(replay.run)}
     for row in rows:
-        problem = row_difference(replay, recorded.get(row["step"], {}), row)
+        problem = row_difference(recorded.get(row["step"], {}), row, exact)
         if problem:
             return problem
     if not replay.reaches_checkpoint:
         return ""
-    allowed = TENSOR_TOLERANCE if replay.difference else 0.0
+    allowed = 0.0 if exact else TENSOR_TOLERANCE
     files = {
         "model.safetensors": dict(snapshot.weights),
         "optimizer.safetensors": dict(snapshot.optimizer),
@@ -296,13 +306,13 @@ def compare(replay: Replay, rows: list[Row], snapshot: Snapshot) -> str:
     return ""
 
 
-def row_difference(replay: Replay, recorded: Row, repeated: Row) -> str:
+def row_difference(recorded: Row, repeated: Row, exact: bool) -> str:
     """Return how a repeated step differs from the recorded one; empty if it does not.
 
     metrics.jsonl has every digit of a value, so equal values there are equal bits.
     """
-    allowed = LOSS_TOLERANCE if replay.difference else 0.0
-    for key in COMPARED_ELSEWHERE if replay.difference else COMPARED:
+    allowed = 0.0 if exact else LOSS_TOLERANCE
+    for key in COMPARED if exact else COMPARED_ELSEWHERE:
         theirs: float | None = recorded.get(key)
         ours: float | None = finite_or_none(repeated[key])
         if theirs == ours:

@@ -29,12 +29,15 @@ def check_manifests(checkpoints: list[Path]) -> Check:
     """Compare every file of these checkpoints with the size and SHA-256 in its manifest."""
     name = "manifest"
     files = 0
+    problems = []
     for folder in checkpoints:
         try:
             verify(folder)
             files += len(parse_json(folder / MANIFEST)["files"])
         except UserError as error:
-            return failed(name, error)
+            problems.append(str(error))
+    if problems:
+        return failed(name, " ".join(problems))
     plural = "s" * (len(checkpoints) > 1)
     return passed(
         name, f"{files} files of {len(checkpoints)} checkpoint{plural} have their SHA-256"
@@ -46,6 +49,7 @@ def check_formats(run: Path, checkpoint: Path) -> Check:
     name = "formats"
     try:
         config = Config.read(run / "config.json")
+        _, config_format = read_json(run / "config.json", CONFIG_FORMAT)
         _, trainer_format = read_json(checkpoint / "trainer.json", train_state.FORMAT)
         if (run / "run_state.json").is_file():
             read_json(run / "run_state.json", RUN_STATE_FORMAT)
@@ -66,7 +70,7 @@ def check_formats(run: Path, checkpoint: Path) -> Check:
                 f"{setting} is {theirs} in the checkpoint and {ours} in the run's settings.",
             )
     return passed(
-        name, f"config.json {CONFIG_FORMAT} or older, trainer.json {trainer_format}, manifest 1"
+        name, f"config.json {config_format}, trainer.json {trainer_format}, manifest {version}"
     )
 
 
@@ -110,7 +114,7 @@ def check_state(run: Path, checkpoint: Path) -> Check:
             snapshot.write(saved, config, tokenizer)
             problem = _first_difference(checkpoint, saved)
             count = sum(1 for _ in saved.iterdir())
-    except (UserError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError) as error:
         return failed(name, error)
     if problem:
         return failed(name, problem)
