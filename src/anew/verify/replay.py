@@ -146,7 +146,7 @@ def plan_replay(run: Path, checkpoint: Path) -> Replay:
     steps = max(FEWEST_STEPS, int(SECONDS / seconds))
     last = min(end, first + steps)
     if (last - first) * seconds > MOST_SECONDS:
-        raise UserError(f"a training step takes about {seconds:,.0f} s on this machine")
+        raise UserError(f"a training step takes about {seconds:,.0f} s here, and two are needed")
     difference = difference_of(run, environment, here, first)
     if not difference and runtime.device.type != "cpu" and not config.run.deterministic:
         difference = f"{runtime.device.type} without --deterministic"

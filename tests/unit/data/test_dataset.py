@@ -1,11 +1,14 @@
 """Opening what `--data` names."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from anew import UserError
-from anew.data.dataset import open_data
+from anew.data.dataset import is_at_hand, open_data
+from anew.data.prepare import PROGRESS
+from anew.data.shards import INDEX
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,17 @@ def test_data_is_prepared_once_and_found_again(
         open_data(str(first.path), "bytes")
     with pytest.raises(UserError, match="no data 'nowhere'"):
         open_data("nowhere", "gpt2")
+
+
+def test_dataset_of_the_hub_is_at_hand_only_when_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANEW_CACHE", str(tmp_path))
+    assert is_at_hand("stdlib", "bytes")
+    assert not is_at_hand("fineweb-edu", "gpt2")
+    folder = tmp_path / "data" / "fineweb-edu-gpt2-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / PROGRESS).write_text(json.dumps({"revision": "0" * 40}))
+    assert not is_at_hand("fineweb-edu", "gpt2"), "it is only begun"
+    (folder / INDEX).write_text("{}")
+    assert is_at_hand("fineweb-edu", "gpt2")

@@ -15,7 +15,7 @@ from anew import UserError
 from anew.cli.main import main
 from anew.config.recipes import RECIPES
 from anew.config.schema import Config
-from anew.report import html, png
+from anew.report import html, png, verifications
 from anew.report import reference_runs as reference
 from anew.report.run import Run
 from anew.report.svg import Line, Points, line_chart, short, smoothed, thinned, ticks
@@ -221,3 +221,18 @@ def test_numbers_and_points_of_charts() -> None:
     assert moving_mean[500][1] == pytest.approx(0.5, abs=0.05)
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert [short(x) for x in (1.5e9, 12_000, 0.25, 3e8)] == ["1.5B", "12k", "0.25", "300M"]
+
+
+def test_verifications_are_kept_in_order_and_newer_formats_are_refused(folder: Path) -> None:
+    assert verifications.read(folder) == []
+    check = {"name": "manifest", "status": "PASS", "detail": "8 files"}
+    verifications.append(folder, 10, [check])
+    path = folder / "verifications.jsonl"
+    path.write_text(path.read_text() + '\n{"format": 1, "st')
+    verifications.append(folder, 20, [check])
+    rows = verifications.read(folder)
+    assert [row["step"] for row in rows] == [10, 20]
+    assert rows[0]["checks"] == [check]
+    path.write_text('{"format": 2}')
+    with pytest.raises(UserError, match="reads formats up to 1; update anew"):
+        verifications.read(folder)

@@ -1,4 +1,4 @@
-"""Renames on Windows."""
+"""Renames on Windows, and links."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from anew.utils.files import rename
+from anew.utils.files import link_or_copy, rename
 
 
 def test_rename_waits_on_windows_until_the_file_is_closed(
@@ -32,3 +32,20 @@ def test_rename_waits_on_windows_until_the_file_is_closed(
     rename(source, target)
     assert target.read_text() == "new"
     assert not refusals
+
+
+def test_link_is_a_second_name_and_a_copy_where_links_are_impossible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.write_text("text")
+    link_or_copy(source, tmp_path / "link")
+    assert (tmp_path / "link").samefile(source)
+
+    def refuse(*_: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    link_or_copy(source, tmp_path / "copy")
+    assert not (tmp_path / "copy").samefile(source)
+    assert (tmp_path / "copy").read_text() == "text"
