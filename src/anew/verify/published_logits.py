@@ -72,7 +72,7 @@ def check_published(model: GPT, tokenizer: Tokenizer, readings: list[Reading]) -
             logits = model(torch.tensor([reading.token_ids]))[0, -1].double()  # (vocab,)
         differences = _differences(logits, reading)
         worst, where = max(differences)
-        if worst > reading.tolerance:
+        if not worst <= reading.tolerance:  # also if it is not a number
             return failed(
                 NAME,
                 f"after '{reading.text}', {where} is {worst:.4g} from the published figure; "
