@@ -9,11 +9,8 @@ import pytest
 
 import anew
 from anew.bench import timing
-from anew.bench.compare import alternate
-from anew.bench.competitors import anew_training
 from anew.bench.ladder import RUNGS
 from anew.cli.main import main
-from anew.errors import UserError
 
 SMALL = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 32 --micro-batch 2 --rounds 2 --device cpu"
 
@@ -108,8 +105,3 @@ def test_comparison_of_preparing(capsys: pytest.CaptureFixture[str]) -> None:
     facts = facts_of(capsys.readouterr().out)
     assert set(facts["seconds"]) == {"anew", "script"}
     assert facts["ratio_to_script"] > 0
-
-
-def test_process_that_dies_is_named() -> None:
-    with pytest.raises(UserError, match="the process of other ended"):
-        alternate({"other": anew_training}, (), 1)

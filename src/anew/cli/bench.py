@@ -2,18 +2,22 @@
 
 anew bench ladder gpt2-124m --micro-batch 4 --seq-len 256
 anew bench train gpt2-124m --json       # the last line has the key ratio_to_transformers
+
+A comparison goes on without a side whose process ends. With --json, `left_out` has the reason of
+each side that has no figures, and such a side has no `ratio_to_` key.
 """
 
 import json
 import statistics
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from anew.bench import competitors
-from anew.bench.compare import alternate, ratio
+from anew.bench.compare import Comparison, alternate, ratio
 from anew.bench.competitors import is_installed
 from anew.bench.ladder import Rung
 from anew.bench.timing import (
@@ -25,6 +29,7 @@ from anew.bench.timing import (
 )
 from anew.cli import experiments
 from anew.cli.args import Command, flag
+from anew.cli.progress import progress_bar
 from anew.config.recipes import read_recipe
 from anew.config.schema import Config
 from anew.errors import UserError, unknown_name
@@ -61,7 +66,7 @@ FLAGS = [
         0.0,
         "recipe, sweep: stop after this time; the same command continues; 0: no limit",
     ),
-    flag("picture", str, "", "write a PNG here (not train, generate, evaluate, prepare)"),
+    flag("picture", str, "", "ladder, recipe, sweep: write a PNG here"),
     flag("json", bool, False, "the last line of standard output is one JSON object"),
 ]
 ABOUT = "Time this machine. Example: anew bench ladder gpt2-124m --micro-batch 4 --seq-len 256"
@@ -71,6 +76,9 @@ ATTENTION_LENGTHS = (256, 512, 1024, 2048, 4096)
 
 Figures = dict[str, Any]  # what --json prints
 Times = dict[str, list[float]]  # seconds of each turn, by side
+OWN_SIDE = "anew"
+NOT_INSTALLED = "the package is not installed"
+WITH_PICTURE = ("ladder", "recipe", "sweep")
 
 
 def run_bench(argv: list[str]) -> None:
@@ -93,7 +101,7 @@ def run_bench(argv: list[str]) -> None:
     config = base.override(**typed.settings)
     device = pick_device(config.run.device).type
     if arguments.picture:
-        png.check()
+        _check_picture(what, Path(arguments.picture))
     config = config.override(device=device)
     facts: Figures = {"device": device, "torch": torch.__version__}
     if what in EXPERIMENTS:
@@ -109,6 +117,15 @@ def run_bench(argv: list[str]) -> None:
         facts |= MEASUREMENTS[what](config.check(), device, arguments)
     if arguments.json:
         print(json.dumps(facts))
+    if OWN_SIDE in facts.get("left_out", {}):
+        raise UserError(f"the side of {OWN_SIDE} has no result: {facts['left_out'][OWN_SIDE]}.")
+
+
+def _check_picture(what: str, path: Path) -> None:
+    """Refuse a picture that could not be drawn, before minutes of measuring."""
+    if what not in WITH_PICTURE:
+        raise UserError(f"bench {what} draws no picture; leave out --picture.")
+    png.check(path)
 
 
 def _timed_step(config: Config, chosen: set[str], device: str) -> Config:
@@ -243,20 +260,23 @@ def _attention_row(length: int, measured: dict[str, Measured | str]) -> tuple[Fi
 
 def compare_training(config: Config, device: str, arguments: Any) -> Figures:
     """Compare a training step with other packages, and with eager fp32."""
-    sides: dict[str, Any] = {"anew": competitors.anew_training}
+    sides: dict[str, Any] = {OWN_SIDE: competitors.anew_training}
+    missing: dict[str, str] = {}
     if not arguments.alone:
         if is_installed("transformers"):
             sides["transformers"] = competitors.transformers_training
+        else:
+            missing["transformers"] = NOT_INSTALLED
         sides["fp32, eager"] = competitors.eager_fp32_training
     config = config.override(precision="bf16" if device != "mps" else "fp32")
-    times = alternate(sides, (config, device), arguments.rounds)
-    print(f"{_step_title(config, device)}, {arguments.rounds} turns\n")
-    for name, seconds in times.items():
+    print(f"{_step_title(config, device)}, {arguments.rounds} turns\n", flush=True)
+    found = _take_turns(sides, (config, device), arguments.rounds, missing)
+    for name, seconds in found.seconds.items():
         median = statistics.median(seconds)
         rate = config.run.batch_tokens / median
         tflops = rate * flops_per_token(config.model, config.data.seq_len) / 1e12
         print(f"{name:<13} {median:.3f} s a step  {rate:,.0f} tokens/s  {tflops:.3g} TFLOP/s")
-    return {"seconds": times, **_print_ratios(times)}
+    return _comparison_figures(found)
 
 
 def compare_generation(config: Config, device: str, arguments: Any) -> Figures:
@@ -265,19 +285,27 @@ def compare_generation(config: Config, device: str, arguments: Any) -> Figures:
         config, device, arguments.rows, arguments.prompt_tokens, arguments.new_tokens
     )
     one_text_on_cpu = arguments.rows == 1 and device == "cpu"
-    sides: dict[str, Any] = {"anew": competitors.anew_generation}
+    sides: dict[str, Any] = {OWN_SIDE: competitors.anew_generation}
+    missing: dict[str, str] = {}
     if one_text_on_cpu and config.model.n_embd % 32 == 0:
         sides["anew, int8"] = competitors.anew_int8_generation
     if is_installed("transformers"):
         sides["transformers"] = competitors.transformers_generation
-    if one_text_on_cpu and config.model.vocab_size == 50257 and is_installed("llama_cpp"):
+    else:
+        missing["transformers"] = NOT_INSTALLED
+    if not one_text_on_cpu or config.model.vocab_size != 50257:
+        missing["llama.cpp"] = "compared on a CPU only, with one text and GPT-2's vocabulary"
+    elif not is_installed("llama_cpp"):
+        missing["llama.cpp"] = NOT_INSTALLED
+    else:
         sides["llama.cpp"] = competitors.llama_cpp_generation
         sides["llama.cpp q8_0"] = competitors.llama_cpp_q8_generation
-    times = alternate(sides, (task,), arguments.rounds)
     dtype = "fp32" if competitors.writing_dtype(device) == torch.float32 else "bf16"
     size = f"{task.rows} x ({task.prompt_tokens} + {task.new_tokens}) tokens"
-    print(f"{config.recipe}, {size}, {dtype}, on {device}, {arguments.rounds} turns\n")
-    return _print_rates(times, task.rows * task.new_tokens, "tokens")
+    title = f"{config.recipe}, {size}, {dtype}, on {device}, {arguments.rounds} turns"
+    print(f"{title}\n", flush=True)
+    found = _take_turns(sides, (task,), arguments.rounds, missing)
+    return _print_rates(found, task.rows * task.new_tokens, "tokens")
 
 
 def compare_scoring(config: Config, device: str, arguments: Any) -> Figures:  # noqa: ARG001
@@ -285,14 +313,16 @@ def compare_scoring(config: Config, device: str, arguments: Any) -> Figures:  # 
     if not is_installed("transformers"):
         raise UserError("the other side is transformers' model; install transformers.")
     file = Path(arguments.file) if arguments.file else TASKS["hellaswag"].fetch()
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; give --file an existing file.")
     sides: dict[str, Any] = {
-        "anew": competitors.anew_scoring,
+        OWN_SIDE: competitors.anew_scoring,
         "one at a time": competitors.transformers_scoring,
     }
-    times = alternate(sides, (file, device, arguments.examples), arguments.rounds)
     size = f"{arguments.examples} examples a turn"
-    print(f"HellaSwag, 124M, {size}, on {device}, {arguments.rounds} turns\n")
-    return _print_rates(times, arguments.examples, "examples")
+    print(f"HellaSwag, 124M, {size}, on {device}, {arguments.rounds} turns\n", flush=True)
+    found = _take_turns(sides, (file, device, arguments.examples), arguments.rounds)
+    return _print_rates(found, arguments.examples, "examples")
 
 
 def compare_preparing(
@@ -302,35 +332,57 @@ def compare_preparing(
 ) -> Figures:
     """Compare the conversion of text to shards with a common script."""
     sides: dict[str, Any] = {
-        "anew": competitors.anew_preparing,
+        OWN_SIDE: competitors.anew_preparing,
         "script": competitors.script_preparing,
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path, size = competitors.write_text(arguments.file, folder, arguments.documents)
-        times = alternate(sides, (path, folder), arguments.rounds)
-    print(f"{size / 1e6:.0f} MB of text to tokens of GPT-2, {arguments.rounds} turns\n")
-    return {**_print_rates(times, size / 1e6, "MB"), "bytes": size}
+        title = f"{size / 1e6:.0f} MB of text to tokens of GPT-2, {arguments.rounds} turns"
+        print(f"{title}\n", flush=True)
+        found = _take_turns(sides, (path, folder), arguments.rounds)
+    return {**_print_rates(found, size / 1e6, "MB"), "bytes": size}
 
 
-def _print_rates(times: Times, amount: float, unit: str) -> Figures:
+def _take_turns(
+    sides: dict[str, Any],
+    arguments: tuple[Any, ...],
+    rounds: int,
+    missing: dict[str, str] | None = None,
+) -> Comparison:
+    """Let the sides take turns and show how far they are; `missing` says why others take none."""
+    with progress_bar() as update:
+        found = alternate(sides, arguments, rounds, update)
+    return Comparison(found.seconds, {**(missing or {}), **found.left_out})
+
+
+def _print_rates(found: Comparison, amount: float, unit: str) -> Figures:
     """Print what each side processes in a second, of `amount` a turn; return the figures."""
-    for name, seconds in times.items():
+    for name, seconds in found.seconds.items():
         print(f"{name:<14} {amount / statistics.median(seconds):,.1f} {unit} a second")
-    return {"seconds": times, **_print_ratios(times)}
+    return _comparison_figures(found)
+
+
+def _comparison_figures(found: Comparison) -> Figures:
+    """Print why sides are left out, and the ratios of the others; return the figures."""
+    for name, reason in found.left_out.items():
+        print(textwrap.fill(f"{name} is left out: {reason}", 80, subsequent_indent="    "))
+    ratios = _print_ratios(found.seconds)
+    return {"seconds": found.seconds, **ratios, "left_out": found.left_out}
 
 
 def _print_ratios(times: Times) -> dict[str, float]:
     """Print how many times as long each other side takes; return the medians for --json."""
     medians = {}
     for name, seconds in times.items():
-        if name.startswith("anew"):
+        if name.startswith(OWN_SIDE):
             continue
         key = name.split(",")[0].replace(" ", "_")
-        found = ratio(times["anew"], seconds)
-        medians[f"ratio_to_{key}"] = found.median
-        spread = f"({found.low:.2f} to {found.high:.2f})"
-        print(f"{name} takes {found.median:.2f} times as long {spread}")
+        if OWN_SIDE in times:
+            found = ratio(times[OWN_SIDE], seconds)
+            medians[f"ratio_to_{key}"] = found.median
+            spread = f"({found.low:.2f} to {found.high:.2f})"
+            print(f"{name} takes {found.median:.2f} times as long {spread}")
         if "anew, int8" in times:
             found = ratio(times["anew, int8"], seconds)
             medians[f"int8_ratio_to_{key}"] = found.median
