@@ -3,6 +3,7 @@
 The page has its own charts (svg.py). A PNG can be shown where a page cannot, such as in a README.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,14 @@ def _finish(axes: Any, title: str, x_label: str) -> None:
     axes.grid(color=GRID_COLOUR, linewidth=0.7)
 
 
-def check() -> None:
-    """Raise UserError where no picture can be drawn, before minutes of measuring."""
+def check(path: Path) -> None:
+    """Raise UserError where no picture can be drawn at `path`, before minutes of measuring."""
     _pyplot()
+    if path.suffix.lower() != ".png":
+        raise UserError(f"the picture {path} must have a name that ends in .png.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"the picture {path} cannot be written; choose another --picture.")
 
 
 def _pyplot() -> Any:

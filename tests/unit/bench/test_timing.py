@@ -58,6 +58,10 @@ def test_ratio_is_of_neighbouring_turns() -> None:
         ("bench", "say what to measure"),
         ("bench dreams", "no measurement 'dreams'"),
         ("bench ladder demo --rounds 0", "at least 1"),
+        ("bench train gpt2-5m --picture steps.png", "draws no picture"),
+        ("bench ladder gpt2-5m --picture steps.doc", "ends in .png"),
+        ("bench ladder gpt2-5m --picture /proc/version/steps.png", "cannot be used"),
+        ("bench evaluate --file nothing.jsonl", "does not exist"),
     ],
 )
 def test_invalid_command_says_what_can_be_timed(
