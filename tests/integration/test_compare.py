@@ -9,9 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import anew
 from anew.bench import competitors
 from anew.bench.compare import WARM_UP_TURNS, Turn, alternate
+from anew.bench.memory import USABLE_SHARE, fitting_micro_batches, step_bytes, step_memory
+from anew.bench.timing import with_batch
+from anew.cli import bench
 from tests.support.commands import run
 
 KILLED = "ended by signal 9 (killed), probably because memory ran out"
@@ -151,3 +157,58 @@ def test_command_fails_after_the_other_figures_if_its_own_side_ends(
     assert "transformers  0." in out
     last_error = errors.splitlines()[-1]
     assert last_error == "anew: the side of anew has no result: ended with exit code 3."
+
+
+@pytest.mark.guarantee("speed")
+@pytest.mark.parametrize(
+    ("name", "make_turn", "tolerance"),
+    [
+        ("fp32, eager", competitors.eager_fp32_training, 1e-5),
+        ("transformers", competitors.transformers_training, 1e-2),  # in bf16
+    ],
+)
+def test_side_with_little_memory_computes_the_gradients_of_the_whole_step(
+    name: str, make_turn: Callable[..., Turn], tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"n_layer": 1, "n_head": 2, "n_embd": 32, "compile": "off", "precision": "bf16"}
+    config = with_batch(anew.recipe("gpt2-5m", device="cpu", **settings), 8, 64)
+    need = step_memory(name, compiled=False)
+    enough_for_two = step_bytes(need, config, 2) / USABLE_SHARE + 1
+    [size] = fitting_micro_batches(config, {name: need}, enough_for_two).values()
+    assert size == 2
+
+    # Clipping would hide a wrong scale.
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(1.0))
+    gradients: list[torch.Tensor] = []
+
+    def keep_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    with register_optimizer_step_pre_hook(keep_gradients):
+        torch.manual_seed(0)
+        whole = make_turn(config, "cpu")()
+        torch.manual_seed(0)
+        split = make_turn(config.override(micro_batch=size), "cpu")()
+    [expected, found] = gradients
+    assert (found - expected).norm() < tolerance * expected.norm()
+    if name != "transformers":
+        assert split.loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_command_says_which_sides_have_smaller_micro_batches_or_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "available_memory", lambda: int(1.9e9))
+    code, facts, out, _ = compare_in_command(
+        monkeypatch, capsys, anew=busy, transformers=busier, eager_fp32=busy
+    )
+    assert code == 0
+    assert facts["micro_batches"] == {"anew": 4, "transformers": 4}
+    assert list(facts["left_out"]) == ["fp32, eager"]
+    assert "one sequence needs about 0.5 GB" in facts["left_out"]["fp32, eager"]
+    assert "fp32, eager is left out" in out
+    monkeypatch.setattr(bench, "available_memory", lambda: int(1e8))
+    finished = run(capsys, "bench", "train", "gpt2-5m", "--device", "cpu")
+    assert finished.code == 2
+    assert "a step does not fit" in finished.stderr

@@ -200,6 +200,19 @@ def machine_memory() -> int:
         return 0
 
 
+def available_memory() -> int:
+    """Return the bytes of memory that new processes can use; 0 where the system does not tell.
+
+    On systems other than Linux, this is all memory of the machine.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return machine_memory()
+    [line] = [line for line in lines if line.startswith("MemAvailable:")]
+    return int(line.split()[1]) * 1024
+
+
 def measure_attention(
     config: Config, kind: str, lengths: Sequence[int], rounds: int, device: str
 ) -> list[Measured | str]:

@@ -7,6 +7,7 @@ A comparison goes on without a side whose process ends. With --json, `left_out` 
 each side that has no figures, and such a side has no `ratio_to_` key.
 """
 
+import functools
 import json
 import statistics
 import tempfile
@@ -20,8 +21,10 @@ from anew.bench import competitors
 from anew.bench.compare import Comparison, alternate, ratio
 from anew.bench.competitors import is_installed
 from anew.bench.ladder import Rung
+from anew.bench.memory import fitting_micro_batches, step_bytes, step_memory
 from anew.bench.timing import (
     Measured,
+    available_memory,
     measure_attention,
     measure_in_new_process,
     measure_ladder,
@@ -36,7 +39,7 @@ from anew.errors import UserError, unknown_name
 from anew.evaluate.tasks.registry import TASKS
 from anew.model.flops import flops_per_token
 from anew.report import png
-from anew.utils.device import peak_flops, pick_device, set_up_device
+from anew.utils.device import peak_flops, pick_compile, pick_device, set_up_device
 
 FLAGS = [
     flag("rounds", int, 5, "timed steps a rung, or turns a side"),
@@ -270,13 +273,47 @@ def compare_training(config: Config, device: str, arguments: Any) -> Figures:
         sides["fp32, eager"] = competitors.eager_fp32_training
     config = config.override(precision="bf16" if device != "mps" else "fp32")
     print(f"{_step_title(config, device)}, {arguments.rounds} turns\n", flush=True)
-    found = _take_turns(sides, (config, device), arguments.rounds, missing)
+    micro_batches = _micro_batches(config, list(sides), device, missing)
+    turns = {
+        name: functools.partial(sides[name], config.override(micro_batch=size))
+        for name, size in micro_batches.items()
+    }
+    found = _take_turns(turns, (device,), arguments.rounds, missing)
     for name, seconds in found.seconds.items():
         median = statistics.median(seconds)
         rate = config.run.batch_tokens / median
         tflops = rate * flops_per_token(config.model, config.data.seq_len) / 1e12
         print(f"{name:<13} {median:.3f} s a step  {rate:,.0f} tokens/s  {tflops:.3g} TFLOP/s")
-    return _comparison_figures(found)
+    return {**_comparison_figures(found), "micro_batches": micro_batches}
+
+
+def _micro_batches(
+    config: Config, names: list[str], device: str, missing: dict[str, str]
+) -> dict[str, int]:
+    """Return the micro-batch of each side whose step fits into memory beside the others.
+
+    On a CPU, a side for which too little memory is left accumulates smaller micro-batches of the
+    same tokens; it is added to `missing` if not even one sequence fits. Elsewhere, nothing is
+    estimated.
+    """
+    whole, _ = config.micro_batches(1)
+    available = available_memory()
+    if device != "cpu" or not available:
+        return dict.fromkeys(names, whole)
+    compiled, _ = pick_compile(config.run.compile, torch.device(device))
+    needs = {name: step_memory(name, compiled) for name in names}
+    sizes = fitting_micro_batches(config, needs, available)
+    gigabytes = f"{available / 1e9:.1f} GB of memory are available to all sides"
+    for name, size in sizes.items():
+        if size == 0:
+            needed = step_bytes(needs[name], config, 1) / 1e9
+            missing[name] = f"one sequence needs about {needed:.1f} GB; {gigabytes}"
+        elif size < whole:
+            text = f"{name} accumulates micro-batches of {size}: {gigabytes}"
+            print(textwrap.fill(text, 80, subsequent_indent="    "), flush=True)
+    if OWN_SIDE in missing:
+        raise UserError(f"a step does not fit: {missing[OWN_SIDE]}; choose a shorter --seq-len.")
+    return {name: size for name, size in sizes.items() if size > 0}
 
 
 def compare_generation(config: Config, device: str, arguments: Any) -> Figures:
