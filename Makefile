@@ -10,16 +10,18 @@ BIN := .venv/bin
 endif
 READY := .venv/.ready
 
-.PHONY: setup demo quick test faults lint types check docs notebooks clean
+.PHONY: setup lock demo quick test faults lint types check docs notebooks clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"anew needs Python 3.11 to 3.13, not {v[0]}.{v[1]}; use make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv || { echo "python's venv module is missing (Debian: apt-get install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) tools/set_up.py
 	@touch $(READY)
+
+# After a change of dependencies in pyproject.toml. To move to new versions: make lock UV_FLAGS=--upgrade
+lock:
+	$(PYTHON) tools/set_up.py lock
+	$(BIN)/python tools/lock.py $(UV_FLAGS)
 
 demo: setup
 	$(BIN)/python -m anew train demo
@@ -33,7 +35,7 @@ faults: setup
 
 # AWS's launcher, for one test. It is compiled: where that cannot be done the test is skipped and says so.
 .venv/.launcher: $(READY)
-	-$(BIN)/python -m pip install --quiet --constraint constraints.txt sagemaker-training 2> .venv/launcher.log
+	-$(PYTHON) tools/set_up.py sagemaker 2> .venv/launcher.log
 	@touch $@
 
 lint: setup
