@@ -34,6 +34,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -
     return UserError(f"there is no {kind} '{name[:200]}'; {advice}")
 
 
+def missing_packages(purpose: str, *packages: str) -> UserError:
+    """Return the error for `purpose` where its optional packages are not installed.
+
+    It names the packages and not an extra, so that it is right for a wheel and for a clone.
+    """
+    return UserError(
+        f"{purpose} needs {' and '.join(packages)}; run: pip install {' '.join(packages)}"
+    )
+
+
 class Preempted(Exception):
     """A signal asked the process to stop, and its last complete step is saved (exit code 75)."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from anew.checkpoint.gguf import DTYPES, write_gguf
 from anew.checkpoint.huggingface import find_model, load_model, save_for_sharing
 from anew.checkpoint.onnx import write_onnx
-from anew.errors import UserError, unknown_name
+from anew.errors import UserError, missing_packages, unknown_name
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import atomic_file, atomic_folder
 
@@ -58,8 +58,5 @@ def _check(to: str, out: Path, dtype: str) -> None:
         )
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it.")
-    for package in FORMATS[to]:
-        if not find_spec(package):
-            raise UserError(
-                f"the format {to} needs the package {package}: pip install -e '.[export]'."
-            )
+    if not all(find_spec(package) for package in FORMATS[to]):
+        raise missing_packages(f"--to {to}", *FORMATS[to])

@@ -12,7 +12,7 @@ import tyro
 
 from anew.checkpoint.huggingface import find_model
 from anew.cli.sample import Device, Precision, open_model
-from anew.errors import UserError
+from anew.errors import UserError, missing_packages
 
 log = logging.getLogger("anew")
 OWN_NAMES = {"127.0.0.1", "localhost", "::1"}
@@ -51,7 +51,7 @@ def run_serve(argv: list[str]) -> None:
         from anew.serve.app import app
         from anew.serve.engine import Engine, Served
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}; pip install -e '.[serve]'.") from error
+        raise missing_packages("anew serve", "fastapi", "uvicorn") from error
     served = []
     for name in dict.fromkeys(args.models):
         path = find_model(name)

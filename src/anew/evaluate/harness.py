@@ -1,4 +1,4 @@
-"""Run any task of EleutherAI's lm-evaluation-harness: `pip install -e '.[eval]'`.
+"""Run any task of EleutherAI's lm-evaluation-harness: `pip install lm-eval`.
 
     anew evaluate runs/mine --task harness:arc_easy
     lm_eval.simple_evaluate(model=HarnessModel(model, tokenizer), tasks=["arc_easy"])
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from anew.distributed.world import ALONE, World
-from anew.errors import UserError
+from anew.errors import UserError, missing_packages
 from anew.evaluate.scorer import Question, score
 from anew.evaluate.tasks.running_text import windows
 from anew.inference.generate import stream
@@ -24,9 +24,7 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
 except ImportError as error:
-    raise UserError(
-        "tasks of lm-evaluation-harness need its package; run pip install -e '.[eval]'."
-    ) from error
+    raise missing_packages("a task of lm-evaluation-harness", "lm-eval") from error
 
 # Endings in one question. With more, the row becomes so long that its attention mask costs more
 # than the shared context saves.

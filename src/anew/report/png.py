@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anew.errors import UserError
+from anew.errors import missing_packages
 from anew.report.html import reference_lines
 from anew.report.run import Run
 from anew.report.svg import Line, Points, settled, smoothed
@@ -162,7 +162,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise UserError("pictures need matplotlib; pip install -e '.[pictures]'.") from error
+        raise missing_packages("a picture", "matplotlib") from error
 
     mpl.use("Agg")
     from matplotlib import pyplot

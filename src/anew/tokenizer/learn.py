@@ -3,7 +3,7 @@
     anew prepare my_texts/ --tokenizer train:8000 --out data/mine
     tokenizer = learn(documents, 8000)
 
-The package `tokenizers` does the learning (pip install -e '.[vocabulary]'); using a learned
+The package `tokenizers` does the learning (pip install tokenizers); using a learned
 vocabulary does not need it. The result is in GPT-2's format. Equal text gives equal merges, because
 ties between pairs are broken by their ids.
 """
@@ -11,7 +11,7 @@ ties between pairs are broken by their ids.
 import json
 from collections.abc import Iterable, Iterator
 
-from anew.errors import UserError
+from anew.errors import UserError, missing_packages
 from anew.tokenizer.bpe import Tokenizer, pieces
 
 # More text hardly changes a vocabulary of tens of thousands of words.
@@ -27,9 +27,7 @@ def learn(documents: Iterable[bytes], n_vocab: int) -> Tokenizer:
         from tokenizers import Tokenizer as Learner
         from tokenizers import models, pre_tokenizers, trainers
     except ImportError as error:
-        raise UserError(
-            "learning a vocabulary needs the package tokenizers: pip install -e '.[vocabulary]'."
-        ) from error
+        raise missing_packages("learning a vocabulary", "tokenizers") from error
     learner = Learner(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     learner.pre_tokenizer = byte_level

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from anew.config.schema import Config
+from anew.errors import missing_packages
 
 log = logging.getLogger("anew")
 
@@ -64,10 +65,8 @@ class Tracker:
                 client.log(row, step=row.pop("step"))
             client.finish()
         except ImportError:
-            log.warning(
-                f"--track {self.service} needs the package {self.service}: pip install "
-                f"{self.service}. The run continues without it."
-            )
+            error = missing_packages(f"--track {self.service}", self.service)
+            log.warning(f"{error}. The run continues without it.")
         except Exception as error:  # noqa: BLE001 (nothing of the client may end the run)
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             log.warning(f"--track {self.service} ended ({first_line}); the run continues")

@@ -34,7 +34,7 @@ def test_missing_package_of_a_format_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anew.checkpoint.export.find_spec", lambda package: None)
-    with pytest.raises(UserError, match="needs the package gguf"):
+    with pytest.raises(UserError, match="needs gguf; run: pip install gguf"):
         export_model(str(tmp_path), "gguf", tmp_path / "x.gguf")
 
 
