@@ -4,10 +4,15 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
+from importlib.metadata import distributions as metadata_of
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from anew import __version__
 from tests.support import ROOT
 
 
@@ -36,31 +41,62 @@ def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     assert "Author: The anew authors" in metadata
 
 
-def test_installed_wheel_trains_samples_and_reports_in_an_empty_folder(
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_wheel_and_its_dependencies_alone_train_and_sample_in_an_empty_folder(
     wheel: Path, tmp_path: Path
 ) -> None:
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    """A package that pyproject.toml does not declare cannot be imported in this environment."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = venv / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True)
+    [site] = (venv / "lib").glob("python*/site-packages")
+    link_dependencies(site)
     here = tmp_path / "here"
     here.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(site), "ANEW_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"ANEW_CACHE": str(tmp_path / "cache")}
+    environment.pop("PYTHONPATH", None)
 
-    def run(*arguments: str) -> str:
+    def run(*command: str | Path) -> str:
         done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=here,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+            command, cwd=here, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert run("-c", "import anew; print(anew.__file__)").startswith(str(site))
-    assert "validation loss" in run("-m", "anew", "train", "demo", "--steps", "4")
+    anew = venv / "bin" / "anew"
+    assert run(anew, "--version") == f"anew {__version__}\n"
+    assert run(python, "-c", "import anew; print(anew.__file__)").startswith(str(site))
+    assert "validation loss" in run(anew, "train", "demo", "--steps", "4")
     assert "import os" in run(
-        "-m", "anew", "sample", "runs/demo", "--prompt", "import os", "--tokens", "20"
+        anew, "sample", "runs/demo", "--prompt", "import os", "--tokens", "20"
     )
     assert (here / "runs" / "demo" / "report.html").is_file()
+    missing = subprocess.run(
+        [anew, "serve", "runs/demo"], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert missing.returncode == 2
+    assert "pip install fastapi uvicorn" in missing.stderr
+
+
+def link_dependencies(site: Path) -> None:
+    """Link the packages that the wheel in `site` requires, directly or not, from this Python."""
+    [metadata] = metadata_of(path=[str(site)])
+    waiting = [Requirement(text) for text in metadata.requires or []]
+    linked = set()
+    while waiting:
+        requirement = waiting.pop()
+        extras = ["", *requirement.extras]
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        name = canonicalize_name(requirement.name)
+        if name in linked:
+            continue
+        linked.add(name)
+        package = distribution(name)
+        waiting += [Requirement(text) for text in package.requires or []]
+        for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(str(package.locate_file(top)))
