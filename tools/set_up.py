@@ -1,7 +1,8 @@
 """Make .venv and install the project into it, with its extras and what development needs.
 
-    python3 tools/set_up.py          # `make setup` does this; on Windows: py -3.11 tools\\set_up.py
-    python3 tools/set_up.py sagemaker      # adds another dependency group of pyproject.toml
+    python3 tools/set_up.py                 # what `make setup` does
+    python3 tools/set_up.py --without-dev   # to use the project, not to change it
+    python3 tools/set_up.py sagemaker       # add another dependency group of pyproject.toml
 
 pip compares every file with its hash in constraints.txt before it is installed or built.
 """
@@ -24,14 +25,16 @@ def main() -> None:
     if not PYTHON.exists():
         make_venv()
     upgrade_pip()
-    if len(sys.argv) > 1:
-        pip(*LOCKED, "--group", sys.argv[1])
+    choice = "".join(sys.argv[1:])
+    if choice not in ("", "--without-dev"):
+        pip(*LOCKED, "--group", choice)
         return
     if not has_torch():
         install_cpu_build()
     requirements = VENV / "requirements.txt"
     requirements.write_text("\n".join(dependencies()), encoding="utf-8")
-    pip(*LOCKED, "--requirement", str(requirements), "--group", "dev")
+    group = "build" if choice else "dev"
+    pip(*LOCKED, "--requirement", str(requirements), "--group", group)
     # Separately, because a folder has no hash. All that the build needs is installed by now.
     pip("--no-deps", "--no-build-isolation", "--editable", ".")
 
