@@ -43,8 +43,23 @@ def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str
     elif to == "gguf":
         with atomic_file(out) as file:
             write_gguf(file, gpt, tokenizer, dtype, name=out.stem)
+        with atomic_file(modelfile(out)) as file:
+            file.write_text(_modelfile_text(out, gpt.config.n_positions), encoding="utf-8")
     elif to == "onnx":
         write_onnx(out, gpt)
+
+
+def modelfile(out: Path) -> Path:
+    """Return the path of the Modelfile beside a GGUF file, for `ollama create NAME -f PATH`."""
+    return out.with_name(f"{out.name}.Modelfile")
+
+
+def _modelfile_text(out: Path, n_positions: int) -> str:
+    """Return what Ollama needs to continue a text, with no frame of a conversation around it.
+
+    FROM is relative to the Modelfile (https://docs.ollama.com/modelfile).
+    """
+    return f"FROM ./{out.name}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {n_positions}\n"
 
 
 def _check(to: str, out: Path, dtype: str) -> None:
@@ -56,7 +71,8 @@ def _check(to: str, out: Path, dtype: str) -> None:
         raise UserError(
             f"--dtype {dtype} cannot be exported to {to}, which supports {', '.join(dtypes)}."
         )
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another --out or remove it.")
+    for path in [out, modelfile(out)] if to == "gguf" else [out]:
+        if path.exists():
+            raise UserError(f"{path} exists already; choose another --out or remove it.")
     if not all(find_spec(package) for package in FORMATS[to]):
         raise missing_packages(f"--to {to}", *FORMATS[to])

@@ -30,6 +30,21 @@ def test_unknown_formats_and_dtypes_and_existing_targets_are_refused(tmp_path: P
     assert list(out.iterdir()) == []
 
 
+def test_gguf_has_a_modelfile_and_overwrites_none(tmp_path: Path) -> None:
+    gpt = saved_model(tmp_path, BYTES)
+    out = tmp_path / "new" / "mine.gguf"
+    export_model(str(tmp_path), "gguf", out)
+    beside = tmp_path / "new" / "mine.gguf.Modelfile"
+    instructions = dict(line.split(maxsplit=1) for line in beside.read_text().splitlines())
+    assert (beside.parent / instructions["FROM"]).samefile(out)
+    assert instructions["TEMPLATE"] == "{{ .Prompt }}"
+    assert instructions["PARAMETER"] == f"num_ctx {gpt.config.n_positions}"
+    out.unlink()
+    with pytest.raises(UserError, match=r"mine\.gguf\.Modelfile exists already"):
+        export_model(str(tmp_path), "gguf", out)
+    assert not out.exists()
+
+
 def test_missing_package_of_a_format_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
