@@ -41,6 +41,7 @@ COMMANDS = {
     "verify": "Check that a model is what it claims to be, and that a run resumes.",
     "doctor": "Check what this machine can do: device, compiler, ranks, training.",
     "serve": "Serve models: a web page, and OpenAI's completions API.",
+    "completion": "Print a script that completes commands and flags in a shell.",
 }
 UNUSABLE_FILE = (
     PermissionError,
@@ -124,7 +125,7 @@ def _overview() -> str:
     lines = ["anew: train, evaluate and serve GPT-2 models.", ""]
     lines.append("usage: anew COMMAND ...    (anew COMMAND --help lists its flags)")
     lines.append("")
-    lines += [f"  {name:<9} {summary}" for name, summary in COMMANDS.items()]
+    lines += [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
     lines += ["", "recipes of `anew train`:"]
     lines += [f"  {name:<22} {summary}" for name, (summary, _) in RECIPES.items()]
     return "\n".join(lines)
