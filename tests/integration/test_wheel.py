@@ -49,8 +49,8 @@ def test_wheel_and_its_dependencies_alone_train_and_sample_in_an_empty_folder(
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
-    subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
     [site] = (venv / "lib").glob("python*/site-packages")
     link_dependencies(site)
     here = tmp_path / "here"
