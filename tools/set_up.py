@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +85,8 @@ def has_torch() -> bool:
 
 def dependencies() -> list[str]:
     """Return the requirements of the project and of its extras."""
+    import tomllib  # here, so that Python 3.10 reaches the message about its version
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].values()
     found = {*project["dependencies"], *(line for extra in extras for line in extra)}
