@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anew.errors import missing_packages
+from anew.errors import UserError, missing_packages
 from anew.report.html import reference_lines
 from anew.report.run import Run
 from anew.report.svg import Line, Points, settled, smoothed

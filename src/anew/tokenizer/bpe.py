@@ -160,10 +160,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, which never include end of text.
 
-        Lone surrogates, which UTF-8 cannot represent, become U+FFFD.
+        Lone surrogates, which UTF-8 cannot represent, become U+FFFD. Raises TypeError if `text` is
+        not a string.
         """
         if not isinstance(text, str):
-            raise UserError(f"encode takes a text, and not {text!r}.")
+            raise TypeError(f"encode takes a text, and not {text!r}")
         text = _without_surrogates(text)
         if self.name == "bytes":
             return list(text.encode())

@@ -70,5 +70,5 @@ def test_tokenizer_of_a_model_folder_is_found_by_the_name_of_the_model(tmp_path:
 
 def test_what_is_not_a_text_is_refused() -> None:
     wrong: Any = 5
-    with pytest.raises(UserError, match="encode takes a text, and not 5"):
+    with pytest.raises(TypeError, match="encode takes a text, and not 5"):
         Tokenizer.named("gpt2").encode(wrong)
