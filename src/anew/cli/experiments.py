@@ -30,7 +30,7 @@ ARM_TITLES = {"reference": "reference recipe", "adamw": "AdamW, tuned", "fast": 
 OVER_EXAMPLE = "--over 'lr=1e-3,2e-3 weight_decay=0,0.1'"
 
 
-def _check(config: Config, arguments: Any) -> None:
+def check_comparable(config: Config, arguments: Any) -> None:
     """Refuse settings with which the runs could not be compared."""
     if config.data.val_tokens < 2 or config.data.one_batch:
         raise UserError(
@@ -50,7 +50,7 @@ def recipe(
     config: Config, device: str, arguments: Any, given: Collection[str] = ()
 ) -> dict[str, Any]:
     """Compare the fast recipe with the reference and with tuned AdamW by their time to a loss."""
-    _check(config, arguments)
+    check_comparable(config, arguments)
     _check_arms(config, arguments, given)
     out = Path(config.run.out or f"runs/bench-{config.recipe}")
     seeds = tuple(range(1, arguments.seeds + 1))
@@ -67,7 +67,7 @@ def recipe(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    with _quiet_runs(), stop_after(arguments.minutes) as stop:
+    with quiet_runs(), stop_after(arguments.minutes) as stop:
         best, arms = experiment.run(out, stop, loss_of, say)
     facts = _print_verdict(best, arms)
     # JSON has no infinity, which is the loss of a run that diverged.
@@ -114,7 +114,7 @@ def _exported_loss(result: TrialResult, config: Config, device: str) -> float:
 
 
 @contextmanager
-def _quiet_runs() -> Iterator[None]:
+def quiet_runs() -> Iterator[None]:
     """Show only warnings of the runs on the console; all messages are in each run's log.txt."""
     console = list(logging.getLogger("anew").handlers)
     for handler in console:
@@ -175,15 +175,15 @@ def sweep(
     given: Collection[str] = (),  # noqa: ARG001
 ) -> dict[str, Any]:
     """Print the validation loss over a grid of one setting or two; every run keeps its curve."""
-    _check(config, arguments)
-    axes = _axes(arguments.over, config)
+    check_comparable(config, arguments)
+    axes = parse_axes(arguments.over, config)
     out = Path(config.run.out or f"runs/sweep-{config.recipe}")
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     trials = []
     for point in grid:
         name = ",".join(f"{key}={value}" for key, value in point.items())
-        trials.append(Trial(name, _config_at(config, point)))
-        _check(trials[-1].config, arguments)
+        trials.append(Trial(name, config_at(config, point)))
+        check_comparable(trials[-1].config, arguments)
     print(f"{config.recipe}, {len(trials)} runs in {out}\n", flush=True)
 
     def report(trial: Trial, result: TrialResult) -> None:
@@ -193,7 +193,7 @@ def sweep(
             flush=True,
         )
 
-    with _quiet_runs(), stop_after(arguments.minutes) as stop:
+    with quiet_runs(), stop_after(arguments.minutes) as stop:
         results = run_trials(trials, out, stop, report)
     losses = [results[trial.name].loss for trial in trials]
     _print_grid(axes, losses)
@@ -224,7 +224,7 @@ def _print_grid(axes: dict[str, list[Any]], losses: list[float]) -> None:
         print(f"{value!s:>12}" + "".join(cells))
 
 
-def _config_at(config: Config, point: Settings) -> Config:
+def config_at(config: Config, point: Settings) -> Config:
     """Return `config` with these settings; `min_lr` keeps its ratio to the peak rate."""
     settings = dict(point)
     if "lr" in point and "min_lr" not in point:
@@ -232,7 +232,7 @@ def _config_at(config: Config, point: Settings) -> Config:
     return config.override(**settings).check()
 
 
-def _axes(text: str, config: Config) -> dict[str, list[Any]]:
+def parse_axes(text: str, config: Config) -> dict[str, list[Any]]:
     """Parse 'lr=1e-3,2e-3 weight_decay=0,0.1' into {setting: values}."""
     axes: dict[str, list[Any]] = {}
     for part in text.split():
