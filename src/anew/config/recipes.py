@@ -104,6 +104,16 @@ _FIVE_MILLION = Config().override(
     val_tokens=65_536,
 )
 
+# One size of `anew bench scaling`. With batches of 1,024 tokens a run of ten tokens a parameter has
+# enough steps to learn more than the frequencies of byte pairs.
+_ONE_MILLION = _SMALL.override(
+    n_head=4,
+    batch_tokens=1024,
+    steps=8388,
+    warmup_steps=314,
+    val_tokens=131_072,
+)
+
 _FINETUNE = Config().override(
     lr=3e-5,
     min_lr=3e-6,
@@ -165,6 +175,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "shakespeare": ("learn Shakespeare's plays, in a minute on 2 CPU cores", _SHAKESPEARE),
     "shakespeare-memorise": ("memorise the plays (same as shakespeare --memorise)", _MEMORISE),
     "overfit": ("train on one batch, to check that the model can learn", _OVERFIT),
+    "gpt2-1m": ("GPT-2 with 1M parameters, for scaling experiments", _ONE_MILLION),
     "gpt2-5m": ("GPT-2 with 5M parameters, for experiments of minutes", _FIVE_MILLION),
     "gpt2-124m": ("GPT-2 small on 10B tokens of FineWeb-Edu", _124M),
     "gpt2-350m": ("GPT-2 medium on the same tokens", _350M),
