@@ -22,6 +22,7 @@ from anew.bench.compare import Comparison, alternate, ratio
 from anew.bench.competitors import is_installed
 from anew.bench.ladder import Rung
 from anew.bench.memory import fitting_micro_batches, step_bytes, step_memory
+from anew.bench.scaling import DEFAULT_SIZES, DEFAULT_TOKENS_PER_PARAMETER
 from anew.bench.timing import (
     Measured,
     available_memory,
@@ -30,7 +31,7 @@ from anew.bench.timing import (
     measure_ladder,
     with_batch,
 )
-from anew.cli import experiments
+from anew.cli import experiments, scaling
 from anew.cli.args import Command, flag
 from anew.cli.progress import progress_bar
 from anew.config.recipes import read_recipe
@@ -56,20 +57,28 @@ FLAGS = [
     ),
     flag("examples", int, 100, "evaluate: examples a turn"),
     flag("documents", int, 60_000, "prepare: at most this many documents"),
-    flag("seeds", int, 3, "recipe: seeds of each arm"),
+    flag("seeds", int, 3, "recipe: seeds of each arm; scaling: seeds of each size"),
     flag(
         "over",
         str,
         "",
-        "sweep: one setting or two with their values: 'lr=1e-3,2e-3 weight_decay=0,0.1'",
+        "sweep: one setting or two with their values: 'lr=1e-3,2e-3 weight_decay=0,0.1'; "
+        "scaling: one setting with the values to compare: optimizer=adamw,muon",
+    ),
+    flag("sizes", str, DEFAULT_SIZES, "scaling: models to train, as layers x width"),
+    flag(
+        "tokens_per_parameter",
+        float,
+        DEFAULT_TOKENS_PER_PARAMETER,
+        "scaling: tokens of a run for each parameter of its model",
     ),
     flag(
         "minutes",
         float,
         0.0,
-        "recipe, sweep: stop after this time; the same command continues; 0: no limit",
+        "recipe, sweep, scaling: stop after this time; the same command continues; 0: no limit",
     ),
-    flag("picture", str, "", "ladder, recipe, sweep: write a PNG here"),
+    flag("picture", str, "", "ladder, recipe, sweep, scaling: write a PNG here"),
     flag("json", bool, False, "the last line of standard output is one JSON object"),
 ]
 ABOUT = "Time this machine. Example: anew bench ladder gpt2-124m --micro-batch 4 --seq-len 256"
@@ -81,11 +90,11 @@ Figures = dict[str, Any]  # what --json prints
 Times = dict[str, list[float]]  # seconds of each turn, by side
 OWN_SIDE = "anew"
 NOT_INSTALLED = "the package is not installed"
-WITH_PICTURE = ("ladder", "recipe", "sweep")
+WITH_PICTURE = ("ladder", "recipe", "sweep", "scaling")
 
 
 def run_bench(argv: list[str]) -> None:
-    """Time ladder, attention, train, generate, evaluate or prepare; or run recipe or sweep."""
+    """Time ladder, attention, train, generate, evaluate or prepare; or run an experiment."""
     what = ""
     rest = argv
     if argv and not argv[0].startswith("-"):
@@ -97,7 +106,7 @@ def run_bench(argv: list[str]) -> None:
         raise UserError(f"say what to measure: anew bench {'|'.join(known)}.")
     command = Command(f"bench {what or 'WHAT'}", ABOUT, FLAGS)
     typed = command.read(rest)
-    base = read_recipe(typed.recipe or ("gpt2-5m" if what in EXPERIMENTS else "gpt2-124m"))
+    base = read_recipe(typed.recipe or DEFAULT_RECIPES.get(what, "gpt2-124m"))
     command.show_help(rest, base)
     arguments = typed.options
     chosen = set(typed.settings)
@@ -436,4 +445,9 @@ MEASUREMENTS = {
     "evaluate": compare_scoring,
     "prepare": compare_preparing,
 }
-EXPERIMENTS = {"recipe": experiments.recipe, "sweep": experiments.sweep}
+EXPERIMENTS = {
+    "recipe": experiments.recipe,
+    "sweep": experiments.sweep,
+    "scaling": scaling.scaling,
+}
+DEFAULT_RECIPES = {"recipe": "gpt2-5m", "sweep": "gpt2-5m", "scaling": "gpt2-1m"}

@@ -79,6 +79,33 @@ def time_to_loss(
     _save(figure, path)
 
 
+def loss_over_compute(
+    arms: Sequence[tuple[str, Points, Points]], title: str, unit: str, path: Path
+) -> None:
+    """Draw the losses of runs over their compute, and the line that was fitted to each arm.
+
+    `arms` are (name, (FLOPs, loss) of every run, points of the line). Both axes are logarithmic.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for (name, runs, line), colour in zip(arms, COLOURS, strict=False):
+        _draw(axes, line, colour, linewidth=1.5, label=name)
+        flops, losses = zip(*runs, strict=True)
+        axes.scatter(flops, losses, color=colour, s=14, alpha=0.7)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.set_ylabel(f"validation loss, nats a {unit} (logarithmic)")
+    _finish(
+        axes,
+        f"{title}: every point is a run, every line a power law",
+        "floating-point operations of a run (logarithmic)",
+    )
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def progress(runs: Sequence[Run], path: Path) -> Path:
     """Draw loss, learning rate, gradient norm and speed of one run or several over tokens."""
     pyplot = _pyplot()
