@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anew.bench.sweep import Trial, TrialResult, run_trials
-from anew.bench.time_to_loss import SMALL_TUNING, TUNING_SEED, Settings, fitted
+from anew.bench.time_to_loss import SMALL_TUNING, TUNING_SEED, WARMUP, Settings, fitted
 from anew.config.schema import Config
 from anew.errors import UserError
 from anew.model.flops import count_parameters, flops_per_token
@@ -92,25 +92,24 @@ class Ladder:
     tokens_per_parameter: float
     seeds: tuple[int, ...]
 
-    def config_at(
-        self, config: Config, size: Size, seed: int, tuned: Settings | None = None
-    ) -> Config:
+    def config_at(self, config: Config, size: Size, seed: int, tuned: Settings) -> Config:
         """Return the run of one size. The rates of `config` are those of its own width.
 
-        `tuned` replaces settings of `config`; its rates are those of TUNED_WIDTH.
+        `tuned` replaces settings of `config`, unless it is empty. Its rates are those of
+        TUNED_WIDTH; `min_lr` keeps its ratio to the peak rate.
         """
-        settings = dict(tuned or {})
-        warmup = {name: settings.pop(name) for name in ("warmup_share",) if name in settings}
+        settings = dict(tuned)
+        warmup_share = settings.pop("warmup_share", WARMUP)
         if tuned:
-            settings.setdefault("min_lr", config.optim.min_lr / config.optim.lr * settings["lr"])
-            config = config.override(n_embd=TUNED_WIDTH, **settings)
+            min_lr = config.optim.min_lr / config.optim.lr * tuned["lr"]
+            config = config.override(n_embd=TUNED_WIDTH, min_lr=min_lr, **settings)
         factor = math.sqrt(config.model.n_embd / size.n_embd)
         rates = {name: factor * config.value(name) for name in LEARNING_RATES}
         shape = {"n_layer": size.n_layer, "n_head": size.n_head, "n_embd": size.n_embd}
         config = config.override(**shape, **rates, sample_every=0)
         tokens = self.tokens_per_parameter * count_parameters(config.model)
         config = config.override(steps=round(tokens / config.run.batch_tokens))
-        return fitted(config, 1.0, seed, **warmup)
+        return fitted(config, 1.0, seed, warmup_share)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The ladder of sizes: which runs it consists of, and which requests are refused."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from anew.bench import scaling as scaling_runs
 from anew.bench.scaling import (
     DEFAULT_SIZES,
     TUNED_WIDTH,
@@ -18,13 +21,16 @@ from anew.bench.scaling import (
     SizeResult,
     parse_sizes,
 )
+from anew.bench.sweep import Trial, TrialResult
 from anew.bench.time_to_loss import TUNING_SEED
 from anew.cli.scaling import scaling
 from anew.config.recipes import read_recipe
-from anew.config.schema import Config
+from anew.config.schema import Config, GPTConfig
 from anew.errors import UserError
+from anew.model.flops import flops_per_token
 from anew.model.gpt import GPT
 from anew.report import png
+from anew.utils.signals import StopFlag
 
 SEEDS = (1, 2)
 
@@ -83,7 +89,7 @@ def test_requests_without_a_comparison_are_refused(
 
 def test_runs_have_their_tokens_and_end_with_their_schedule(config: Config, ladder: Ladder) -> None:
     for size in ladder.sizes:
-        run = ladder.config_at(config, size, seed=1)
+        run = ladder.config_at(config, size, seed=1, tuned={})
         parameters = sum(parameter.numel() for parameter in GPT(run.model).parameters())
         assert run.total_tokens == pytest.approx(10 * parameters, rel=0.01)
         assert run.model.head_dim == 32
@@ -95,11 +101,11 @@ def test_runs_have_their_tokens_and_end_with_their_schedule(config: Config, ladd
 def test_learning_rates_fall_with_the_square_root_of_the_width(
     config: Config, ladder: Ladder
 ) -> None:
-    narrow = ladder.config_at(config, Size(2, 64), seed=1)
-    wide = ladder.config_at(config, Size(2, 256), seed=1)
+    narrow = ladder.config_at(config, Size(2, 64), seed=1, tuned={})
+    wide = ladder.config_at(config, Size(2, 256), seed=1, tuned={})
     assert narrow.optim.lr == pytest.approx(2 * wide.optim.lr)
     assert narrow.optim.muon_lr == pytest.approx(2 * wide.optim.muon_lr)
-    own_width = ladder.config_at(config, Size(2, config.model.n_embd), seed=1)
+    own_width = ladder.config_at(config, Size(2, config.model.n_embd), seed=1, tuned={})
     assert own_width.optim.lr == pytest.approx(config.optim.lr)
     tuned = TUNING["muon"][0]
     as_tuned = ladder.config_at(config, Size(2, TUNED_WIDTH), 1, tuned)
@@ -127,6 +133,56 @@ def test_arms_differ_in_the_change_and_what_is_tuned(config: Config, ladder: Lad
 def same_rates(one: Config, other: Config) -> set[str]:
     names = ("lr", "wte_lr", "muon_lr")
     return {name for name in names if one.value(name) == other.value(name)}
+
+
+def run_with(
+    experiment: Experiment,
+    loss_of: Callable[[Trial], float],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[ArmResult]:
+    """Run the experiment with losses that are given instead of trained."""
+
+    def results(trials: list[Trial], *_: Any) -> dict[str, TrialResult]:
+        return {
+            trial.name: TrialResult(
+                out, trial.config, trial.config.total_tokens, 1.0, loss_of(trial)
+            )
+            for trial in trials
+        }
+
+    monkeypatch.setattr(scaling_runs, "run_trials", results)
+    return experiment.run(out, StopFlag(), print)
+
+
+def test_sizes_collect_their_own_seeds_and_the_best_tuning(
+    config: Config, ladder: Ladder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best_rate = ladder.config_at(config, ladder.sizes[0], 0, TUNING["muon"][1]).optim.muon_lr
+
+    def loss_of(trial: Trial) -> float:
+        run = trial.config
+        if run.run.seed == TUNING_SEED:
+            return abs(run.optim.muon_lr - best_rate)
+        return run.model.n_layer * run.model.n_embd + run.run.seed / 10
+
+    [arm] = run_with(Experiment(ladder, {"a": config}), loss_of, tmp_path, monkeypatch)
+    assert arm.tuned == TUNING["muon"][1]
+    for size in arm.sizes:
+        product = size.size.n_layer * size.size.n_embd
+        assert size.losses == (product + 0.1, product + 0.2)
+        shape = GPTConfig(size.size.n_layer, 1, size.size.n_embd, vocab_size=257)
+        assert size.flops == size.tokens * flops_per_token(shape, 128)
+
+
+def test_a_run_that_diverged_is_named(
+    config: Config, ladder: Ladder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss_of(trial: Trial) -> float:
+        return math.inf if trial.name == "a-3x96-seed-2" else 1.0
+
+    with pytest.raises(UserError, match=r"a-3x96-seed-2 diverged"):
+        run_with(Experiment(ladder, {"a": config}), loss_of, tmp_path, monkeypatch)
 
 
 def exact_arm(name: str, constant: float, last_loss: float = 0.0) -> ArmResult:
