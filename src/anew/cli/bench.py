@@ -57,7 +57,7 @@ FLAGS = [
     ),
     flag("examples", int, 100, "evaluate: examples a turn"),
     flag("documents", int, 60_000, "prepare: at most this many documents"),
-    flag("seeds", int, 3, "recipe: seeds of each arm; scaling: seeds of each size"),
+    flag("seeds", int, 0, "recipe, scaling: seeds of each arm; 0: 3 for recipe, 2 for scaling"),
     flag(
         "over",
         str,
@@ -109,6 +109,7 @@ def run_bench(argv: list[str]) -> None:
     base = read_recipe(typed.recipe or DEFAULT_RECIPES.get(what, "gpt2-124m"))
     command.show_help(rest, base)
     arguments = typed.options
+    arguments.seeds = arguments.seeds or DEFAULT_SEEDS.get(what, 0)
     chosen = set(typed.settings)
     config = base.override(**typed.settings)
     device = pick_device(config.run.device).type
@@ -450,4 +451,5 @@ EXPERIMENTS = {
     "sweep": experiments.sweep,
     "scaling": scaling.scaling,
 }
+DEFAULT_SEEDS = {"recipe": 3, "scaling": 2}
 DEFAULT_RECIPES = {"recipe": "gpt2-5m", "sweep": "gpt2-5m", "scaling": "gpt2-1m"}
