@@ -70,9 +70,9 @@ def _ladder(arguments: Any) -> Ladder:
     """Return the ladder that the flags describe."""
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds} must be at least 1.")
-    if arguments.tokens_per_parameter <= 0:
+    if not 0 < arguments.tokens_per_parameter < math.inf:
         raise UserError(
-            f"--tokens-per-parameter {arguments.tokens_per_parameter:g} must be above 0."
+            f"--tokens-per-parameter {arguments.tokens_per_parameter:g} must be above 0 and finite."
         )
     return Ladder(
         sizes=parse_sizes(arguments.sizes),

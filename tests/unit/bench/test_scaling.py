@@ -78,6 +78,7 @@ def test_sizes_that_cannot_be_trained_are_refused(text: str, words: str) -> None
         ({}, ("steps",), "--steps is a setting in which the runs differ"),
         ({"seeds": 0}, (), "--seeds 0 must be at least 1"),
         ({"tokens_per_parameter": 0.0}, (), "must be above 0"),
+        ({"tokens_per_parameter": math.nan}, (), "must be above 0"),
     ],
 )
 def test_requests_without_a_comparison_are_refused(
