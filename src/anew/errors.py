@@ -25,7 +25,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -
     names = {other.lower(): other for other in known}
     longer = [other for key, other in names.items() if key.startswith(name.lower())]
     if name and longer:
-        return UserError(f"there is no {kind} '{name}'; did you mean {' or '.join(longer[:4])}?")
+        *others, last = longer[:4]
+        choice = f"{', '.join(others)} or {last}" if others else last
+        return UserError(f"there is no {kind} '{name}'; did you mean {choice}?")
     similar = difflib.get_close_matches(name.lower(), names, n=1)
     if similar:
         advice = f"did you mean {names[similar[0]]}?"

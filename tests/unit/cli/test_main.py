@@ -45,7 +45,7 @@ def test_version_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], "no command 'trian'; did you mean train?"),
         (["train", "shakespear"], "no recipe 'shakespear'; did you mean shakespeare or"),
-        (["train", "gpt2"], "no recipe 'gpt2'; did you mean gpt2-5m or gpt2-124m or"),
+        (["train", "gpt2"], "no recipe 'gpt2'; did you mean gpt2-1m, gpt2-5m, gpt2-124m or"),
         (["train", __file__], "to train on it: anew train shakespeare --data /"),
         (["train", "demo", "--learning-rate=1"], "use --lr: peak learning rate of AdamW."),
         (["train", "demo", "--max_iters", "20"], "there is no --max-iters; use --steps"),
