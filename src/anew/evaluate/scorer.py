@@ -40,6 +40,9 @@ class Question:
 
     context: Ids
     endings: Sequence[Ids]
+    # The most tokens of the context and one ending together. None: one more than the model's
+    # positions, because the last token of an ending is not read.
+    max_tokens: int | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -77,8 +80,9 @@ def score(model: GPT, questions: Sequence[Question], batch_tokens: int = 8192) -
     The model computes in its `compute_dtype`; softmax and sums are fp32. Rows of similar length
     share a batch of about `batch_tokens` tokens; its composition changes results by rounding only.
 
-    Where context and ending together exceed the model's positions, the beginning of the context is
-    cut off, for each ending separately. An ending that alone exceeds them is scored in pieces.
+    Where context and ending together exceed the question's `max_tokens`, the beginning of the
+    context is cut off; endings of the same length still share it. An ending that alone exceeds the
+    model's positions is scored in pieces.
     """
     answers: list[Answer] = []
     rows: list[_Row] = []
@@ -127,21 +131,38 @@ class _Row:
 
 
 def _rows_of(question: Question, answer: Answer, n_positions: int) -> Iterator[_Row]:
-    """Yield one row for a question that fits into the positions, else one row for each piece."""
+    """Yield one row for a question whose longest ending fits behind the whole context.
+
+    Otherwise yield one row for all endings of the same length, since the same part of the context
+    fits before them, and one for each later piece of an ending that exceeds the positions.
+    """
     context = question.context
     assert len(context) > 0, "a context needs at least one token"
     assert all(len(ending) > 0 for ending in question.endings), "an ending needs at least one token"
+    max_tokens = n_positions + 1  # the last token of an ending is not read
+    if question.max_tokens is not None:
+        max_tokens = min(max_tokens, question.max_tokens)
     longest = max(len(ending) for ending in question.endings)
-    if len(context) + longest - 1 <= n_positions:
+    if len(context) + longest <= max_tokens:
         yield _Row(context, [_Piece(*pair) for pair in zip(question.endings, answer, strict=True)])
         return
+    pieces_by_length: dict[int, list[_Piece]] = {}
     for ending, ending_score in zip(question.endings, answer, strict=True):
         for start in range(0, len(ending), n_positions):
             tokens = ending[start : start + n_positions]
-            before = [*context, *ending[:start]]
-            room = n_positions - (len(tokens) - 1)
             piece = _Piece(tokens, ending_score.part(start, start + len(tokens)))
-            yield _Row(before[-room:], [piece])
+            if start == 0:
+                pieces_by_length.setdefault(len(tokens), []).append(piece)
+            else:
+                before = [*context, *ending[:start]]
+                yield _Row(_last(before, max_tokens - len(tokens)), [piece])
+    for length, pieces in pieces_by_length.items():
+        yield _Row(_last(context, max_tokens - length), pieces)
+
+
+def _last(ids: Ids, count: int) -> Ids:
+    """Return the last `count` token ids, or the last one if `count` is 0."""
+    return ids[-max(1, count) :]
 
 
 def _batches(rows: Iterable[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
