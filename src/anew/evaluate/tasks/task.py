@@ -12,11 +12,12 @@ divided over processes.
 import bz2
 import io
 import json
+import lzma
 import math
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class Task:
     name: str  # as in `anew evaluate --task`
     remote: Remote
     count: int = 0  # number of examples in the published measurement; 0: not known
+    reads_folders: bool = False  # whether --file may be a folder
+    training_limit: int = 0  # examples scored during training if --evaluate-limit is 0; 0: all
 
     def is_whole(self, examples: Sequence[Example]) -> bool:
         """Return whether `examples` are all that the published figures are about."""
@@ -67,9 +70,10 @@ class Task:
     def fetch(self, file: str = "") -> Path:
         """Return the task's data: `file` if given, else a download, made once and verified."""
         if file:
-            if not Path(file).is_file():
-                raise UserError(f"the file {file} of task {self.name} does not exist.")
-            return Path(file)
+            given = Path(file)
+            if given.is_file() or (self.reads_folders and given.is_dir()):
+                return given
+            raise UserError(f"the file {file} of task {self.name} does not exist.")
         path = self.remote.path
         if not path.is_file():
             hint = f"fetch it by other means and put it at {path}"
@@ -89,16 +93,25 @@ class Task:
         """Return what to ask the scorer about one row."""
         raise NotImplementedError
 
-    def examples(self, path: Path, tokenizer: Tokenizer, n_positions: int) -> list[Example]:
-        """Return the examples in a file, for a model of `n_positions` positions."""
+    def examples(
+        self, path: Path, tokenizer: Tokenizer, n_positions: int, limit: int = 0
+    ) -> list[Example]:
+        """Return the first `limit` examples in a file (0: all), for a model of `n_positions`."""
         try:
-            return [Example(row, self.question(row, tokenizer)) for row in self.rows(path)]
+            return list(self.read_examples(path, tokenizer, n_positions, limit))
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"{path} is not in the format of task {self.name} ({error})."
             ) from error
+
+    def read_examples(
+        self, path: Path, tokenizer: Tokenizer, n_positions: int, limit: int
+    ) -> Iterator[Example]:
+        """Yield what `examples` returns."""
+        for row in self.rows(path)[: limit or None]:
+            yield Example(row, self.question(row, tokenizer))
 
     def result(self, row: Any, answer: Answer) -> Result:
         """Return what the answer, one score for each ending, says about one row."""
@@ -131,7 +144,7 @@ def split_pair(tokenizer: Tokenizer, context: str, ending: str) -> Question:
 
 
 def read_text(path: Path, member: str = "") -> str:
-    """Return the text of a file, which may be compressed with bzip2.
+    """Return the text of a file, which may be compressed with bzip2 or xz.
 
     `member` is the name of the text inside a .zip, .tgz or .gz archive. Bytes that are not UTF-8
     become U+FFFD.
@@ -144,6 +157,8 @@ def read_text(path: Path, member: str = "") -> str:
                 content = (archive.extractfile(member) or io.BytesIO()).read()
         elif path.suffix == ".bz2":
             content = bz2.decompress(path.read_bytes())
+        elif path.suffix == ".xz":
+            content = lzma.decompress(path.read_bytes())
         else:
             content = path.read_bytes()
     except (
@@ -153,6 +168,7 @@ def read_text(path: Path, member: str = "") -> str:
         ValueError,
         RuntimeError,
         zlib.error,
+        lzma.LZMAError,
         zipfile.BadZipFile,
         tarfile.TarError,
     ) as error:
@@ -162,10 +178,13 @@ def read_text(path: Path, member: str = "") -> str:
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
-def read_json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the values of `keys` in each line of a file that has one JSON object a line."""
+def read_json_lines(path: Path, keys: Sequence[str], member: str = "") -> list[dict[str, Any]]:
+    """Return the values of `keys` in each line of a file that has one JSON object a line.
+
+    `member` is as in `read_text`.
+    """
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, member).split("\n"), start=1):
         if not line.strip():
             continue
         try:

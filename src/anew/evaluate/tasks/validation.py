@@ -1,5 +1,7 @@
 """The loss on the validation split of a data folder, as a task."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 from anew.data.dataloader import evaluation_windows
@@ -34,12 +36,13 @@ class Validation(RunningText):
         if self.limit_tokens < 2:
             raise UserError(f"{folder.path} has no validation text.")
 
-    def examples(self, path: Path, tokenizer: Tokenizer, n_positions: int) -> list[Example]:
-        """Return the windows of the data folder; `path` is not used."""
-        found = []
+    def read_examples(
+        self, path: Path, tokenizer: Tokenizer, n_positions: int, limit: int
+    ) -> Iterator[Example]:
+        """Yield the windows of the data folder; `path` is not used."""
         seq_len = min(self.seq_len, n_positions)
         batches = evaluation_windows(self.shards, seq_len, self.limit_tokens, batch=1)
-        for [ids], [targets] in batches:
+        for [ids], [targets] in itertools.islice(batches, limit or None):
             # Targets that an earlier window predicts are masked, and they come first.
             n_masked = int((targets == MASKED).sum())
             context = ids[: n_masked + 1].tolist()
@@ -47,6 +50,4 @@ class Validation(RunningText):
             text = [token for token in ending if token != tokenizer.end_of_text]
             n_bytes = len(tokenizer.decode_bytes(text))
             window = Window(len(context), bytes=n_bytes)
-            question = Question(context, [ending])
-            found.append(Example(window, question))
-        return found
+            yield Example(window, Question(context, [ending]))

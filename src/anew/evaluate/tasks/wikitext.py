@@ -4,7 +4,7 @@ Published figures are in `published.py`. WikiText-2 and WikiText-103 have the sa
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ class WikiText(RunningText):
             raise UserError(f"{path} holds no text.")
         return documents
 
-    def examples(self, path: Path, tokenizer: Tokenizer, n_positions: int) -> list[Example]:
+    def read_examples(
+        self, path: Path, tokenizer: Tokenizer, n_positions: int, limit: int
+    ) -> Iterator[Example]:
         found: list[Example] = []
         for text in self.rows(path):
             # As lm-evaluation-harness counts words: spaces at an edge of the text add one.
@@ -115,7 +117,7 @@ class WikiText(RunningText):
             n_bytes = len(text.encode())
             ids = [tokenizer.end_of_text, *tokenizer.encode(self.clean(text))]
             found += windows(ids, n_positions, n_words, n_bytes, self.stride)
-        return found
+        yield from found[: limit or None]
 
 
 WIKITEXT2 = WikiText("wikitext2", split=one_document, clean=unchanged)
