@@ -21,7 +21,8 @@ from anew.distributed.world import World
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.evaluate.runner import Report, compile_blocks, evaluation_key, run_task
-from anew.evaluate.tasks.registry import TASKS, unknown_task
+from anew.evaluate.tasks.core import Core
+from anew.evaluate.tasks.registry import TASKS, TASKS_OF_ALL, unknown_task
 from anew.evaluate.tasks.task import Example, Task
 from anew.evaluate.tasks.validation import Validation
 from anew.evaluate.tasks.wikitext import WikiText
@@ -46,12 +47,14 @@ class EvaluateArgs:
     model: tyro.conf.Positional[str]
     """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
     task: str = "all"
-    """all, or some of val, hellaswag, hellaswag_harness, lambada, wikitext2, wikitext103 and
-    harness:NAME, separated by commas"""
+    """all, or some of val, hellaswag, hellaswag_harness, lambada, wikitext2, wikitext103, core,
+    core:NAME and harness:NAME, separated by commas; all: without core, which takes hours on a
+    CPU"""
     file: str = ""
-    """read the task's data from this file (val: from this data folder)"""
+    """read the task's data from this file (val: from this data folder; core: from a zip archive or
+    a folder)"""
     limit: int = 0
-    """score only the first N examples of each task; 0: all"""
+    """score only the first N examples of each task, and of each of the 22 in core; 0: all"""
     stride: int = 0
     """wikitext2, wikitext103: tokens predicted per window, with the rest of the positions for
     context; 0: as many as fit"""
@@ -122,7 +125,7 @@ def _task_names(args: EvaluateArgs) -> list[str]:
     """Return the tasks asked for. Flags that none of them uses are refused."""
     names = [name for name in args.task.split(",") if name]
     if args.task == "all":
-        names = ["val", *TASKS]
+        names = ["val", *TASKS_OF_ALL]
     for name in names:
         if name != "val" and name not in TASKS and not name.startswith(HARNESS):
             raise unknown_task(name, ["all", "val", *TASKS, "harness:NAME"])
@@ -164,6 +167,7 @@ def _open_models(args: EvaluateArgs, world: World) -> Evaluation:
         "against": {},
         "comparisons": [],
         "not_run": {},
+        "partial": {},
     }
     return Evaluation(args, world, device, precision, subject, against, outcome, table_rows=[])
 
@@ -203,6 +207,8 @@ def _run_task(evaluation: Evaluation, name: str) -> None:
             raise
         outcome["not_run"][name] = str(error)
         return
+    if isinstance(task, Core) and task.missing(examples):
+        outcome["partial"][name] = task.missing(examples)
     report = _score(evaluation, evaluation.subject, task, examples)
     outcome["tasks"][name] = {**report.figures, "examples": report.examples}
     against_figures = None
@@ -229,8 +235,8 @@ def _open_task(evaluation: Evaluation, name: str) -> tuple[Task, list[Example]]:
         path = task.fetch(args.file)
         if isinstance(task, WikiText):
             task = dataclasses.replace(task, stride=args.stride)
-    examples = task.examples(path, evaluation.subject.tokenizer, n_positions)
-    return task, examples[: args.limit or None]
+    examples = task.examples(path, evaluation.subject.tokenizer, n_positions, args.limit)
+    return task, examples
 
 
 def _open_validation(file: str, subject: Subject) -> Validation:
@@ -273,6 +279,8 @@ def _run_folder(checkpoint: Path) -> Path | None:
 
 def _score(evaluation: Evaluation, subject: Subject, task: Task, examples: list[Example]) -> Report:
     """Score examples, except those whose results are in the cache."""
+    if isinstance(task, Core):
+        return _score_core(evaluation, subject, task, examples)
     world = evaluation.world
     arithmetic = evaluation.precision
     if compile_blocks(subject.model, examples):
@@ -298,6 +306,24 @@ def _score(evaluation: Evaluation, subject: Subject, task: Task, examples: list[
             line += f", {stored:,} of them kept from an earlier evaluation"
         log.info(line)
     return report
+
+
+def _score_core(
+    evaluation: Evaluation, subject: Subject, core: Core, examples: list[Example]
+) -> Report:
+    """Score CORE task by task, so that the results of each are kept by themselves."""
+    reports = {
+        task.name: _score(evaluation, subject, task, own) for task, own in core.split(examples)
+    }
+    measured = {
+        name: (float(report.figures["acc"]), report.examples) for name, report in reports.items()
+    }
+    return Report(
+        core.mean(measured),
+        examples=sum(report.examples for report in reports.values()),
+        scored=sum(report.scored for report in reports.values()),
+        seconds=sum(report.seconds for report in reports.values()),
+    )
 
 
 def _table_rows(
@@ -355,17 +381,22 @@ def _print(evaluation: Evaluation) -> None:
             by_position = "  ".join(f"{edge}+: {loss:.2f}" for edge, loss in losses)
             console.print(f"{name}, loss by tokens seen: {by_position}")
     comparisons = outcome["comparisons"]
+    notes: dict[str, list[str]] = {}  # what is said about figures, and the figures
     for comparison in comparisons:
         rule = "no verdict"
         if comparison["allowed"] is not None:
             rule = f"passes if at most {comparison['allowed']:.3g} worse"
         note = f"; {comparison['note']}" if comparison["note"] else ""
-        figure = f"{comparison['task']} {comparison['figure']}"
-        console.print(f"{figure}: {comparison['source']}; {rule}{note}.")
+        said = f"{comparison['source']}; {rule}{note}"
+        notes.setdefault(said, []).append(f"{comparison['task']} {comparison['figure']}")
+    for said, figures in notes.items():
+        console.print(f"{', '.join(figures)}: {said}.")
     if comparisons and not any(comparison["verdict"] for comparison in comparisons):
         console.print("Verdicts need --precision fp32 and the whole task as it was published.")
     if evaluation.size is None:
         console.print("No GPT-2 of this shape was published, so there is nothing to pass or fail.")
+    for name, lacks in outcome["partial"].items():
+        console.print(f"{name} is partial: {lacks}; a partial run has no verdict.")
     for name, reason in outcome["not_run"].items():
         console.print(f"{name} not run: {reason}")
 

@@ -286,13 +286,14 @@ class RunConfig:
     )
     evaluate_tasks: str = setting(
         "",
-        "tasks to score at each validation, such as hellaswag,lambada (see anew evaluate)",
+        "tasks to score at each validation, such as hellaswag,core (see anew evaluate)",
         basic=True,
         may_change=True,
     )
     evaluate_limit: int = setting(
         0,
-        "number of examples of each task that are scored during training; 0: all",
+        "number of examples of each task that are scored during training; 0: all, and 100 of each "
+        "task in core",
         may_change=True,
     )
     evaluate_train: bool = setting(

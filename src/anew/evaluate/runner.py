@@ -183,4 +183,4 @@ def evaluation_key(
         ids = [[int(i) for i in part] for part in parts]
         digest.update(json.dumps(ids).encode())
         digest.update(repr(example.row).encode())
-    return f"{task}-{digest.hexdigest()[:16]}"
+    return f"{task.replace(':', '-')}-{digest.hexdigest()[:16]}"

@@ -63,9 +63,8 @@ class Validation:
                 raise unknown_task(name, TASKS)
             task = TASKS[name]
             positions = self.config.model.n_positions
-            examples = task.examples(task.fetch(), self.tokenizer, positions)
-            limit = self.config.run.evaluate_limit or None
-            yield task, examples[:limit]
+            limit = self.config.run.evaluate_limit or task.training_limit
+            yield task, task.examples(task.fetch(), self.tokenizer, positions, limit)
 
     def validates_at(self, step: int) -> bool:
         """Return whether `step` is validated."""

@@ -2,7 +2,7 @@
 
 To add a task:
 1. Write a file in this folder with a subclass of `Task` (`lambada.py` is the shortest example).
-2. Add an instance of it to TASKS. The command line, `--evaluate-tasks` and reports then know it.
+2. Add an instance of it to _ALL. The command line, `--evaluate-tasks` and reports then know it.
 3. Add published figures to FIGURES in `published.py`, and rows worked by hand to `test_tasks.py`.
 
 The task `val` (`validation.py`) is not in the table, because its text belongs to a run.
@@ -11,6 +11,7 @@ The task `val` (`validation.py`) is not in the table, because its text belongs t
 from collections.abc import Iterable
 
 from anew.errors import UserError, unknown_name
+from anew.evaluate.tasks.core import CORE, CORE_TASKS
 from anew.evaluate.tasks.hellaswag import HellaSwag, HellaSwagHarness
 from anew.evaluate.tasks.lambada import Lambada
 from anew.evaluate.tasks.task import Task
@@ -22,8 +23,12 @@ _ALL: tuple[Task, ...] = (
     Lambada(),
     WIKITEXT2,
     WIKITEXT103,
+    CORE,
+    *CORE_TASKS,
 )
 TASKS = {task.name: task for task in _ALL}
+# What `--task all` runs. CORE takes hours on a CPU, so it is run only if it is asked for.
+TASKS_OF_ALL = [name for name in TASKS if name.partition(":")[0] != CORE.name]
 
 # Tasks of earlier versions, and the task of lm-evaluation-harness on the same text, if it has one.
 # OpenAI did not publish how it cleaned these texts, so figures could not be compared with its own.
@@ -33,7 +38,9 @@ REMOVED_TASKS = {"ptb": "paloma_ptb", "enwik8": "", "text8": "", "cbt_cn": "", "
 def unknown_task(name: str, known: Iterable[str]) -> UserError:
     """Return the error for a task that does not exist, or that existed in earlier versions."""
     if name not in REMOVED_TASKS:
-        return unknown_name("task", name, known)
+        listed = [other for other in known if not other.startswith("core:")]
+        advice = f"choose one of {', '.join(listed)}, or core:NAME for one task of CORE."
+        return unknown_name("task", name, known, advice)
     instead = REMOVED_TASKS[name] or "NAME"
     return UserError(
         f"the task {name} no longer exists in this version; tasks of lm-evaluation-harness are run "
