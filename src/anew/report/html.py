@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from anew.evaluate.published import size_of
+from anew.evaluate.published import published_value, size_of
 from anew.model.flops import count_parameters
 from anew.report import reference_runs as reference
 from anew.report.run import Run
@@ -27,6 +27,9 @@ from anew.utils.files import write_atomic
 MOST_RUNS = 4  # page.css has distinguishable colours for so many
 MOST_SAMPLES = 6
 MOST_EVENTS = 40
+MOST_STEPS = 6  # in the table of CORE's tasks
+CENTERED = "centered_acc"
+MAIN_FIGURES = ("acc_norm", "acc", CENTERED)  # the first that a task has is drawn
 
 
 def write(folders: Sequence[Path], out: Path, price: float | None = None) -> Path:
@@ -68,7 +71,8 @@ def _about(run: Run, prefix: str) -> dict[str, Any]:
         "state": _state(run),
         "has_baseline": run.baseline is not None,
         "baseline_command": command if size_of(run.config.model) else "",
-        "samples": _samples(run),
+        "core_table": _core_table(run),
+        "samples": _spread(run.samples, MOST_SAMPLES),
         "verification": run.verification,
         "event_count": _event_count(run),
         "events": _events(run),
@@ -311,23 +315,60 @@ def _task_charts(runs: Sequence[Run]) -> list[str]:
     charts = []
     tasks = runs[0].tasks
     for task, figures in tasks.items():
-        figure = next((name for name in ("acc_norm", "acc") if name in figures), figures[0])
+        figure = next((name for name in MAIN_FIGURES if name in figures), figures[0])
         lines = _lines_of(runs, f"eval/{task}/{figure}")
         whiskers = []
         if (task, figure) == ("hellaswag", "acc_norm"):
             lines += _hellaswag_lines(runs[0])
             whiskers = _hellaswag_whisker(runs[0])
-        is_share = "acc" in figure
+        is_share = "acc" in figure and figure != CENTERED
+        unit = figure
+        if is_share:
+            unit = "share of correct answers"
+        elif figure == CENTERED:
+            unit = "0: guesses, 1: no errors"
         chart = line_chart(
             f"{task} {figure}",
             lines,
-            "share of correct answers" if is_share else figure,
+            unit,
             whiskers=whiskers,
             percent=is_share,
             wide=len(tasks) == 1,
         )
         charts.append(chart)
     return charts
+
+
+def _core_table(run: Run) -> list[list[str]]:
+    """Return titles and rows of CORE's tasks: centered accuracies by step, and those of GPT-2.
+
+    The table is empty if CORE was not scored.
+    """
+    measured = [row for row in run.rows if f"eval/core/{CENTERED}" in row]
+    if not measured:
+        return []
+    shown = _spread(measured, MOST_STEPS)
+    size = size_of(run.config.model)
+    table = [["task", *(f"step {row['step']:,}" for row in shown)]]
+    if size:
+        table[0].append(f"GPT-2 {size}")
+    for task in run.tasks["core"]:
+        if task in (CENTERED, "standard_error"):
+            continue
+        cells = [f"{row[f'eval/core/{task}']:.3f}" for row in shown]
+        if size:
+            value = published_value("core", task, size)
+            cells.append("" if value is None else f"{value:.3f}")
+        table.append([task, *cells])
+    return table
+
+
+def _spread(values: Sequence[Any], most: int) -> Sequence[Any]:
+    """Return at most `most` values, spread from the first to the last."""
+    if len(values) <= most:
+        return values
+    last = len(values) - 1
+    return [values[round(i * last / (most - 1))] for i in range(most)]
 
 
 def _hellaswag_lines(run: Run) -> list[Line]:
@@ -375,15 +416,6 @@ def _training_charts(runs: Sequence[Run]) -> list[str]:
 
 
 # Samples, public runs and events
-
-
-def _samples(run: Run) -> list[dict[str, Any]]:
-    """Return at most six samples, spread over the run."""
-    samples = run.samples
-    if len(samples) <= MOST_SAMPLES:
-        return samples
-    last = len(samples) - 1
-    return [samples[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
 
 
 def _public_runs() -> list[list[str]]:
