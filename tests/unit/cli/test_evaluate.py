@@ -11,7 +11,7 @@ def test_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     words = capsys.readouterr().out.replace(",", " ").replace(":", " ").split()
-    assert set(TASKS) <= set(words)
+    assert {task.partition(":")[0] for task in TASKS} <= set(words)
     assert {"val", "harness"} <= set(words)
     for task in STRIDE_TASKS:
         assert words.count(task) == 2, task  # --task and --stride

@@ -37,10 +37,11 @@ REMOVED_TASKS = {"ptb": "paloma_ptb", "enwik8": "", "text8": "", "cbt_cn": "", "
 
 def unknown_task(name: str, known: Iterable[str]) -> UserError:
     """Return the error for a task that does not exist, or that existed in earlier versions."""
+    if name.startswith("core:"):
+        return unknown_name("task", name, [task.name for task in CORE_TASKS])
     if name not in REMOVED_TASKS:
         listed = [other for other in known if not other.startswith("core:")]
-        advice = f"choose one of {', '.join(listed)}, or core:NAME for one task of CORE."
-        return unknown_name("task", name, known, advice)
+        return unknown_name("task", name, [*listed, "core:NAME"])
     instead = REMOVED_TASKS[name] or "NAME"
     return UserError(
         f"the task {name} no longer exists in this version; tasks of lm-evaluation-harness are run "
