@@ -129,6 +129,11 @@ class _Row:
         """Return the number of tokens that the model reads: all but the last of each piece."""
         return len(self.context) + sum(len(piece.tokens) - 1 for piece in self.pieces)
 
+    @property
+    def has_branches(self) -> bool:
+        """Return whether tokens of several pieces are read, which must not see each other."""
+        return sum(len(piece.tokens) > 1 for piece in self.pieces) > 1
+
 
 def _rows_of(question: Question, answer: Answer, n_positions: int) -> Iterator[_Row]:
     """Yield one row for a question whose longest ending fits behind the whole context.
@@ -223,7 +228,7 @@ def _score_rows(model: GPT, rows: Sequence[_Row]) -> None:
     """Fill in the score of each piece of each row."""
     layout = _layout(rows, model.transformer.wte.weight.device)
     mask = None
-    if any(len(row.pieces) > 1 for row in rows):
+    if any(row.has_branches for row in rows):
         mask = _attention_mask(layout.branches)
     hidden = model.hidden(layout.ids, position=layout.positions, mask=mask)  # (B, T, C)
     used, sources = layout.places.unique(
