@@ -17,6 +17,7 @@ from anew.evaluate.published import compare
 from anew.evaluate.scorer import Answer, EndingScore
 from anew.evaluate.tasks.core import CORE, CORE_TASKS, MULTIPLE_CHOICE, CoreTask, Row
 from anew.evaluate.tasks.registry import TASKS, TASKS_OF_ALL, unknown_task
+from tests.support.core import prompts_of, read_rows
 from tests.support.evaluation import TOKENIZER
 
 TASK = {task.label: task for task in CORE_TASKS}
@@ -109,6 +110,29 @@ def test_reading_comprehension_predicts_the_whole_answer(label: str, tmp_path: P
         assert prompt.endswith("Which?\nAnswer:")
         assert prompt.rpartition("Day ")[2].startswith(answer.removeprefix(" day "))
         assert prompt.count("\n\n") == TASK[label].shots
+
+
+def test_white_space_is_encoded_as_in_the_whole_prompt(tmp_path: Path) -> None:
+    spaces = ["", " ", "\n", " \n\n", "  "]
+    rows = [
+        {"query": f"{space}Number {n}?{space}", "choices": [f"yes{space}", f"no{n}"], "gold": 0}
+        for n, space in enumerate(spaces * 3)
+    ]
+    task = TASK["commonsense_qa"]
+    write_rows(tmp_path / "commonsense_qa.jsonl", rows)
+    shuffled = read_rows(task, tmp_path, limit=15)
+    for number, example in enumerate(task.examples(tmp_path, TOKENIZER, 1024)):
+        prompts = prompts_of(task, shuffled, number, 1024)
+        question = example.question
+        asked = [[*question.context, *ending] for ending in question.endings]
+        assert asked == [prompt.ids for prompt in prompts]
+
+
+def test_white_space_before_an_answer_is_predicted(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"context": "Day ", "continuation": " two"}])
+    [example] = TASK["coqa"].examples(path, TOKENIZER, 1024)
+    assert list(example.question.context) == [TOKENIZER.end_of_text, *TOKENIZER.encode("Day")]
+    assert TOKENIZER.decode(list(example.question.endings[0])) == "  two"
 
 
 def test_long_prompt_loses_its_beginning(tmp_path: Path) -> None:
