@@ -51,7 +51,7 @@ KEYS = {
     LANGUAGE_MODELING: ["context", "continuation"],
 }
 
-Ids: TypeAlias = "array[int]"  # token ids in 4 bytes each: there are 60 million
+Ids: TypeAlias = "array[int]"  # token ids in 4 bytes each: there are 46 million
 Encode: TypeAlias = Callable[[str], Ids]
 
 
@@ -124,8 +124,9 @@ class CoreTask(Task):
         def encode(text: str) -> Ids:
             return array("i", tokenizer.encode(text))
 
+        solved = [self._solved(row) for row in rows]
         for number, row in enumerate(rows):
-            shots = [self.shot(rows[other]) for other in self._shots(number, len(rows))]
+            shots = [solved[other] for other in self._shots(number, len(rows))]
             context, before = _encode_shots(shots, encode, tokenizer.end_of_text)
             judged, question = self._question(row, context, before, encode)
             yield Example(judged, _cut(question, n_positions))
@@ -135,7 +136,7 @@ class CoreTask(Task):
         others = random.Random(SHOTS_SEED + number).sample(range(count - 1), self.shots)
         return [other + (other >= number) for other in others]
 
-    def shot(self, row: Any) -> str:
+    def _solved(self, row: Any) -> str:
         """Return an example with its right answer, as the prompts of others contain it."""
         if self.kind == MULTIPLE_CHOICE:
             return str(row["query"] + self.delimiter + row["choices"][row["gold"]])
