@@ -22,9 +22,11 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from anew.errors import UserError
+from anew.utils.disk_errors import is_transient, with_retries
 from anew.utils.files import flush_to_disk, parse_json, rename, sha256_of, temporary_name
 
 MANIFEST = "manifest.json"
@@ -56,9 +58,10 @@ def write_checkpoint(run: Path, step: int) -> Iterator[Path]:
     """Give a temporary folder, which becomes the checkpoint if the block ends without an error."""
     final = checkpoint_folder(run, step)
     temporary = temporary_name(final)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
         yield temporary
         publish(temporary, final)
     except OSError as error:
@@ -83,14 +86,23 @@ def publish(temporary: Path, final: Path) -> None:
     manifest.write_text(content, encoding="utf-8")
     flush_to_disk(manifest)
     flush_to_disk(temporary)
-    if final.exists():  # A run that resumed before a damaged checkpoint has reached its step again.
+    # A run that resumed before a damaged checkpoint has reached its step again, or the last flush
+    # of an earlier attempt has failed.
+    if final.exists():
         shutil.rmtree(final)
     rename(temporary, final)
     flush_to_disk(final.parent)
 
 
 def verify(folder: Path) -> None:
-    """Raise UserError, which names the file, if a file in `folder` does not match the manifest."""
+    """Raise UserError, which names the file, if a file in `folder` does not match the manifest.
+
+    Raises OSError if an error that may pass has not passed, which is no sign of damage.
+    """
+    with_retries(lambda: _verify(folder), folder)
+
+
+def _verify(folder: Path) -> None:
     try:
         manifest = parse_json(folder / MANIFEST)
         files = {
@@ -98,6 +110,8 @@ def verify(folder: Path) -> None:
             for name, entry in manifest["files"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and is_transient(error):
+            raise
         raise UserError(
             f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read."
         ) from error
@@ -148,5 +162,5 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
             # Renamed first: if the process is killed while it deletes, a temporary folder is left,
             # which `remove_leftovers` removes, and not a damaged checkpoint.
             leftover = temporary_name(folder)
-            rename(folder, leftover)
-            shutil.rmtree(leftover)
+            with_retries(partial(rename, folder, leftover), folder)
+            with_retries(partial(shutil.rmtree, leftover), leftover)

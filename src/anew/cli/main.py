@@ -9,7 +9,6 @@ save; 1 anything else.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from loguru import logger
 import anew
 from anew.config.recipes import RECIPES
 from anew.errors import LostRank, Preempted, UserError, unknown_name
+from anew.utils.disk_errors import is_disk_full, is_transient
 from anew.utils.ranks import is_rank_0
 
 # The function of a command is anew.cli.NAME.run_NAME. Only the chosen command is imported.
@@ -73,6 +73,14 @@ def main(argv: list[str] | None = None) -> None:
         # The reader of the output, as in `anew sample ... | head`, has all it wanted.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None or not is_transient(error):
+            raise
+        _end(
+            1,
+            f"{error.filename}: {error.strerror}. Such an error of a disk or a network may pass; "
+            "run the same command again.",
+        )
 
 
 def _use_utf8() -> None:
@@ -157,10 +165,11 @@ def console() -> Iterator[None]:
 
 
 def _report_error_of_thread(error: threading.ExceptHookArgs) -> None:
-    """Show the error of a background thread, except for a full disk.
+    """Show the error of a background thread, except for a full disk and errors that may pass.
 
-    The command itself reports a full disk in a sentence; TensorBoard's thread meets it as well.
+    The command itself reports these in a sentence; TensorBoard's thread meets them as well.
     """
     value = error.exc_value
-    if not isinstance(value, OSError) or value.errno != errno.ENOSPC:
+    is_reported = isinstance(value, OSError) and (is_disk_full(value) or is_transient(value))
+    if not is_reported:
         threading.__excepthook__(error)

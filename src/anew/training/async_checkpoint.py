@@ -4,7 +4,8 @@
     checkpoints.wait()          # returns when the checkpoint is on the disk, or raises its error
 
 A second save waits for the one before. Only rank 0 writes; every rank must call `save`, because
-sharded weights are gathered.
+sharded weights are gathered. A save that meets an error that may pass is written again from the
+copy, while training continues.
 """
 
 import threading
@@ -16,6 +17,7 @@ from anew.config.schema import Config
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.run_log import RunState
 from anew.training.train_state import Snapshot, TrainState
+from anew.utils.disk_errors import with_retries
 
 
 class CheckpointWriter:
@@ -75,9 +77,13 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            with checkpoint.write_checkpoint(self.run, snapshot.step) as folder:
-                snapshot.write(folder, self.config, self.tokenizer)
+            path = checkpoint.checkpoint_folder(self.run, snapshot.step)
+            with_retries(lambda: self._write_files(snapshot), path)
             self.run_state.update(saved_step=snapshot.step, step=snapshot.step)
             checkpoint.prune(self.run, self.config.run.keep, self.config.run.keep_every)
         except BaseException as error:  # noqa: BLE001 (`wait` raises it in the training thread)
             self.error = error
+
+    def _write_files(self, snapshot: Snapshot) -> None:
+        with checkpoint.write_checkpoint(self.run, snapshot.step) as folder:
+            snapshot.write(folder, self.config, self.tokenizer)
