@@ -14,7 +14,6 @@ So the bytes of the folder depend on the source and the settings alone. A prepar
 continues when it is started again, writes the same bytes, and repeats at most one block.
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -38,6 +37,7 @@ from anew.errors import UserError
 from anew.tokenizer.bpe import FILE as TOKENIZER
 from anew.tokenizer.bpe import Tokenizer
 from anew.tokenizer.learn import learn
+from anew.utils.disk_errors import out_of_space
 from anew.utils.files import parse_json, read_json, write_json
 
 log = logging.getLogger("anew")
@@ -95,10 +95,11 @@ def prepare_data(
             f"another process is preparing {out}; let it finish, or choose another --out."
         ) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        problem = out_of_space(error, out)
+        if not problem:
             raise
         raise UserError(
-            f"the disk of {out} is full; free some space and run the same command again, "
+            f"{problem}; free some space and run the same command again, "
             "which continues where this one stopped."
         ) from error
     return DataFolder.open(out)

@@ -11,7 +11,6 @@ for bit as if it had not been stopped.
 """
 
 import contextlib
-import errno
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
 from anew.training.run_log import Row, step_row
 from anew.training.setup import Run, start_run
 from anew.training.step import NO_LIMITS, MicroBatch, StepResult, train_step
+from anew.utils.disk_errors import out_of_space
 from anew.utils.signals import StopFlag
 
 ProgressCallback = Callable[[Row], None]
@@ -68,10 +68,11 @@ def train(config: Config, progress: ProgressCallback | None = None) -> TrainResu
             "--recompute. The tokens a step stay the same."
         ) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        problem = out_of_space(error, config.folder)
+        if not problem:
             raise
         raise UserError(
-            f"the disk of {config.folder} is full; the checkpoints in it are complete. "
+            f"{problem}; the checkpoints in it are complete. "
             "Free some space and run the same command again."
         ) from error
 

@@ -9,10 +9,10 @@ here.
 """
 
 import contextlib
-import errno
 from collections.abc import Iterator
 
 from anew.errors import UserError
+from anew.utils.disk_errors import is_disk_full
 
 REFUSALS = (401, 403, 404)  # HTTP status: the same request gets the same answer later
 CONTINUE = "run the same command again; the download continues where it stopped"
@@ -83,8 +83,8 @@ def hub_errors(
             problem = f"{subject} could not be transferred ({first_line})"
         else:
             raise
-        is_disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        raise HubError(f"{problem}; {again}.", is_temporary=not is_disk_full) from error
+        is_permanent = isinstance(error, OSError) and is_disk_full(error)
+        raise HubError(f"{problem}; {again}.", is_temporary=not is_permanent) from error
 
 
 def is_network_error(error: Exception) -> bool:
