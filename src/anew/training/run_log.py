@@ -19,7 +19,8 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from io import TextIOBase
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,7 @@ from anew.config.schema import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.model.flops import count_parameters, flops_per_token
 from anew.training.tracker import Tracker
+from anew.utils.disk_errors import is_transient, with_retries
 from anew.utils.files import json_lines, read_json, write_json
 
 log = logging.getLogger("anew")
@@ -91,7 +93,10 @@ class RunState:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with self.lock:
             self.content |= {**values, "updated": now}
-            write_json(self.path, self.content, RUN_STATE_FORMAT, durable=False)
+            with_retries(
+                lambda: write_json(self.path, self.content, RUN_STATE_FORMAT, durable=False),
+                self.path,
+            )
 
 
 class RunLog:
@@ -149,14 +154,17 @@ class RunLog:
             self.tracker.close()
         log.removeHandler(self.handler)
         self.handler.close()
-        for file in (self.metrics, self.samples, self.tensorboard):
-            if file is None:
-                continue
-            try:
-                file.close()
-            except OSError:  # on a full disk the last line cannot be written
-                if error is None:
-                    raise
+        self.metrics.close()
+        self.samples.close()
+        if self.tensorboard is None:
+            return
+        try:
+            self.tensorboard.close()
+        except OSError as close_error:  # on a full disk the last values cannot be written
+            if is_transient(close_error):
+                self._warn_of_lost_values(close_error)
+            elif error is None:
+                raise
 
     def _record_end(self, error: BaseException | None) -> None:
         """Write how the run ended to log.txt and to run_state.json.
@@ -187,11 +195,32 @@ class RunLog:
         write_line(self.metrics, {key: finite_or_none(value) for key, value in row.items()})
         if self.tracker is not None:
             self.tracker.row(row)
+        self._to_tensorboard(row)
+
+    def _to_tensorboard(self, row: Row) -> None:
+        """Give the numbers of a row to TensorBoard, whose thread writes them.
+
+        When the thread has met an error that may pass, it has ended, and what it had not written is
+        lost. A new thread with a file of its own goes on.
+        """
         if self.tensorboard is None:
             return
-        for key, value in row.items():
-            if "/" in key and isinstance(value, (int, float)):
-                self.tensorboard.add_scalar(key, value, row["step"])
+        try:
+            for key, value in row.items():
+                if "/" in key and isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(key, value, row["step"])
+        except OSError as error:
+            if not is_transient(error):
+                raise
+            self._warn_of_lost_values(error)
+            folder = self.run / "tensorboard"
+            self.tensorboard = with_retries(lambda: open_tensorboard(folder, row["step"]), folder)
+
+    def _warn_of_lost_values(self, error: OSError) -> None:
+        log.warning(
+            f"{self.run / 'tensorboard'}: {error.strerror}; TensorBoard lacks the values of up to "
+            "two minutes, which metrics.jsonl has"
+        )
 
     def step(self, row: Row, applied: bool, sequences: str) -> None:
         """Append the row of a training step. `sequences` says what the step read, for the log.
@@ -232,19 +261,22 @@ class RunLog:
             self.tensorboard.add_text("sample", f"{prompt}{text}", step)
 
 
-def open_for_append(path: Path) -> Any:
+def open_for_append(path: Path) -> FileIO:
     """Open a file of lines for appending; end a half line left by a killed process."""
-    file = path.open("a", encoding="utf-8")
+    file = FileIO(path, "a")
     last_byte = path.read_bytes()[-1:]
     if last_byte not in (b"", b"\n"):
-        file.write("\n")
+        file.write(b"\n")
     return file
 
 
-def write_line(file: TextIOBase, row: Row) -> None:
-    """Append one JSON object and flush it."""
-    file.write(json.dumps(row) + "\n")
-    file.flush()
+def write_line(file: FileIO, row: Row) -> None:
+    """Append one JSON object."""
+    line = (json.dumps(row) + "\n").encode()
+    # The file has no buffer, so it is known how much of the line is written when an error occurs.
+    while line:
+        n_bytes = with_retries(partial(os.write, file.fileno(), line), Path(str(file.name)))
+        line = line[n_bytes:]
 
 
 def finite_or_none(value: Any) -> Any:
