@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from anew.config.values import TOKENIZERS
 from anew.errors import UserError
+from anew.utils.disk_errors import with_retries
 from anew.utils.files import parse_json, rename, sha256_of, write_atomic
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ class Shard:
         """(n_tokens,) uint16, mapped from the file.
 
         The first access verifies the file, and raises UserError if anything in it has changed.
+        Errors that may pass are met by further attempts. Later accesses read pages of the map: if
+        the disk fails there, the system ends the process with SIGBUS.
         """
         try:
-            header = np.fromfile(self.path, dtype="<i4", count=3)
-            size = self.path.stat().st_size
+            return with_retries(self._verified_tokens, self.path)
         except FileNotFoundError as error:
             raise UserError(
                 f"shard {self.path.name} was removed after it was trained on, to keep within the "
@@ -63,9 +65,16 @@ class Shard:
             ) from error
         except OSError as error:
             raise UserError(
-                f"shard {self.path} cannot be read ({error.strerror}); prepare the data again."
+                f"shard {self.path} cannot be read ({error.strerror}); check the disk, or prepare "
+                "the data again."
             ) from error
-        if len(header) < 3 or header[0] != MAGIC:
+
+    def _verified_tokens(self) -> np.ndarray:
+        with self.path.open("rb") as file:
+            start = file.read(12)
+        size = self.path.stat().st_size
+        header = np.frombuffer(start.ljust(12, b"\0"), dtype="<i4")
+        if len(start) < 12 or header[0] != MAGIC:
             raise UserError(
                 f"{self.path} is not a shard: it does not start with {MAGIC}; "
                 "prepare the data again."
@@ -140,7 +149,7 @@ class DataFolder:
     def open(cls, path: Path) -> "DataFolder":
         """Read `index.json`. Its shards must exist; `Shard.tokens` verifies them later."""
         try:
-            index = parse_json(path / INDEX)
+            index = with_retries(lambda: parse_json(path / INDEX), path / INDEX)
             if index["version"] != INDEX_VERSION or index["dtype"] != "uint16":
                 raise UserError(
                     f"{path / INDEX} has version {index['version']} and dtype {index['dtype']}; "
@@ -314,13 +323,14 @@ def consume(shards: Sequence[Shard], count: int) -> None:
     folder = shards[0].path.parent
     if count <= consumed(folder):
         return
-    write_atomic(folder / CONSUMED, f"{count}\n")
+    note = folder / CONSUMED
+    with_retries(lambda: write_atomic(note, f"{count}\n"), note)
     for shard in shards[:count]:
         # Windows does not remove a file that is mapped into memory. Where another reader still maps
         # it, it is removed together with the next shard.
         shard.__dict__.pop("tokens", None)
         with contextlib.suppress(PermissionError):
-            shard.path.unlink(missing_ok=True)
+            with_retries(partial(shard.path.unlink, missing_ok=True), shard.path)
 
 
 def disk_bytes(folder: Path) -> int:

@@ -28,6 +28,7 @@ from anew.data.shards import (
     map_tokens,
 )
 from anew.errors import UserError, unknown_name
+from anew.utils.disk_errors import with_retries
 from anew.utils.files import atomic_folder
 
 FORMATS = ("llm.c", "build-nanogpt", "nanogpt")
@@ -42,6 +43,9 @@ class ForeignShard(Shard):
     @cached_property
     def tokens(self) -> np.ndarray:
         """(n_tokens,) uint16, mapped from the file."""
+        return with_retries(self._mapped_tokens, self.path)
+
+    def _mapped_tokens(self) -> np.ndarray:
         expected_size = self.offset + TOKEN_BYTES * self.n_tokens
         if not self.path.is_file() or self.path.stat().st_size != expected_size:
             raise UserError(f"{self.path} has changed since it was opened.")
