@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import files, runs, torchrun, untrusted
+from tests.faults import disk_errors, files, runs, torchrun, untrusted
 from tests.faults.common import Fault, FaultResult
 from tests.support import ROOT
 
@@ -94,6 +94,16 @@ PROGRAMME = {
         "Full disk (tmpfs of increasing size)",
         "the error message names the full disk; the previous checkpoint loads; "
         "with more space the run ends with identical weights",
+    ),
+    "transient-errors": Row(
+        disk_errors.transient_errors,
+        20,
+        1000,
+        "EIO, ESTALE, ETIMEDOUT, EAGAIN or EINTR in up to four successive calls of open, read, "
+        "write, fsync and rename, in each save, in logs and in a data shard",
+        "the run continues, and losses and weights are identical; as controls, one attempt, an "
+        "error that stays and a full quota end the run in one sentence, with the previous "
+        "checkpoint intact",
     ),
     "damaged-files": Row(
         files.damaged_files,
