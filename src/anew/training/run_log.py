@@ -17,8 +17,9 @@ import logging
 import math
 import os
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -122,7 +123,7 @@ class RunLog:
         self.run.mkdir(parents=True, exist_ok=True)
         self.metrics = open_for_append(self.run / "metrics.jsonl")
         self.samples = open_for_append(self.run / "samples.jsonl")
-        self.handler = logging.FileHandler(self.run / "log.txt", encoding="utf-8")
+        self.handler = LogFile(self.run / "log.txt", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self.handler)
         if log.level == logging.NOTSET:
@@ -195,26 +196,23 @@ class RunLog:
         write_line(self.metrics, {key: finite_or_none(value) for key, value in row.items()})
         if self.tracker is not None:
             self.tracker.row(row)
-        self._to_tensorboard(row)
+        self._to_tensorboard(row["step"], lambda tensorboard: add_scalars(tensorboard, row))
 
-    def _to_tensorboard(self, row: Row) -> None:
-        """Give the numbers of a row to TensorBoard, whose thread writes them.
+    def _to_tensorboard(self, step: int, add: Callable[[Any], None]) -> None:
+        """Call `add` with TensorBoard's writer, if there is one. A thread of it writes the file.
 
         When the thread has met an error that may pass, it has ended, and what it had not written is
-        lost. A new thread with a file of its own goes on.
+        lost. A new writer, with a file of its own, replaces it.
         """
         if self.tensorboard is None:
             return
         try:
-            for key, value in row.items():
-                if "/" in key and isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(key, value, row["step"])
+            add(self.tensorboard)
         except OSError as error:
             if not is_transient(error):
                 raise
             self._warn_of_lost_values(error)
-            folder = self.run / "tensorboard"
-            self.tensorboard = with_retries(lambda: open_tensorboard(folder, row["step"]), folder)
+            self.tensorboard = open_tensorboard(self.run / "tensorboard", step)
 
     def _warn_of_lost_values(self, error: OSError) -> None:
         log.warning(
@@ -257,8 +255,22 @@ class RunLog:
         """Append one sample text."""
         write_line(self.samples, {"step": step, "prompt": prompt, "text": text})
         log.info(f"sample at step {step:,}: {prompt}{text}")
-        if self.tensorboard is not None:
-            self.tensorboard.add_text("sample", f"{prompt}{text}", step)
+        self._to_tensorboard(
+            step, lambda tensorboard: tensorboard.add_text("sample", f"{prompt}{text}", step)
+        )
+
+
+class LogFile(logging.FileHandler):
+    """log.txt. A line that cannot be written, for an error that may pass, follows with the next.
+
+    Its buffer keeps the line.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Show the error of a line on standard error, unless the error may pass."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError) or not is_transient(error):
+            super().handleError(record)
 
 
 def open_for_append(path: Path) -> FileIO:
@@ -296,7 +308,14 @@ def open_tensorboard(folder: Path, step: int) -> Any:
     except ImportError:
         log.info("TensorBoard is not installed, so it gets no files; metrics.jsonl has everything")
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    return with_retries(lambda: SummaryWriter(str(folder), purge_step=step + 1), folder)
+
+
+def add_scalars(tensorboard: Any, row: Row) -> None:
+    """Give the numbers of a row to TensorBoard."""
+    for key, value in row.items():
+        if "/" in key and isinstance(value, (int, float)):
+            tensorboard.add_scalar(key, value, row["step"])
 
 
 def step_row(
