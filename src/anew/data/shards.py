@@ -70,11 +70,9 @@ class Shard:
             ) from error
 
     def _verified_tokens(self) -> np.ndarray:
-        with self.path.open("rb") as file:
-            start = file.read(12)
+        header = read_header(self.path)
         size = self.path.stat().st_size
-        header = np.frombuffer(start.ljust(12, b"\0"), dtype="<i4")
-        if len(start) < 12 or header[0] != MAGIC:
+        if header[0] != MAGIC:
             raise UserError(
                 f"{self.path} is not a shard: it does not start with {MAGIC}; "
                 "prepare the data again."
@@ -95,6 +93,17 @@ class Shard:
     def n_windows(self, seq_len: int) -> int:
         """Return the number of windows of `seq_len` inputs, whose targets are one token further."""
         return max(0, (self.n_tokens - 1) // seq_len)
+
+
+def read_header(path: Path) -> np.ndarray:
+    """Return the first three int32 of a file: magic, version and number of tokens of a shard.
+
+    They are 0 where the file is shorter.
+    """
+    # np.fromfile would not do: it takes a failed read for the end of the file.
+    with path.open("rb") as file:
+        content = file.read(12)
+    return np.frombuffer(content.ljust(12, b"\0"), dtype="<i4")
 
 
 def map_tokens(path: Path, offset: int, n_tokens: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from anew.data.shards import (
     Shard,
     header_of,
     map_tokens,
+    read_header,
 )
 from anew.errors import UserError, unknown_name
 from anew.utils.disk_errors import with_retries
@@ -70,8 +71,8 @@ def _open_file(path: Path) -> ForeignShard:
     if path.suffix == ".npy":
         return _open_numpy(path)
     size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) == 3 and header[0] == MAGIC:
+    header = with_retries(lambda: read_header(path), path)
+    if header[0] == MAGIC:
         n_tokens = int(header[2])
         if size != HEADER_BYTES + TOKEN_BYTES * n_tokens:
             raise UserError(

@@ -1,5 +1,8 @@
 """Shards: the format, the writer, and damage."""
 
+import errno
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 from anew import UserError
 from anew.data import prepare, sources
 from anew.data.holdout import Settings
-from anew.data.shards import HEADER_BYTES, DataFolder, SplitWriter
+from anew.data.shards import HEADER_BYTES, DataFolder, SplitWriter, read_header
 from tests.support.data_folders import make_shards, shard_of
 
 
@@ -18,6 +21,12 @@ def test_shard_has_the_format_of_llm_c(tmp_path: Path) -> None:
     assert np.frombuffer(raw[:12], "<i4").tolist() == [20240520, 1, 1000]
     assert np.frombuffer(raw[1024:], "<u2").tolist() == list(range(1000))
     assert shard.tokens.tolist() == list(range(1000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a file of Linux that always fails")
+def test_failed_read_of_a_header_is_not_taken_for_a_short_file() -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        read_header(Path("/proc/self/mem"))
 
 
 def test_split_writer_cuts_at_full_shards_and_loses_no_token(tmp_path: Path) -> None:
