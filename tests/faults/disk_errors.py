@@ -112,6 +112,8 @@ def _faults_of_a_run(rng: random.Random, config: Config) -> list[FailedCalls]:
     return [
         *faults,
         FailedCalls("write", number, rng.randint(1, 4), "/metrics.jsonl"),
+        FailedCalls("write", number, rng.randint(1, 4), "/tensorboard/"),
+        FailedCalls("write", number, rng.randint(1, 4), "/log.txt"),
         FailedCalls("rename", number, rng.randint(1, 4), "/run_state.json"),
         FailedCalls("read", number, rng.randint(1, 4), "/step-00000005/"),
         FailedCalls(rng.choice(["open", "read"]), number, rng.randint(1, 4), str(shard)),

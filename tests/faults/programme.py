@@ -98,7 +98,7 @@ PROGRAMME = {
     "transient-errors": Row(
         disk_errors.transient_errors,
         20,
-        1000,
+        300,
         "EIO, ESTALE, ETIMEDOUT, EAGAIN or EINTR in up to four successive calls of open, read, "
         "write, fsync and rename, in each save, in logs and in a data shard",
         "the run continues, and losses and weights are identical; as controls, one attempt, an "
