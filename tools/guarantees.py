@@ -36,8 +36,7 @@ GUARANTEES = {
     ),
     "speed": (
         "**Measured speed.** A ratio to another package is the median of alternating measurements "
-        "in "
-        "one process, and both sides compute the same result."
+        "in one run, and both sides compute the same result."
     ),
     "evidence": (
         "**Evidence.** Evaluation gives the scores of lm-evaluation-harness, example by example; "
