@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,18 @@ def run_evaluate(argv: list[str]) -> None:
             if args.json:
                 print(json.dumps(outcome))
             _append_to_run(evaluation)
+            _report_missing_tasks(list(outcome["not_run"]))
+
+
+def _report_missing_tasks(names: list[str]) -> None:
+    """End with exit code 1 if a task that was asked for has no figures.
+
+    The validation text of a model without a run is not known, so `val` is not missed.
+    """
+    missing = [name for name in names if name != "val"]
+    if missing:
+        print(f"anew: no figures of {', '.join(missing)}; see above.", file=sys.stderr)
+        sys.exit(1)
 
 
 def _task_names(args: EvaluateArgs) -> list[str]:
