@@ -130,13 +130,22 @@ def _shards(model: str, fetch: Callable[[str], Path]) -> list[str]:
 def _fetch(model: str, repository: str, revision: str, file: str) -> Path:
     """Return the path of a verified file in the cache, after downloading it if necessary."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    is_offline = not hub_has_address()
     with hub_errors("model", repository, revision, file):
-        path = Path(
-            hf_hub_download(
-                repository, file, revision=revision, local_files_only=not hub_has_address()
+        try:
+            path = Path(
+                hf_hub_download(repository, file, revision=revision, local_files_only=is_offline)
             )
-        )
+        except LocalEntryNotFoundError as error:
+            if not is_offline:
+                raise
+            raise UserError(
+                f"{model} is neither a local folder nor in the hub's cache, and the hub cannot be "
+                "reached: its address is not known here. Name a local folder, or connect to a "
+                "network."
+            ) from error
     _verify(model, path)
     return path
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import tyro
 
 from anew.config.recipes import RECIPES
-from anew.config.schema import FIELDS, GROUP_OF, GROUPS, REMOVED, Config
+from anew.config.schema import FIELDS, GROUP_OF, GROUPS, NAMES_ELSEWHERE, REMOVED, Config
 from anew.errors import UserError
 
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}
@@ -43,39 +43,16 @@ def flag(name: str, type: Any, default: Any, help: str, /, **options: Any) -> Fl
     return Flag(name, Annotated[type, tyro.conf.arg(help=help, **options)], default)
 
 
-# What other trainers (nanoGPT, transformers) call a setting of this one.
-NAMES_ELSEWHERE = {
-    "batch_size": "micro_batch",
-    "block_size": "seq_len",
-    "dataset": "data",
-    "dtype": "precision",
-    "epochs": "steps",
-    "eval_interval": "evaluate_every",
-    "eval_steps": "evaluate_every",
-    "grad_clip": "clip",
-    "gradient_accumulation_steps": "batch_tokens",
-    "init_from": "init",
-    "learning_rate": "lr",
-    "max_grad_norm": "clip",
-    "max_iters": "steps",
-    "max_steps": "steps",
-    "num_train_epochs": "steps",
-    "out_dir": "out",
-    "output_dir": "out",
-    "save_steps": "save_every",
-    "warmup_iters": "warmup_steps",
-}
-
-
 def refuse_names_of_other_trainers(argv: Sequence[str]) -> None:
     """Raise UserError if a flag has the name that another trainer gives to a setting."""
     for word in argv:
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in NAMES_ELSEWHERE:
             ours = NAMES_ELSEWHERE[name]
-            flag_name = ours.replace("_", "-")
             help = FIELDS[ours].metadata["help"]
-            raise UserError(f"there is no --{name.replace('_', '-')}; use --{flag_name}: {help}.")
+            raise UserError(
+                f"there is no --{name.replace('_', '-')}; use --{ours.replace('_', '-')}: {help}."
+            )
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def _export_to_file(args: ExportArgs) -> dict[str, Any]:
 
 def _export_to_hub(args: ExportArgs, folder: Path) -> dict[str, Any]:
     """Write a Hugging Face folder and upload it if --push was given; return facts for --json."""
+    if not args.repo:
+        raise UserError("name the repository with --repo OWNER/NAME.")
     hub.check_repository(args.repo)
     export_model(args.model, "hf", folder, args.dtype, model_card(args.model, args.repo))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -196,6 +196,8 @@ RECIPES: dict[str, tuple[str, Config]] = {
 
 def read_recipe(name: str) -> Config:
     """Return the settings of a recipe, not checked. Raises UserError if there is no such recipe."""
+    if name not in RECIPES and (Path(name) / "config.json").exists():
+        raise UserError(f"'{name}' is a run or a model; to continue a run: anew train --resume RUN")
     if name not in RECIPES and Path(name).exists():
         command = f"anew train shakespeare --data {shlex.quote(name)}"
         raise UserError(f"'{name}' is not a recipe but a text; to train on it: {command}")

@@ -361,6 +361,10 @@ class Config:
         for name, value in settings.items():
             if name in REMOVED:
                 raise UserError(f"{removed_because(name)}; leave it out.")
+            if name in NAMES_ELSEWHERE:
+                raise UserError(
+                    f"there is no setting '{name}'; it is called {NAMES_ELSEWHERE[name]}."
+                )
             if name not in GROUP_OF:
                 advice = "`anew train --help-all` lists them all."
                 raise unknown_name("setting", name, GROUP_OF, advice)
@@ -508,6 +512,33 @@ GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in dataclasses
 
 # The format of RUN/config.json. Files of format 1 do not state it.
 FORMAT = 2
+
+
+# What other trainers (nanoGPT, transformers) call a setting of this one.
+NAMES_ELSEWHERE = {
+    "batch_size": "micro_batch",
+    "bf16": "precision",
+    "block_size": "seq_len",
+    "dataset": "data",
+    "dtype": "precision",
+    "epochs": "steps",
+    "eval_interval": "evaluate_every",
+    "eval_steps": "evaluate_every",
+    "fp16": "precision",
+    "grad_clip": "clip",
+    "gradient_accumulation_steps": "batch_tokens",
+    "init_from": "init",
+    "learning_rate": "lr",
+    "max_grad_norm": "clip",
+    "max_iters": "steps",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "out_dir": "out",
+    "output_dir": "out",
+    "per_device_train_batch_size": "micro_batch",
+    "save_steps": "save_every",
+    "warmup_iters": "warmup_steps",
+}
 
 
 class Removed(NamedTuple):

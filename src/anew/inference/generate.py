@@ -45,7 +45,14 @@ def generate(
 ) -> list[list[int]]:
     """Return the new ids of each prompt (rows of ids, or a (B, T) tensor), up to the id `stop`.
 
-    `stop` itself is left out. The options are those of `stream_with_logits`.
+    `stop` itself is left out. The options, with their defaults:
+
+    - temperature 1.0: 0 takes the likeliest token
+    - top_k 0: draw from this many likeliest tokens; 0: from all
+    - top_p 1.0: draw from the likeliest tokens with this total probability
+    - seed 0: the same seed draws the same tokens
+    - use_cache True: False reads the whole text again for each token
+    - int8 False: on a CPU and for one prompt, use weights in 8 bits, which changes the result
     """
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     rows: list[list[int]] = [[] for _ in prompts]
@@ -106,6 +113,8 @@ def stream_with_logits(
     A text longer than the model's positions is cropped to its last half and read again, which is
     logged before the first token. Raises UserError for options without a meaning.
     """
+    if not isinstance(model, GPT):
+        raise UserError('the model is one that is loaded, such as anew.load("runs/demo").')
     check_options(temperature, top_k, top_p, n_tokens)
     check_prompts(prompts, model.config.vocab_size)
     positions = model.config.n_positions
@@ -153,10 +162,12 @@ def stream_with_logits(
 
 def check_options(temperature: float, top_k: int, top_p: float, n_tokens: int) -> None:
     """Raise UserError for sampling options without a meaning."""
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "n_tokens": n_tokens}
-    for name, value in options.items():
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
         if not isinstance(value, int | float):
             raise UserError(f"{name} is {value!r}; it must be a number.")
+    for name, value in (("top_k", top_k), ("n_tokens", n_tokens)):
+        if not isinstance(value, int):
+            raise UserError(f"{name} is {value!r}; it must be a whole number.")
     if not temperature >= 0 or temperature == float("inf"):
         raise UserError(f"temperature {temperature} must be 0 (the likeliest token) or above.")
     if not 0 < top_p <= 1:
@@ -169,7 +180,8 @@ def check_options(temperature: float, top_k: int, top_p: float, n_tokens: int) -
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     """Raise UserError for prompts that are not rows of token ids of the model."""
-    is_rows = not isinstance(prompts, str) and all(isinstance(row, list | tuple) for row in prompts)
+    is_sequence = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    is_rows = is_sequence and all(isinstance(row, list | tuple) for row in prompts)
     if not is_rows or not all(isinstance(token, int) for row in prompts for token in row):
         raise UserError(
             "prompts are rows of token ids, such as [tokenizer.encode(text)], and not text or one "

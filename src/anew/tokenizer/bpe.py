@@ -52,6 +52,9 @@ class Tokenizer:
         self.n_vocab = len(tokens) + 1
         assert self.n_vocab == TOKENIZERS.get(name, self.n_vocab)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer('{self.name}', {self.n_vocab} ids)"
+
     @staticmethod
     def from_pretrained(model: str | Path) -> "Tokenizer":
         """Return the tokenizer of a run, checkpoint or Hugging Face folder (see `load_model`)."""

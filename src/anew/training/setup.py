@@ -206,7 +206,9 @@ def refuse_fewer_steps(run: Path, steps: int) -> None:
     """Raise UserError if a run has taken more than `steps` steps already."""
     taken = steps_taken(run)
     if steps < taken:
-        raise UserError(f"{run} has taken {taken:,} steps already; raise --steps.")
+        raise UserError(
+            f"{run} has taken {taken:,} steps already, and --steps counts from its beginning."
+        )
 
 
 def refuse_another_schedule(existing: Config, config: Config) -> None:
@@ -216,8 +218,8 @@ def refuse_another_schedule(existing: Config, config: Config) -> None:
         if before != learning_rate_factor(step, config.run.steps, config.optim):
             raise UserError(
                 f"{config.folder} was planned for {existing.run.steps:,} steps, and its learning "
-                f"rate has followed that plan since step {step:,}. For another number of steps, "
-                "start a run from its weights, with a new warm-up: "
+                "rate has followed that plan. For another number of steps, start a run from its "
+                "weights, with a new warm-up: "
                 f"anew train {config.recipe} --init {shlex.quote(str(config.folder))} "
                 f"--data {shlex.quote(config.data.data)} --out NEW --steps {config.run.steps}"
             )
@@ -225,6 +227,8 @@ def refuse_another_schedule(existing: Config, config: Config) -> None:
 
 def refuse_other_files(folder: Path) -> None:
     """Raise UserError if a folder without a run holds files that no run writes."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; choose another --out.")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = sorted(name for name in names - FILES_OF_A_RUN if not name.startswith("."))
     if others:

@@ -51,10 +51,10 @@ MOST_SECONDS = 120.0  # a replay that is expected to take longer is not begun
 EXPECTED_MFU = 0.2  # on a machine on which the run has not been timed
 # What the bits of a result depend on; keys of the environment in run_state.json.
 HARDWARE_AND_SOFTWARE = ("device", "processor", "precision", "compiled", "torch", "cuda", "ranks")
-# Allowed elsewhere, relative to the recorded value. Rounding differs from machine to machine, most
-# of all in bf16, and the differences grow from step to step.
+# Allowed elsewhere, relative to the recorded loss. Rounding differs from machine to machine, most
+# of all in bf16, and the differences grow from step to step. The state is not compared there: after
+# ten steps of Muon in bf16 with another number of ranks, a bias differed by a tenth of its norm.
 LOSS_TOLERANCE = 0.01
-TENSOR_TOLERANCE = 0.05
 COMPARED = ("train/loss", "train/grad_norm", "train/lr")
 COMPARED_ELSEWHERE = ("train/loss",)
 
@@ -118,10 +118,9 @@ def description(replay: Replay, is_equal: bool, seconds: float) -> str:
     if is_equal:
         what = "losses and state" if replay.reaches_checkpoint else "losses"
         return f"{steps}: {what} equal bit for bit ({seconds:.0f} s)"
-    state = f", state to {TENSOR_TOLERANCE:.0%}" if replay.reaches_checkpoint else ""
     return (
-        f"{steps}: losses equal to {LOSS_TOLERANCE:.0%}{state} ({seconds:.0f} s); equal bits "
-        f"cannot be expected: {replay.difference}"
+        f"{steps}: losses equal to {LOSS_TOLERANCE:.0%} ({seconds:.0f} s); equal bits cannot be "
+        f"expected: {replay.difference}"
     )
 
 
@@ -284,23 +283,22 @@ def only_errors_logged() -> Iterator[None]:
 def compare(replay: Replay, rows: list[Row], snapshot: Snapshot, exact: bool) -> str:
     """Return how the repeated steps differ from those of the run; empty if they do not.
 
-    If not `exact`, values may differ by the tolerances above.
+    If not `exact`, only losses are compared, and they may differ by the tolerance above.
     """
     recorded = {row["step"]: row for row in read_metrics(replay.run)}
     for row in rows:
         problem = row_difference(recorded.get(row["step"], {}), row, exact)
         if problem:
             return problem
-    if not replay.reaches_checkpoint:
+    if not exact or not replay.reaches_checkpoint:
         return ""
-    allowed = 0.0 if exact else TENSOR_TOLERANCE
     files = {
         "model.safetensors": dict(snapshot.weights),
         "optimizer.safetensors": dict(snapshot.optimizer),
     }
     for name, repeated in files.items():
         stored = load_file(replay.checkpoint / name)
-        problem = tensor_difference(stored, repeated, allowed)
+        problem = tensor_difference(stored, repeated)
         if problem:
             return f"{name} of {replay.checkpoint.name} is not what the steps give: {problem}."
     return ""

@@ -156,24 +156,16 @@ def _counters(path: Path) -> dict[str, Any]:
     return {key: content.get(key) for key in ("step", "tokens", "seconds", "data_revision")}
 
 
-def tensor_difference(
-    before: dict[str, Tensor], after: dict[str, Tensor], allowed: float = 0.0
-) -> str:
-    """Return how two sets of tensors differ; empty if they do not.
-
-    If `allowed` is 0, every bit must be equal; otherwise it is the largest norm of the difference
-    of two tensors, relative to the norm of the first.
-    """
+def tensor_difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> str:
+    """Return how two sets of tensors differ; empty if every bit is equal."""
     for name in sorted(before.keys() ^ after.keys()):
         return f"only one of them has {name}"
     for name, tensor in before.items():
         other = after[name]
         if tensor.shape != other.shape:
             return f"{name} has another shape"
-        if torch.equal(tensor, other):
-            continue
-        difference = float((tensor.double() - other.double()).norm())
-        norm = float(tensor.double().norm())
-        if allowed == 0.0 or not difference <= allowed * norm:
+        if not torch.equal(tensor, other):
+            difference = float((tensor.double() - other.double()).norm())
+            norm = float(tensor.double().norm())
             return f"{name} differs by {difference:.2g}, and its norm is {norm:.2g}"
     return ""

@@ -12,6 +12,9 @@ import pytest
 
 import anew
 from anew.cli.main import COMMANDS, console, main
+from tests.support import ROOT
+
+STORED_RUN = ROOT / "tests" / "fixtures" / "stored_runs" / "muon"
 
 
 def run_in_thread(error: BaseException) -> None:
@@ -49,6 +52,8 @@ def test_version_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", __file__], "to train on it: anew train shakespeare --data /"),
         (["train", "demo", "--learning-rate=1"], "use --lr: peak learning rate of AdamW."),
         (["train", "demo", "--max_iters", "20"], "there is no --max-iters; use --steps"),
+        (["train", str(STORED_RUN)], "to continue a run: anew train --resume RUN"),
+        (["export", "m", "--to", "hub"], "--repo OWNER/NAME"),
         (["sample", __file__], "is not a model: torch.save did not write it"),
         (["plan", "--gpu", "rtx 409"], "no GPU 'rtx 409'; did you mean RTX 4090?"),
         (["plan", "--gpu", "h1000", "--price", "2"], "no GPU 'h1000'"),

@@ -185,6 +185,11 @@ def test_folder_that_is_not_a_run_is_named_for_what_it_is(tmp_path: Path) -> Non
             Config.of_run(folder)
 
 
+def test_setting_named_as_in_other_trainers_is_answered_with_ours() -> None:
+    with pytest.raises(UserError, match="'learning_rate'; it is called lr"):
+        recipe("shakespeare", learning_rate=1e-3)
+
+
 def test_paths_are_taken_as_text(tmp_path: Path) -> None:
     config = recipe("shakespeare", data=tmp_path / "my.txt", out=tmp_path / "run")
     assert config.data.data == str(tmp_path / "my.txt")

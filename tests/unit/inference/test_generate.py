@@ -109,6 +109,7 @@ def test_until_end_of_text_reads_no_further_than_the_last_end() -> None:
         {"top_p": 1.5},
         {"top_k": -1},
         {"temperature": "hot"},
+        {"top_k": 2.5},
         {"top_k": None},
     ],
 )

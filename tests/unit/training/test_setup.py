@@ -53,6 +53,13 @@ def test_run_is_not_begun_in_a_folder_with_other_files(tmp_path: Path) -> None:
         resolve_config(config)
 
 
+def test_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    config = short_run(tmp_path / "run")
+    config.folder.write_text("mine")
+    with pytest.raises(UserError, match="is a file; choose another --out"):
+        resolve_config(config)
+
+
 def test_run_that_was_killed_before_it_wrote_its_settings_can_begin_again(tmp_path: Path) -> None:
     config = short_run(tmp_path / "run")
     for name in ("log.txt", "metrics.jsonl", ".lock"):
