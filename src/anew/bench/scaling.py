@@ -170,10 +170,7 @@ class Experiment:
         numbers = itertools.count(1)
 
         def report(trial: Trial, result: TrialResult) -> None:
-            say(
-                f"{next(numbers):>3}  {trial.name:<40} {result.tokens:>11,} tokens "
-                f"{result.seconds:>5.0f} s  {result.loss:.4f}"
-            )
+            say(f"{next(numbers):>3}  {result.loss:.4f}  {trial.name}")
 
         best = self._tune(out, stop, report)
         trials = {arm: self.trials(arm, best[arm]) for arm in self.arms}

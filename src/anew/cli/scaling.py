@@ -43,7 +43,7 @@ def scaling(
     out = Path(config.run.out or f"runs/scaling-{config.recipe}")
     print(
         f"{config.recipe} on {config.data.data}, {ladder.tokens_per_parameter:g} tokens a "
-        f"parameter,\n{len(ladder.seeds)} seeds, on {device}; runs in {out}\n",
+        f"parameter,\nseeds: {len(ladder.seeds)}, on {device}; runs in {out}\n\n  #    loss  run",
         flush=True,
     )
 
