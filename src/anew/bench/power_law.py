@@ -1,6 +1,6 @@
 """A power law of loss and compute, fitted to a few sizes, and what can be read off it.
 
-    law = PowerLaw.fit(flops, losses)         # one mean loss for each size
+    law = PowerLaw.fit(flops, losses)         # losses: for each size, those of its seeds
     print(law.exponent, law.predict(1e15))    # with 95% intervals
     print(multiplier(before, after, loss=1.5))
 
@@ -8,9 +8,11 @@ The law is loss = constant x FLOPs^-exponent, fitted as a straight line in the l
 squares. A third parameter, a loss that no amount of compute can go below, cannot be determined from
 a few sizes. Without it the law holds near the measured compute only.
 
-Intervals are those of linear regression: Student's t with n - 2 degrees of freedom for n sizes.
-They contain the scatter of the sizes about the line, whatever its cause, but not a curve that all
-sizes follow. A loss predicted beyond the largest size is an extrapolation.
+Intervals are those of linear regression with Student's t. The variance is the larger of two
+estimates: that of the mean losses about the line (n - 2 degrees of freedom for n sizes), and that
+of a mean over the seeds of a size. The first may be small by chance, and the second does not know
+whether the line is straight. No interval contains a bend that all sizes follow, so a loss predicted
+beyond the largest size is an extrapolation.
 """
 
 import math
@@ -58,36 +60,35 @@ class PowerLaw:
     spread: float  # sum of squared distances of ln(flops) from their mean
     level: float  # ln(loss) at the centre
     slope: float  # how fast ln(loss) falls with ln(flops)
-    squares: float  # sum of squared residuals
+    variance: float  # of ln(mean loss of a size) about the line
+    freedom: int  # degrees of freedom of `variance`
 
     @classmethod
-    def fit(cls, flops: Sequence[float], losses: Sequence[float]) -> "PowerLaw":
-        """Fit the line to three sizes or more."""
-        assert len(flops) >= 3
+    def fit(cls, flops: Sequence[float], losses: Sequence[Sequence[float]]) -> "PowerLaw":
+        """Fit the line to three sizes or more, with equally many seeds each."""
+        n = len(flops)
+        assert n >= 3
         x = np.log(flops)
-        y = np.log(losses)
+        y = np.log(np.mean(losses, axis=1))
         centre = x.mean()
         spread = np.sum((x - centre) ** 2)
         slope = -np.sum((x - centre) * y) / spread
         residuals = y - y.mean() + slope * (x - centre)
+        estimates = [(np.sum(residuals**2) / (n - 2), n - 2)]
+        seeds = len(losses[0])
+        if seeds > 1:
+            variance_of_runs = np.var(np.log(losses), axis=1, ddof=1).mean()
+            estimates.append((variance_of_runs / seeds, n * (seeds - 1)))
+        variance, freedom = max(estimates)
         return cls(
-            n=len(flops),
+            n=n,
             centre=float(centre),
             spread=float(spread),
             level=float(y.mean()),
             slope=float(slope),
-            squares=float(np.sum(residuals**2)),
+            variance=float(variance),
+            freedom=freedom,
         )
-
-    @property
-    def freedom(self) -> int:
-        """The degrees of freedom of the residuals."""
-        return self.n - 2
-
-    @property
-    def variance(self) -> float:
-        """The variance of ln(loss) about the line."""
-        return self.squares / self.freedom
 
     @property
     def exponent(self) -> Estimate:
@@ -117,11 +118,16 @@ class PowerLaw:
 def multiplier(before: PowerLaw, after: PowerLaw, loss: float) -> Estimate:
     """Return how many times as much compute `before` needs as `after` for the same loss.
 
-    The interval takes the residuals of both lines to have one variance, and takes each line for
-    straight within its own error (the delta method).
+    Each line is taken for straight within its own error (the delta method), and the two for
+    independent. The degrees of freedom are those of Welch and Satterthwaite, rounded down.
     """
     log_ratio = before.log_flops_to(loss) - after.log_flops_to(loss)
-    freedom = before.freedom + after.freedom
-    variance = (before.squares + after.squares) / freedom
-    relative = sum(law.leverage(law.log_flops_to(loss)) / law.slope**2 for law in (before, after))
-    return log_estimate(log_ratio, t_quantile(freedom) * math.sqrt(variance * relative))
+    variance = 0.0
+    squares = 0.0
+    for law in (before, after):
+        part = law.variance * law.leverage(law.log_flops_to(loss)) / law.slope**2
+        variance += part
+        squares += part**2 / law.freedom
+    # The addend keeps a whole number whole. Lines without any error have no use for the number.
+    freedom = int(variance**2 / squares + 1e-9) if squares else 1
+    return log_estimate(log_ratio, t_quantile(freedom) * math.sqrt(variance))

@@ -107,7 +107,7 @@ def _arms(
 
 
 def _fit(sizes: list[SizeResult]) -> PowerLaw:
-    return PowerLaw.fit([size.flops for size in sizes], [size.loss for size in sizes])
+    return PowerLaw.fit([size.flops for size in sizes], [size.losses for size in sizes])
 
 
 def _print_arm(arm: ArmResult, law: PowerLaw) -> dict[str, Any]:

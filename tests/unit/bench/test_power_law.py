@@ -1,6 +1,7 @@
 """The fit of loss and compute: against numpy, and on data with a known answer."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,17 @@ FLOPS = np.array([1e12, 2e12, 5e12, 1e13, 3e13, 6e13])
 SIMULATIONS = 2000
 
 
+def fit(losses: Any) -> PowerLaw:
+    """Fit losses of one seed for each of FLOPS."""
+    return PowerLaw.fit(FLOPS.tolist(), np.reshape(losses, (-1, 1)).tolist())
+
+
 def noisy_law(
-    random: np.random.Generator, constant: float, exponent: float, noise: float
+    random: np.random.Generator, constant: float, exponent: float, noise: float, seeds: int = 1
 ) -> PowerLaw:
-    """Fit constant * FLOPS^-exponent with noise in the logarithm of the loss."""
-    log_losses = math.log(constant) - exponent * np.log(FLOPS)
-    log_losses += noise * random.standard_normal(len(FLOPS))
+    """Fit constant * FLOPS^-exponent with noise in the logarithm of each run's loss."""
+    log_losses = math.log(constant) - exponent * np.log(FLOPS)[:, None]
+    log_losses = log_losses + noise * random.standard_normal((len(FLOPS), seeds))
     return PowerLaw.fit(FLOPS.tolist(), np.exp(log_losses).tolist())
 
 
@@ -37,7 +43,7 @@ def test_student_t_lies_within_its_quantiles_with_95_percent(freedom: int) -> No
 def test_line_and_its_errors_are_those_of_numpy() -> None:
     law = noisy_law(np.random.default_rng(0), constant=20.0, exponent=0.08, noise=0.02)
     losses = [law.loss_at(flops) * (1 + 0.01 * (-1) ** i) for i, flops in enumerate(FLOPS)]
-    law = PowerLaw.fit(FLOPS.tolist(), losses)
+    law = fit(losses)
     x = np.log(FLOPS)
     (slope, intercept), covariance = np.polyfit(x, np.log(losses), 1, cov=True)
     assert law.slope == pytest.approx(-slope)
@@ -54,7 +60,7 @@ def test_line_and_its_errors_are_those_of_numpy() -> None:
 
 
 def test_exact_law_is_recovered_without_an_interval() -> None:
-    law = PowerLaw.fit(FLOPS.tolist(), (30 * FLOPS**-0.09).tolist())
+    law = fit(30 * FLOPS**-0.09)
     assert law.exponent == pytest.approx((0.09, 0.09, 0.09))
     assert law.predict(1e15) == pytest.approx((30 * 1e15**-0.09,) * 3)
 
@@ -75,6 +81,30 @@ def test_intervals_contain_the_truth_at_their_stated_rate() -> None:
     assert predictions / SIMULATIONS == pytest.approx(0.95, abs=0.02)
 
 
+def test_sizes_that_happen_to_lie_on_the_line_do_not_narrow_the_interval() -> None:
+    """The mean of two seeds is exact here, while the seeds differ by 4%."""
+    exact = 30 * FLOPS**-0.09
+    seeds = np.stack([exact * 1.02, exact * 0.98], axis=1)
+    law = PowerLaw.fit(FLOPS.tolist(), seeds.tolist())
+    assert law.slope == pytest.approx(0.09)
+    assert law.freedom == len(FLOPS)
+    variance_of_means = np.log(seeds).var(axis=1, ddof=1).mean() / 2
+    assert law.variance == pytest.approx(variance_of_means)
+
+
+def test_two_seeds_never_cover_less_than_stated() -> None:
+    """The larger of two estimates of one variance gives intervals that are a little too wide."""
+    random = np.random.default_rng(3)
+    noise = 0.01
+    hits = 0
+    for _ in range(SIMULATIONS):
+        law = noisy_law(random, constant=20.0, exponent=0.08, noise=noise, seeds=2)
+        error = noise / math.sqrt(2) * random.standard_normal()
+        _, low, high = law.predict(2e14)
+        hits += covers(low, high, 20.0 * 2e14**-0.08 * math.exp(error))
+    assert 0.945 < hits / SIMULATIONS < 0.99
+
+
 def test_multiplier_of_two_arms_with_a_known_ratio() -> None:
     """The second arm needs 2.5 times less compute at a loss of 1.6, and another ratio elsewhere."""
     random = np.random.default_rng(2)
@@ -83,10 +113,8 @@ def test_multiplier_of_two_arms_with_a_known_ratio() -> None:
     before_exponent, after_exponent = 0.08, 0.09
     before_constant = loss * flops_before**before_exponent
     after_constant = loss * (flops_before / ratio) ** after_exponent
-    exact_before = PowerLaw.fit(
-        FLOPS.tolist(), (before_constant * FLOPS**-before_exponent).tolist()
-    )
-    exact_after = PowerLaw.fit(FLOPS.tolist(), (after_constant * FLOPS**-after_exponent).tolist())
+    exact_before = fit(before_constant * FLOPS**-before_exponent)
+    exact_after = fit(after_constant * FLOPS**-after_exponent)
     assert multiplier(exact_before, exact_after, loss) == pytest.approx((ratio,) * 3)
     elsewhere = multiplier(exact_before, exact_after, 1.7)
     assert elsewhere.value != pytest.approx(ratio, rel=0.01)

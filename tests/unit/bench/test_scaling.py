@@ -195,7 +195,7 @@ def exact_arm(name: str, constant: float, last_loss: float = 0.0) -> ArmResult:
         parameters = 12 * layers * size.n_embd**2
         sizes.append(SizeResult(size, parameters, 10 * parameters, flops, (loss, loss)))
     if last_loss:
-        sizes[-1] = dataclasses.replace(sizes[-1], losses=(last_loss,))
+        sizes[-1] = dataclasses.replace(sizes[-1], losses=(last_loss, last_loss))
     return ArmResult(name, {"lr": 1e-3, "wte_lr": 0.006, "warmup_share": 0.1}, sizes)
 
 
