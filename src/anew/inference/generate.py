@@ -113,7 +113,7 @@ def stream_with_logits(
     A text longer than the model's positions is cropped to its last half and read again, which is
     logged before the first token. Raises UserError for options without a meaning.
     """
-    if not isinstance(model, GPT):
+    if not hasattr(model, "config"):
         raise UserError('the model is one that is loaded, such as anew.load("runs/demo").')
     check_options(temperature, top_k, top_p, n_tokens)
     check_prompts(prompts, model.config.vocab_size)
