@@ -101,7 +101,7 @@ def test_learned_vocabulary_from_data_to_model_to_finetuning_to_export(
     train(config)
     for command in (
         ["sample", str(finetuned), "--tokens", "5", "--prompt", "the"],
-        ["evaluate", str(finetuned)],
+        ["evaluate", str(finetuned), "--task", "val"],
         ["export", str(finetuned), "--to", "gguf", "--out", str(tmp_path / "m.gguf")],
     ):
         done = subprocess.run(
