@@ -131,6 +131,10 @@ def find(source: str, revision: str = "main", column: str = "text", encoding: st
         if reason:
             raise UserError(f"{path} cannot be read as text: it is {reason}.")
         return Source(path.stem, (path,), column, encoding)
+    if (path / "progress.json").is_file():
+        raise UserError(
+            f"the preparation of {path} is not complete; run the same anew prepare command again."
+        )
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
         return _texts_among(files, path, path.resolve().name, column, encoding)
