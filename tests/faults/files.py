@@ -65,7 +65,7 @@ def kill_during_save(injections: int, rng: random.Random, scratch: Path) -> Faul
         broken += not any(files == _content(byte) for byte in first_bytes)
     result.measurements["broken in-place saves (control)"] = f"{broken} of {controls}"
     result.check(
-        broken >= controls / 5,  # on a busy machine, many kills come before or after the save
+        broken >= controls / 2,
         f"only {broken} of {controls} in-place saves are broken, so the control shows nothing",
     )
     return result
