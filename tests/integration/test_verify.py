@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from anew.checkpoint.folder import publish
 from anew.checkpoint.huggingface import save_model
-from anew.config.schema import Config, GPTConfig
+from anew.config.schema import GPTConfig
 from anew.model.gpt import GPT
 from anew.report import html
 from anew.report.run import Run
@@ -23,6 +23,7 @@ from anew.tokenizer.files import contents
 from anew.training.trainer import train
 from anew.utils.files import temporary_name
 from anew.verify.published_logits import GPT2_124M, REFERENCES, check_published, read_reference
+from tests.faults.common import tiny
 from tests.support.commands import Finished, run
 from tests.support.pages import text_of
 
@@ -81,26 +82,13 @@ def model_folder(healthy_model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def healthy_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A run of six steps with checkpoints after three and after six."""
     folder = tmp_path_factory.mktemp("runs") / "healthy"
-    config = Config(recipe="tiny").override(
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        n_positions=16,
-        seq_len=16,
-        vocab_size=257,
-        tokenizer="bytes",
+    config = tiny(
+        folder,
         data=str(text_file),
         steps=6,
-        warmup_steps=2,
         batch_tokens=128,
         micro_batch=8,
-        lr=3e-3,
-        precision="fp32",
-        device="cpu",
-        compile="off",
-        evaluate_every=0,
         save_every=3,
-        out=str(folder),
     )
     train(config)
     return folder

@@ -10,6 +10,7 @@ import pytest
 
 from anew import UserError
 from anew.data import sources
+from anew.data.prepare import PROGRESS
 from anew.data.sources import download
 from anew.utils.files import sha256_of
 
@@ -122,3 +123,9 @@ def test_sha256_of_abc_is_the_published_one(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     published = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_of(tmp_path / "x") == published
+
+
+def test_folder_whose_preparation_has_not_ended_is_not_read_as_text(tmp_path: Path) -> None:
+    (tmp_path / PROGRESS).write_text('{"documents": 3}')
+    with pytest.raises(UserError, match=r"the preparation of .* is not complete"):
+        sources.find(str(tmp_path))

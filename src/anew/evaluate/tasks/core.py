@@ -113,6 +113,7 @@ class CoreTask(Task):
     def read_examples(
         self, path: Path, tokenizer: Tokenizer, n_positions: int, limit: int
     ) -> Iterator[Example]:
+        """Yield the first `limit` questions (0: all) in the shuffled order, with their prompts."""
         rows = self.rows(path)[: limit or None]
         if len(rows) <= self.shots:
             raise UserError(
