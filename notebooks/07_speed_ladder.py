@@ -42,6 +42,9 @@ rows, settings = [], {}
 for rung in bench.RUNGS:
     if "cpu" not in rung.devices or rung.name == "compile":
         continue
+    if rung.name == "bf16" and not runtime.cpu_has_bf16():
+        print("bf16: this CPU has no bf16 instructions")
+        continue
     settings |= rung.settings | {"compile": "off"}
     try:
         found = bench.measure(config.override(**settings), steps=3, matmul=rung.matmul)

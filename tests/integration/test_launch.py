@@ -43,7 +43,7 @@ def aws() -> Iterator[AWS]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Return the config of an uninterrupted run on two ranks."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    config = tiny(folder, steps=150, save_every=25, warmup_steps=2)
+    config = tiny(folder, steps=400, save_every=25, warmup_steps=2)
     assert run_ranks(2, train_run, config) == [("ok", "done")] * 2
     return config
 

@@ -33,7 +33,13 @@ from anew.training.micro_batch import is_out_of_memory
 from anew.training.setup import training_loss
 from anew.training.step import train_step
 from anew.training.train_state import TrainState
-from anew.utils.device import Runtime, peak_memory, reset_peak_memory, set_up_device
+from anew.utils.device import (
+    Runtime,
+    cpu_has_bf16,
+    peak_memory,
+    reset_peak_memory,
+    set_up_device,
+)
 from anew.utils.signals import StopFlag
 
 ATTENTION_SEQUENCES = 4  # batch size of the attention measurement
@@ -118,6 +124,9 @@ def measure_ladder(
     for rung in RUNGS:
         if device not in rung.devices:
             yield rung, rung.lacking
+            continue
+        if device == "cpu" and rung.settings.get("precision") == "bf16" and not cpu_has_bf16():
+            yield rung, "this CPU has no bf16 instructions"
             continue
         settings |= rung.settings
         yield rung, measure_in_new_process(config.override(**settings), steps, rung.matmul)

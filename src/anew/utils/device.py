@@ -242,6 +242,8 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         raise UserError(f"{wanted} training is not reliable on MPS; use --precision fp32.")
     if wanted == "fp16" and device.type == "cpu":
         return wanted, "as requested (fp16 on a CPU is many times slower than bf16)"
+    if wanted == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        return wanted, "as requested (this CPU has no bf16 instructions; fp32 is much faster)"
     return wanted, "as requested"
 
 
@@ -255,9 +257,14 @@ def _auto_precision(device: torch.device) -> tuple[str, str]:
         return "bf16", "Intel GPUs have bf16 instructions"
     if device.type == "mps":
         return "fp32", "MPS computes most reliably in fp32"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if cpu_has_bf16():
         return "bf16", "the CPU has bf16 instructions"
     return "fp32", "the CPU has no bf16 instructions"
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 matrices. Others are many times slower in bf16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _compute_capability(device: torch.device) -> tuple[int, int]:

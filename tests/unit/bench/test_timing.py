@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from anew import Config
+from anew.bench import timing
 from anew.bench.compare import ratio
 from anew.bench.ladder import BOTTOM
-from anew.bench.timing import measure, text_batch, with_batch
+from anew.bench.timing import measure, measure_ladder, text_batch, with_batch
 from anew.cli.main import main
 from anew.training.step import train_step
 from anew.training.train_state import TrainState
@@ -71,3 +73,23 @@ def test_invalid_command_says_what_can_be_timed(
         main(line.split())
     assert left.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_rung_in_bf16_is_left_out_on_a_cpu_without_its_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def note(config: Config, steps: int, matmul: str) -> str:
+        timed.append(config.run.precision)
+        return "not timed"
+
+    monkeypatch.setattr(timing, "measure_in_new_process", note)
+    config = tiny(tmp_path / "run")
+    for has_bf16 in (True, False):
+        timed.clear()
+        monkeypatch.setattr(timing, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        reasons = {rung.name: reason for rung, reason in measure_ladder(config, 3, "cpu")}
+        assert ("bf16" in timed) == has_bf16
+        is_named = reasons["bf16"] == "this CPU has no bf16 instructions"
+        assert is_named != has_bf16
