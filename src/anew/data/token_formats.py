@@ -10,6 +10,9 @@
 
 These files have no hashes, so only their sizes and headers are checked. The shards of anew have the
 format of llm.c, so `--to llm.c` changes their names only.
+
+The token ids are those of GPT-2, unless tokenizer files lie beside them, as `write_others` writes
+them for any other tokenizer.
 """
 
 from dataclasses import dataclass
@@ -29,10 +32,13 @@ from anew.data.shards import (
     read_header,
 )
 from anew.errors import UserError, unknown_name
+from anew.tokenizer.bpe import Tokenizer
+from anew.tokenizer.files import has_tokenizer
 from anew.utils.disk_errors import with_retries
 from anew.utils.files import atomic_folder
 
 FORMATS = ("llm.c", "build-nanogpt", "nanogpt")
+NANOGPT_VOCABULARY = "meta.pkl"  # which nanoGPT writes for its vocabularies of characters
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,19 @@ def open_others(path: Path) -> DataFolder | None:
         if split == "train" and not files:
             return None
         splits[split] = [_open_file(file) for file in files]
-    return DataFolder(path, "gpt2", path.name, "", splits)
+    return DataFolder(path, _tokenizer_name(path), path.name, "", splits)
+
+
+def _tokenizer_name(path: Path) -> str:
+    """Return the name of the tokenizer of a folder of token files."""
+    if has_tokenizer(path):
+        return Tokenizer.of_folder(path).name
+    if (path / NANOGPT_VOCABULARY).is_file():
+        raise UserError(
+            f"{path} has a vocabulary of nanoGPT ({NANOGPT_VOCABULARY}), whose ids no tokenizer "
+            "of GPT-2 has; prepare its text again, usually input.txt."
+        )
+    return "gpt2"
 
 
 def _open_file(path: Path) -> ForeignShard:
@@ -100,14 +118,18 @@ def _open_numpy(path: Path) -> ForeignShard:
 def write_others(folder: DataFolder, to: str, out: Path) -> list[Path]:
     """Write the tokens of `folder` as the files of project `to`. Return the paths of the files.
 
-    The folder `out` must not exist. It appears when all files are written.
+    The folder `out` must not exist. It appears when all files are written. It also gets the files
+    of the tokenizer, unless that is GPT-2's.
     """
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
     with atomic_folder(out) as temporary:
+        if tokenizer.name != "gpt2":
+            tokenizer.save(temporary)
         for split, shards in folder.splits.items():
             for number, shard in enumerate(shards):
                 name = f"{folder.source}_{split}_{number:06d}"
