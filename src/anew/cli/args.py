@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 import tyro
 
+from anew.cli.parse import parse, refuse_other_names
 from anew.config.recipes import RECIPES
 from anew.config.schema import FIELDS, GROUP_OF, GROUPS, NAMES_ELSEWHERE, REMOVED, Config
 from anew.errors import UserError
@@ -43,16 +44,12 @@ def flag(name: str, type: Any, default: Any, help: str, /, **options: Any) -> Fl
     return Flag(name, Annotated[type, tyro.conf.arg(help=help, **options)], default)
 
 
-def refuse_names_of_other_trainers(argv: Sequence[str]) -> None:
-    """Raise UserError if a flag has the name that another trainer gives to a setting."""
-    for word in argv:
-        name = word.split("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in NAMES_ELSEWHERE:
-            ours = NAMES_ELSEWHERE[name]
-            help = FIELDS[ours].metadata["help"]
-            raise UserError(
-                f"there is no --{name.replace('_', '-')}; use --{ours.replace('_', '-')}: {help}."
-            )
+def names_of_other_trainers() -> dict[str, str]:
+    """Return our flag and its help for each name that other trainers give to a setting."""
+    names = {}
+    for name, ours in NAMES_ELSEWHERE.items():
+        names[name] = f"{ours.replace('_', '-')}: {FIELDS[ours].metadata['help']}"
+    return names
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ class Command:
         removed = {name: type(setting.off) for name, setting in REMOVED.items()}
         types["removed"] = _optional_keys(removed)
         words = [word for word in argv if word not in HELP]
-        refuse_names_of_other_trainers(words)
-        parsed = self._run_tyro(types, args=words)
+        refuse_other_names(words, names_of_other_trainers())
+        parsed = self._run_tyro(types, argv=words)
         recipes = parsed.pop("recipe", [])
         if len(recipes) > 1:
             raise UserError(
@@ -121,17 +118,15 @@ class Command:
             defaults[group][name] = base.value(name)
         self._run_tyro(
             self._types(names),
-            args=["--help"],
+            argv=["--help"],
             default=defaults,
             description="\n\n".join(paragraphs),
         )
 
     def _run_tyro(self, types: dict[str, Any], **options: Any) -> dict[str, Any]:
-        parsed: dict[str, Any] = tyro.cli(
-            _optional_keys(types),
-            prog=f"anew {self.name}",
-            config=(tyro.conf.OmitArgPrefixes,),
-            **options,
+        config = (tyro.conf.OmitArgPrefixes,)
+        parsed: dict[str, Any] = parse(
+            _optional_keys(types), command=self.name, config=config, **options
         )
         return parsed
 

@@ -18,6 +18,7 @@ import tyro
 
 from anew.cli.bench import EXPERIMENTS, MEASUREMENTS
 from anew.cli.main import COMMANDS
+from anew.cli.parse import parse
 from anew.config.recipes import RECIPES
 
 # The words that may follow a command, beside flags and file names.
@@ -61,7 +62,7 @@ class CompletionArgs:
 
 def run_completion(argv: list[str]) -> None:
     """Print the completion script of a shell."""
-    args = tyro.cli(CompletionArgs, args=argv, prog="anew completion")
+    args = parse(CompletionArgs, argv, "completion")
     words = {command: ARGUMENTS.get(command, []) + flags_of(command) for command in COMMANDS}
     if args.shell == "fish":
         print(_fish(words), end="")

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from torch import distributed
 
 import anew
 from anew.bench.timing import machine_memory
+from anew.cli.parse import parse
 from anew.config.recipes import recipe
 from anew.config.schema import RunConfig
 from anew.data.sources import find
@@ -67,7 +67,7 @@ class Finding(NamedTuple):
 
 def run_doctor(argv: list[str]) -> None:
     """Check the machine, the packages, and that training and resuming work here."""
-    args = tyro.cli(DoctorArgs, args=argv, prog="anew doctor")
+    args = parse(DoctorArgs, argv, "doctor")
     checks: dict[str, Callable[[], Finding]] = {
         "versions": _versions,
         "machine": _machine,

@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from anew.checkpoint import huggingface
+from anew.cli.parse import parse
 from anew.cli.progress import progress_bar
 from anew.cli.sample import Device, Precision, open_model
 from anew.config.schema import Config
@@ -103,7 +104,7 @@ class Evaluation:
 
 def run_evaluate(argv: list[str]) -> None:
     """Score a model in HellaSwag, LAMBADA and WikiText, beside GPT-2's published figures."""
-    args = tyro.cli(EvaluateArgs, args=argv, prog="anew evaluate")
+    args = parse(EvaluateArgs, argv, "evaluate")
     names = _task_names(args)
     with joined() as world:
         evaluation = _open_models(args, world)

@@ -14,6 +14,7 @@ import tyro
 
 from anew.checkpoint import hub
 from anew.checkpoint.export import export_model
+from anew.cli.parse import parse
 from anew.errors import UserError
 from anew.report.model_card import model_card
 
@@ -46,7 +47,7 @@ class ExportArgs:
 
 def run_export(argv: list[str]) -> None:
     """Convert a model for transformers, llama.cpp or ONNX Runtime."""
-    args = tyro.cli(ExportArgs, args=argv, prog="anew export")
+    args = parse(ExportArgs, argv, "export")
     if args.to == "hub":
         with tempfile.TemporaryDirectory() as temporary:
             facts = _export_to_hub(args, Path(args.out or f"{temporary}/model"))

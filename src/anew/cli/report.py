@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from anew.cli.parse import parse
 from anew.errors import UserError
 from anew.report import baseline, html, png
 from anew.report.run import Run
@@ -18,7 +19,7 @@ class ReportArgs:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """run folders; the curves of several share their charts"""
     out: str = ""
-    """the page to write; by default RUN/report.html"""
+    """the page to write; by default RUN/report.html, or ./report.html for several runs"""
     price: float | None = None
     """dollars an hour of one device, for the cost of the run"""
     baseline: str = ""
@@ -31,7 +32,7 @@ class ReportArgs:
 
 def run_report(argv: list[str]) -> None:
     """Write a page about a run: verdict, curves and samples."""
-    arguments = tyro.cli(ReportArgs, args=argv, prog="anew report")
+    arguments = parse(ReportArgs, argv, "report")
     if not arguments.runs:
         raise UserError("say which run: anew report runs/NAME.")
     if len(arguments.runs) > html.MOST_RUNS:

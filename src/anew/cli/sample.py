@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from anew.checkpoint.huggingface import find_model, load_model
+from anew.cli.parse import parse, refuse_other_names
 from anew.errors import UserError
 from anew.inference.generate import check_options, stream, until_end_of_text
 from anew.model.gpt import GPT
@@ -58,9 +59,24 @@ class SampleArgs:
     """the last line of standard output is one JSON object"""
 
 
+# What nanoGPT, transformers and llama.cpp call these flags.
+NAMES_ELSEWHERE = {
+    "length": "tokens",
+    "max_length": "tokens",
+    "max_new_tokens": "tokens",
+    "max_tokens": "tokens",
+    "n_predict": "tokens",
+    "num_return_sequences": "count",
+    "num_samples": "count",
+    "start": "prompt",
+    "temp": "temperature",
+}
+
+
 def run_sample(argv: list[str]) -> None:
     """Generate text from a prompt, a file, or prompts that are typed one after the other."""
-    args = tyro.cli(SampleArgs, args=argv, prog="anew sample")
+    refuse_other_names(argv, NAMES_ELSEWHERE)
+    args = parse(SampleArgs, argv, "sample")
     if args.count < 1:
         raise UserError(f"count {args.count} must be at least 1.")
     check_options(args.temperature, args.top_k, args.top_p, args.tokens)

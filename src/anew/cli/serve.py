@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from anew.checkpoint.huggingface import find_model
+from anew.cli.parse import parse
 from anew.cli.sample import Device, Precision, open_model
 from anew.errors import UserError, missing_packages
 
@@ -40,7 +41,7 @@ class ServeArgs:
 
 def run_serve(argv: list[str]) -> None:
     """Serve models: a page that shows them at work, and OpenAI's completions API."""
-    args = tyro.cli(ServeArgs, args=argv, prog="anew serve")
+    args = parse(ServeArgs, argv, "serve")
     if not args.models:
         raise UserError("say which model: anew serve runs/NAME.")
     if args.waiting < 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from anew.cli.parse import parse
 from anew.errors import UserError
 from anew.report import verifications
 from anew.verify.checks import Subject, all_checks, conclusion, find_subject
@@ -41,7 +42,7 @@ class VerifyArgs:
 
 def run_verify(argv: list[str]) -> None:
     """Check a model, print each result, and end with exit code 1 if a check failed."""
-    args = tyro.cli(VerifyArgs, args=argv, prog="anew verify")
+    args = parse(VerifyArgs, argv, "verify")
     subject = find_subject(args.model)
     checks = print_checks(subject)
     sentence = conclusion(subject, checks)

@@ -1,0 +1,67 @@
+"""Parse a command line with tyro, and read whole numbers as people write them.
+
+args = parse(PrepareArgs, argv, "prepare")  # --limit-tokens 1.5M is 1,500,000
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from anew.errors import UserError
+
+FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+WHOLE_NUMBERS = ConstructorRegistry()
+
+
+def parse(kind: Any, argv: Sequence[str], command: str, **options: Any) -> Any:
+    """Return `argv` as an instance of `kind`, whose fields are the flags of `anew COMMAND`.
+
+    `options` are those of `tyro.cli`, which ends the process if the flags are wrong (exit code 2)
+    or if help was asked for.
+    """
+    return tyro.cli(kind, args=argv, prog=f"anew {command}", registry=WHOLE_NUMBERS, **options)
+
+
+def whole_number(text: str) -> int:
+    """Return the number that `text` means, such as 19073, 20k, 0.5M, 10B or 1e6.
+
+    Raises ValueError if it is not a whole number.
+    """
+    match = re.fullmatch(r"([+-]?[\d_]*\.?\d+(?:e\d+)?) ?([KMBG]?)", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text} is not a whole number")
+    number, unit = match.groups()
+    if number.lstrip("+-").replace("_", "").isdigit():  # exact at any size
+        return int(number) * FACTORS[unit.upper()]
+    value = float(number) * FACTORS[unit.upper()]
+    if not value.is_integer():
+        raise ValueError(f"{text} is not a whole number")
+    return int(value)
+
+
+@WHOLE_NUMBERS.primitive_rule
+def _read_whole_numbers(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Give tyro `whole_number` for flags of the type int."""
+    if type_info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda number: [str(number)],
+    )
+
+
+def refuse_other_names(argv: Sequence[str], names: Mapping[str, str]) -> None:
+    """Raise UserError if a flag has the name that another tool gives to one of ours.
+
+    `names` has, for the name elsewhere, our name and what it means: {"start": "prompt: a text"}.
+    """
+    for word in argv:
+        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in names:
+            raise UserError(f"there is no --{name.replace('_', '-')}; use --{names[name]}.")
