@@ -294,8 +294,8 @@ def _half(plan: Plan) -> str:
     _, accumulated = plan.config.micro_batches(count)
     fits = "" if half.fits else "; the micro-batch no longer fits"
     return (
-        f"half     {count} x {plan.gpu.name}: {accumulated} accumulated, "
-        f"{_hours(half.hours)}{_dollars(half)}, the same tokens a step{fits}"
+        f"half     of the GPUs, {count} x {plan.gpu.name}: {accumulated} accumulated, "
+        f"{_hours(half.hours)}{_dollars(half)}{fits}"
     )
 
 

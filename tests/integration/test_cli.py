@@ -46,7 +46,7 @@ def test_train_then_sample_then_resume(
     assert result["step"] == 4
     assert result["folder"] == str(out)
     assert result["val_loss"] > 0
-    assert "warm-up shortened from 20 to 0 steps" in stderr
+    assert "warm-up of 20 steps left out, because the run has only 4 steps" in stderr
     assert "vocabulary 257 padded to 384" in stderr
     code, stdout, _ = run(
         capsys, "sample", out, "--prompt", "The ", "--tokens", "9", "--count", "3", "--json"

@@ -34,7 +34,7 @@ def test_cost_of_the_reference_run_is_the_one_computed_by_hand(
     assert facts["memory"]["state"] + facts["memory"]["gradients"] == 16 * parameters
     assert facts["fits"]
     assert "*         64           1 " in out, "the recipe takes the largest micro-batch that fits"
-    assert "half     4 x H100: 2 accumulated" in out
+    assert "half     of the GPUs, 4 x H100: 2 accumulated" in out
     assert "19,073 steps x 524,288 = 10B tokens" in out
     assert "llm.c, 468k tokens/s" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80

@@ -36,7 +36,8 @@ def run_plan(argv: list[str]) -> None:
     config, _ = base.override(**typed.settings).adapted(set(typed.settings))
     if config.run.init:
         config, _ = read_init(config)
-    config.check()
+    # A plan is the same for any text, so the recipe finetune needs no --data here.
+    config.override(data=config.data.data or "any").check()
     if arguments.price is not None and arguments.price < 0:
         raise UserError(f"--price {arguments.price:g} cannot be negative.")
     if arguments.from_run:

@@ -9,6 +9,7 @@ anew prepare data/edu --to llm.c --out other/
 import json
 import shlex
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from anew.cli.parse import parse
 from anew.cli.progress import progress_bar
 from anew.config.values import TOKENIZERS, parse_bytes, vocabulary_size
 from anew.data import sources
@@ -27,6 +29,7 @@ from anew.data.token_formats import open_others, write_others
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import parse_json
+from anew.utils.words import counted
 
 # For --dry-run: measured on web text (docs/log.md, 6).
 BYTES_PER_TOKEN = 4.4
@@ -66,7 +69,8 @@ class PrepareArgs:
     shard_tokens: int = SHARD_TOKENS
     """tokens in a shard; each takes 2 bytes"""
     val_tokens: int | None = None
-    """tokens to hold out; the default is 10,485,760, or 100,000,000 with --validation first"""
+    """tokens to hold out, at most a tenth of the text; a single text holds out its last tenth; 0:
+    none; the default is 10,485,760, or 100,000,000 with --validation first"""
     validation: Literal["hash", "first"] = "hash"
     """hold out documents by their hash, or the first tokens (as build-nanogpt's shard 0)"""
     seed: int = 1337
@@ -83,7 +87,7 @@ class PrepareArgs:
 
 def run_prepare(argv: list[str]) -> None:
     """Turn text into token files for training."""
-    args = tyro.cli(PrepareArgs, args=argv, prog="anew prepare")
+    args = parse(PrepareArgs, argv, "prepare")
     if args.show:
         facts = _show(_open_any(Path(args.show)))
     else:
@@ -93,7 +97,11 @@ def run_prepare(argv: list[str]) -> None:
         elif args.to != "anew":
             facts = _convert(args)
         else:
-            facts = _prepare(args)
+            try:
+                facts = _prepare(args)
+            except KeyboardInterrupt:
+                print("anew: stopped; the same command continues from here.", file=sys.stderr)
+                raise
     if args.json:
         print(json.dumps(facts))
 
@@ -145,8 +153,9 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
     counts = {split: folder.n_tokens(split) for split in ("train", "val")}
     index = parse_json(out / INDEX)
     print(
-        f"{source.name}: {len(source.files):,} files read, {len(source.skipped):,} skipped; "
-        f"{index.get('documents', 0):,} documents, {index.get('bytes', 0):,} bytes of text"
+        f"{source.name}: {counted(len(source.files), 'file')} read, "
+        f"{len(source.skipped):,} skipped; "
+        f"{counted(index.get('documents', 0), 'document')}, {index.get('bytes', 0):,} bytes of text"
     )
     print(
         f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens "
@@ -195,7 +204,7 @@ def _convert(args: PrepareArgs) -> dict[str, Any]:
         )
     out = Path(args.out)
     files = write_others(_open_any(source), args.to, out)
-    print(f"{out}: {len(files)} files for {args.to}, {disk_bytes(out) / 1e6:,.1f} MB")
+    print(f"{out}: {counted(len(files), 'file')} for {args.to}, {disk_bytes(out) / 1e6:,.1f} MB")
     return {"out": str(out), "files": [file.name for file in files]}
 
 
@@ -213,7 +222,7 @@ def _estimate(args: PrepareArgs) -> dict[str, Any]:
     shard_bytes = 2 * tokens
     peak_bytes = shard_bytes + 2 * largest_file
     print(
-        f"{source.name} at revision {source.revision[:12]}: {len(source.files)} files, "
+        f"{source.name} at revision {source.revision[:12]}: {counted(len(source.files), 'file')}, "
         f"{source.total_bytes / 1e9:,.2f} GB to read"
     )
     print(
@@ -259,7 +268,7 @@ def _show(folder: DataFolder) -> dict[str, Any]:
     for split in ("train", "val"):
         tokens = folder.n_tokens(split)
         shards = len(folder.splits[split])
-        print(f"{split:<6}{tokens:>15,} tokens in {shards} shards")
+        print(f"{split:<6}{tokens:>15,} tokens in {counted(shards, 'shard')}")
         facts[split] = {"tokens": tokens, "shards": shards}
     steps = folder.n_tokens("train") / STEP_TOKENS
     epochs = GPT2_STEPS / max(steps, 1e-9)
@@ -284,7 +293,7 @@ def _show_lengths(starts: np.ndarray) -> dict[str, int]:
     lengths = np.diff(starts) - 1
     if len(lengths) == 0:
         return {}
-    print(f"tokens of each of the first {len(lengths):,} documents:")
+    print(f"tokens of each of the first {counted(len(lengths), 'document')}:")
     counts = Counter(max(int(length), 1).bit_length() for length in lengths)
     histogram = {}
     for bits, count in sorted(counts.items()):

@@ -19,10 +19,11 @@ from anew.cli.demo import show_demo
 from anew.cli.progress import Update, progress_bar
 from anew.config.recipes import RECIPES, read_recipe
 from anew.config.schema import Config
+from anew.data.dataset import describe as describe_data
 from anew.errors import UserError
 from anew.report.training import train
 from anew.training.run_log import Row, describe_run
-from anew.training.setup import refuse_fewer_steps
+from anew.training.setup import read_init, refuse_fewer_steps
 from anew.training.trainer import TrainResult
 from anew.utils.ranks import is_rank_0
 
@@ -55,8 +56,7 @@ def run_train(argv: list[str]) -> None:
     if not config.run.init:  # else the model decides the length of a sequence
         config.check(given=typed.settings, ranks=ranks)
     if typed.options.dry_run:
-        for line in describe_run(config, ranks):
-            print(line)
+        _describe(config, ranks)
         return
     result = _train(config)
     if not is_rank_0():
@@ -67,6 +67,17 @@ def run_train(argv: list[str]) -> None:
         facts |= show_demo(result.folder)
     if typed.options.json:
         print(json.dumps(facts))
+
+
+def _describe(config: Config, ranks: int) -> None:
+    """Print what a run will do, without writing anything."""
+    if config.run.init:
+        config, _ = read_init(config)
+        config.check(ranks=ranks)
+    for line in describe_run(config, ranks):
+        print(line)
+    text = describe_data(config.data.data, config.data.tokenizer, config.run.init)
+    print(f"data:  {text}")
 
 
 def _base_config(typed: CommandLine) -> Config:

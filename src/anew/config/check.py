@@ -125,6 +125,11 @@ def _run_problems(config: "Config") -> Iterator[str]:
         yield "fsdp has no loss scaling here; use --precision bf16, or --parallel ddp."
     if config.recipe == "finetune" and not run.init:
         yield "the finetune recipe needs a model to start from: add --init MODEL."
+    if not config.data.data:
+        yield (
+            "no text to train on is named: add --data with a file, a folder, or a source such as "
+            "tinyshakespeare."
+        )
 
 
 def type_problems(config: "Config") -> Iterator[str]:

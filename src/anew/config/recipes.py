@@ -115,6 +115,7 @@ _ONE_MILLION = _SMALL.override(
 )
 
 _FINETUNE = Config().override(
+    data="",
     lr=3e-5,
     min_lr=3e-6,
     steps=100,

@@ -22,6 +22,7 @@ from anew.config.check import problems, type_problems
 from anew.config.values import vocabulary_size
 from anew.errors import UserError, unknown_name
 from anew.utils.files import parse_json, read_json, similar_path
+from anew.utils.words import counted
 
 VOCAB_MULTIPLE = (
     128  # `wte` is stored with a multiple of this many rows: 50257 -> 50304 = 393 x 2^7
@@ -398,14 +399,13 @@ class Config:
                 lines.append(line)
 
         tenth = steps // 10
+        shorter = f"shortened to {counted(tenth, 'step')}, a tenth of the run"
+        if tenth == 0:
+            shorter = f"left out, because the run has only {counted(steps, 'step')}"
         if optim.warmup_steps >= steps > 0:
-            line = (
-                f"warm-up shortened from {optim.warmup_steps} to {tenth} steps, a tenth of the run"
-            )
-            adjust("warmup_steps", tenth, line)
+            adjust("warmup_steps", tenth, f"warm-up of {optim.warmup_steps} steps {shorter}")
         if optim.muon_warmup >= steps > 0:
-            line = f"muon_warmup shortened from {optim.muon_warmup} to {tenth} steps"
-            adjust("muon_warmup", tenth, line)
+            adjust("muon_warmup", tenth, f"muon_warmup of {optim.muon_warmup} steps {shorter}")
         if "lr" in given:
             line = f"min_lr set to {optim.lr / 10:g}, a tenth of the given lr"
             adjust("min_lr", optim.lr / 10, line)

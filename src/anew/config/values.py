@@ -11,6 +11,7 @@ from anew.errors import UserError
 
 TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # vocabulary sizes; the last id is <|endoftext|>
 MOST_IDS = 65_536  # shards hold tokens as uint16
+FEWEST_BYTES = 10_000  # a size without a unit that is below this was meant to have one
 BYTES_OF_UNIT = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -61,4 +62,7 @@ def parse_bytes(size: str) -> int:
         raise UserError(f"disk budget {size} is no size; write it as 30GB or 500MB.")
     number = float(match[1])
     unit = match[2].upper()
-    return int(number * BYTES_OF_UNIT[unit])
+    n_bytes = int(number * BYTES_OF_UNIT[unit])
+    if 0 < n_bytes < FEWEST_BYTES and not unit:
+        raise UserError(f"disk budget {size} is {n_bytes} bytes; write it as {size}GB or {size}MB.")
+    return n_bytes

@@ -9,6 +9,7 @@ shards (streaming.py).
 """
 
 import logging
+import shlex
 import threading
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from anew.data.token_formats import open_others
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import cache_folder
+from anew.utils.words import counted
 
 __all__ = ["Stopped", "open_data", "remove_used", "settings_for"]
 
@@ -34,15 +36,17 @@ def open_data(
     disk_budget: int = 0,
     stop: threading.Event | None = None,
     prepares: bool = True,
+    model: str = "",
 ) -> DataFolder:
     """Open the data folder that `data` names, or prepare it in the cache.
 
-    `tokenizer` is a tokenizer or a name, which may be train:N. On each machine one rank has
+    `tokenizer` is a tokenizer or a name, which may be train:N. `model` is the model that determines
+    the tokenizer, if one does; an error names it. On each machine one rank has
     `prepares` set: it starts the preparation of a dataset of the hub, and the other ranks read the
     same folder. Raises Stopped if `stop` is set while this waits for the first shards.
     """
     wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.name
-    prepared = _open_folder(Path(data).expanduser(), wanted)
+    prepared = _open_folder(Path(data).expanduser(), wanted, model)
     if prepared is not None:
         return prepared
     revision = "main"
@@ -68,6 +72,23 @@ def open_data(
     return _open_growing(source, wanted, preparation, stop or threading.Event())
 
 
+def describe(data: str, tokenizer: str, model: str = "") -> str:
+    """Return a line about the data that `--data` names, without preparing or downloading any.
+
+    Raises UserError as `open_data` does if there is no such data, or if it has other tokens.
+    """
+    folder = None
+    if not tokenizer.startswith("train:"):
+        folder = _open_folder(Path(data).expanduser(), tokenizer, model)
+    if folder is not None:
+        train, val = (folder.n_tokens(split) for split in ("train", "val"))
+        return f"{data}: {train:,} training and {val:,} validation tokens ({folder.tokenizer})"
+    if sources.is_hub_name(data) or data == "tinyshakespeare":
+        return f"{data}: not read yet; unless it is here already, it is downloaded"
+    source = sources.find(data)
+    return f"{data}: {counted(len(source.files), 'file')}, {source.total_bytes:,} bytes"
+
+
 def is_at_hand(data: str, tokenizer: str) -> bool:
     """Return whether `open_data` can open `data` without preparing a dataset of the hub."""
     if (Path(data).expanduser() / INDEX).is_file() or not sources.is_hub_name(data):
@@ -81,8 +102,12 @@ def settings_for(tokenizer: str) -> Settings:
     return Settings(tokenizer)
 
 
-def _open_folder(path: Path, tokenizer: str) -> DataFolder | None:
-    """Open a data folder or a folder of token files. Return None if `path` is neither."""
+def _open_folder(path: Path, tokenizer: str, model: str) -> DataFolder | None:
+    """Open a data folder or a folder of token files. Return None if `path` is neither.
+
+    Raises UserError if its tokens are not those of `tokenizer`, which is that of `model` if a model
+    is given.
+    """
     if (path / INDEX).is_file():
         folder = DataFolder.open(path)
     else:
@@ -90,13 +115,17 @@ def _open_folder(path: Path, tokenizer: str) -> DataFolder | None:
         if others is None:
             return None
         folder = others
-    if not tokenizer_matches(tokenizer, folder.tokenizer):
-        flag = folder.tokenizer if folder.tokenizer in TOKENIZERS else path
+    if tokenizer_matches(tokenizer, folder.tokenizer):
+        return folder
+    difference = f"{path} was prepared with the tokenizer {folder.tokenizer}"
+    if model:
+        flag = tokenizer if tokenizer in TOKENIZERS else shlex.quote(model)
         raise UserError(
-            f"{path} was prepared with the tokenizer {folder.tokenizer}, and this run uses "
-            f"{tokenizer}; add --tokenizer {flag}."
+            f"{difference}, and {model} has {tokenizer}; prepare the text again for this model: "
+            f"anew prepare TEXT --tokenizer {flag} --out NEW"
         )
-    return folder
+    flag = folder.tokenizer if folder.tokenizer in TOKENIZERS else shlex.quote(str(path))
+    raise UserError(f"{difference}, and this run uses {tokenizer}; add --tokenizer {flag}.")
 
 
 def _open_growing(

@@ -3,7 +3,7 @@
 Documents are held out by their hash: a tenth of all hashes lies below the threshold, until there
 are `val_tokens`. So a document stays in its split when others are added or the order changes, and
 repeats of a held-out document are recognised. A single text is cut instead: its last tenth is held
-out.
+out. With `val_tokens` 0 nothing is held out.
 """
 
 import itertools
@@ -17,9 +17,11 @@ import numpy as np
 from anew.data.shards import SHARD_TOKENS, SplitWriter
 from anew.data.sources import Source
 from anew.data.tokenize import Document, hash_of
+from anew.utils.words import counted
 
 HELD_OUT_OF = 10  # one of so many documents is held out
 SMALL_BYTES = 64 << 20  # a source up to this size holds out at least one document
+FEWEST_SHARE = 0.01  # of all tokens; there is a warning if fewer are held out
 
 # Tokens of the validation split. build-nanogpt and llm.c validate on 20 to 160 batches, which
 # depends on the hardware; here it is one number.
@@ -60,7 +62,7 @@ class Progress:
     dropped: int = 0  # documents that repeat a held-out one
     finished: dict[str, list[dict[str, Any]]] | None = None  # shards by split
     unfinished: dict[str, int] | None = None
-    val_open: bool = True
+    val_open: bool = True  # whether documents are still held out
     val_hashes: list[int] | None = None
 
 
@@ -73,7 +75,8 @@ def threshold_of(source: Source) -> int:
     threshold = 2**64 // HELD_OUT_OF
     if source.is_remote or source.by_position or source.total_bytes > SMALL_BYTES:
         return threshold
-    hashes = [hash_of(document) for document in itertools.islice(source.documents(), 10_000)]
+    documents = itertools.islice(source.documents(warn=False), 10_000)
+    hashes = [hash_of(document) for document in documents]
     if len(hashes) < 2:
         return threshold
     return max(threshold, min(hashes) + 1)
@@ -148,6 +151,19 @@ class Splits:
             self.progress.val_open = False
             self.val.cut()  # the split is complete from here on, so that training may start
         return tokens[room:]
+
+    def warning(self) -> str:
+        """Return a sentence if so little text is held out that its loss says little, or ""."""
+        wanted = self.settings.val_tokens
+        held_out = self.val.n_tokens
+        total = held_out + self.train.n_tokens
+        if held_out >= min(wanted, FEWEST_SHARE * total):
+            return ""
+        return (
+            f"only {held_out:,} of {total:,} tokens are held out, because whole documents are, and "
+            f"the text has {counted(self.progress.documents, 'document')}; the validation loss "
+            "will say little. Join the documents into one file: its last tenth is held out."
+        )
 
     def sync(self) -> None:
         """Force everything written to the disk, and note the state of both splits in `progress`."""

@@ -39,11 +39,12 @@ from anew.tokenizer.bpe import Tokenizer
 from anew.tokenizer.learn import learn
 from anew.utils.disk_errors import out_of_space
 from anew.utils.files import parse_json, read_json, write_json
+from anew.utils.words import counted
 
 log = logging.getLogger("anew")
 
 INDEX = shards.INDEX
-PROGRESS = "progress.json"
+PROGRESS = shards.PROGRESS
 FORMAT = 1  # of progress.json
 FETCHED = ".parts"  # the folder of files from the hub
 OVERHEAD_BYTES = 1 << 16  # room that the disk budget keeps for the next progress.json
@@ -169,6 +170,7 @@ class _Job:
             source=self.source.name,
             revision=self.source.revision,
             threshold=threshold_of(self.source),
+            val_open=self.settings.val_tokens > 0,
         )
         write_json(self.out / PROGRESS, asdict(progress), FORMAT)
         return progress
@@ -193,7 +195,7 @@ class _Job:
                 "give the same ones to continue, or another --out."
             )
         log.info(
-            f"continuing after {progress.documents:,} documents, "
+            f"continuing after {counted(progress.documents, 'document')}, "
             f"{progress.bytes / 1e6:,.1f} MB of text"
         )
         return progress
@@ -212,11 +214,12 @@ class _Job:
 
     def _training_text(self) -> Iterator[bytes]:
         files = [self._fetch(0)] if self.source.is_remote else self.source.files
-        for text in self._texts(enumerate(files), skip=0):
+        for text in self._texts(enumerate(files), skip=0, warn=False):
             if text.split:
                 is_training = text.split == "train"
             else:
-                is_training = hash_of(text.content) >= self.progress.threshold
+                is_held_out = hash_of(text.content) < self.progress.threshold
+                is_training = self.settings.val_tokens == 0 or not is_held_out
             if is_training:
                 yield text.content
 
@@ -231,6 +234,9 @@ class _Job:
                 if limit and self.splits.train.n_tokens >= limit:
                     self.stopped.set()  # nobody needs the file that is being waited for
                     break
+            warning = self.splits.warning()
+            if warning:
+                log.warning(warning)
             entries = [*self.splits.train.close(), *self.splits.val.close()]
         except BaseException:
             self.stopped.set()
@@ -284,17 +290,21 @@ class _Job:
         if block:
             yield block
 
-    def _texts(self, files: Iterable[tuple[int, Path | HubFile]], skip: int) -> Iterator[Text]:
+    def _texts(
+        self, files: Iterable[tuple[int, Path | HubFile]], skip: int, warn: bool = True
+    ) -> Iterator[Text]:
         """Yield the documents of numbered files, without the first `skip` of the first file."""
         encoding = self.source.encoding
         for number, path in files:
             assert isinstance(path, Path)
-            if self.source.by_position and self.settings.validation == "hash":
-                for i, piece in enumerate(halves(readers.documents(path, encoding=encoding))):
+            is_cut = self.source.by_position and self.settings.validation == "hash"
+            if is_cut and self.settings.val_tokens > 0:
+                contents = readers.documents(path, encoding=encoding, warn=warn)
+                for i, piece in enumerate(halves(contents)):
                     if piece and i >= skip:
                         yield Text(number, i, piece, split="val" if i % 2 else "train")
             else:
-                contents = readers.documents(path, self.source.column, skip, encoding)
+                contents = readers.documents(path, self.source.column, skip, encoding, warn)
                 for i, content in enumerate(contents, start=skip):
                     yield Text(number, i, content, split="")
             skip = 0

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from anew.errors import UserError
+from anew.utils.words import counted
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 COMPRESSED = {*OPENERS, ".zst"}
@@ -47,6 +48,9 @@ OTHER_FORMATS = {
     ".docx": "a Word document; save it as plain text first",
     ".epub": "an e-book; convert it to plain text first",
 }
+# The command to type before training, since `anew train` reads text with the defaults only.
+ENCODING_EXAMPLE = "anew prepare TEXT --encoding latin-1 --out NEW, then --data NEW"
+COLUMN_EXAMPLE = "anew prepare TEXT --column NAME --out NEW, then --data NEW"
 log = logging.getLogger("anew")
 
 
@@ -77,11 +81,11 @@ def why_not_text(path: Path, encoding: str = "") -> str:
         return ""  # the reader reports what is wrong with the compressed file
     codec = _codec_of(start, encoding)
     if b"\0" in start and not codec.lower().startswith(("utf-16", "utf-32", "utf16", "utf32")):
-        return "binary (UTF-16 without a byte-order mark needs anew prepare --encoding utf-16)"
+        return f"binary (UTF-16 without a byte-order mark needs its encoding: {ENCODING_EXAMPLE})"
     try:
         _decode_start(start, codec)
     except UnicodeDecodeError:
-        return f"not in {codec}; name its encoding, as in anew prepare --encoding latin-1"
+        return f"not in {codec}; name its encoding: {ENCODING_EXAMPLE}"
     return ""
 
 
@@ -113,12 +117,12 @@ def _decode_start(start: bytes, codec: str) -> None:
 
 
 def documents(
-    path: Path, column: str = "text", skip: int = 0, encoding: str = ""
+    path: Path, column: str = "text", skip: int = 0, encoding: str = "", warn: bool = True
 ) -> Iterator[bytes]:
     """Yield every document of `path` that is not empty, in order, without the first `skip`.
 
-    Raises UserError with the path, and with the line where there is one, if the file cannot be
-    read.
+    With `warn`, replaced characters and skipped lines are logged. Raises UserError with the path,
+    and with the line where there is one, if the file cannot be read.
     """
     kind = _kind(path)
     if kind == ".parquet":
@@ -126,9 +130,9 @@ def documents(
     elif kind in DELIMITERS:
         stream = _csv_rows(path, column, encoding)
     elif kind == ".jsonl":
-        stream = _json_lines(path, column, encoding)
+        stream = _json_lines(path, column, encoding, warn)
     else:
-        stream = _whole_file(path, encoding)
+        stream = _whole_file(path, encoding, warn)
     try:
         number = 0
         for document in stream:
@@ -160,7 +164,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _whole_file(path: Path, encoding: str) -> Iterator[bytes]:
+def _whole_file(path: Path, encoding: str, warn: bool) -> Iterator[bytes]:
     with _opened(path) as file:
         content = file.read()
     codec = _codec_of(content, encoding)
@@ -168,9 +172,9 @@ def _whole_file(path: Path, encoding: str) -> Iterator[bytes]:
         text = content.decode(codec)
     except UnicodeDecodeError:
         text = content.decode(codec, errors="replace")
-        log.warning(
-            f"{path}: {text.count(chr(0xFFFD)):,} characters are not in {codec} and were replaced"
-        )
+        if warn:
+            n_replaced = counted(text.count(chr(0xFFFD)), "character")
+            log.warning(f"{path}: {n_replaced} not in {codec} replaced by U+FFFD")
     yield text.encode()
 
 
@@ -192,8 +196,8 @@ def _csv_rows(path: Path, column: str, encoding: str) -> Iterator[bytes]:
         names = rows.fieldnames or []
         if column not in names:
             raise UserError(
-                f"{path} has no column '{column}'; choose one of its columns, as in anew prepare "
-                f"--column NAME: {', '.join(names)}."
+                f"{path} has no column '{column}'; choose one of its columns "
+                f"({', '.join(names)}): {COLUMN_EXAMPLE}"
             )
         for number, row in enumerate(rows, start=1):
             text = row[column] or ""
@@ -201,8 +205,8 @@ def _csv_rows(path: Path, column: str, encoding: str) -> Iterator[bytes]:
                 yield text.encode()
             except UnicodeEncodeError as error:
                 raise UserError(
-                    f"{path} row {number} is not in {encoding or 'utf-8'}; name its encoding, as "
-                    "in anew prepare --encoding latin-1."
+                    f"{path} row {number} is not in {encoding or 'utf-8'}; name its encoding: "
+                    f"{ENCODING_EXAMPLE}"
                 ) from error
 
 
@@ -216,7 +220,7 @@ def _delimiter(path: Path, header: str, column: str) -> str:
     return ";" if is_one_column and ";" in header and header.strip() != column else usual
 
 
-def _json_lines(path: Path, column: str, encoding: str) -> Iterator[bytes]:
+def _json_lines(path: Path, column: str, encoding: str, warn: bool) -> Iterator[bytes]:
     """Yield the text of each line. Lines without one are skipped and counted in the log.
 
     Raises UserError if the first line has no text, because then most files have none at all.
@@ -235,10 +239,9 @@ def _json_lines(path: Path, column: str, encoding: str) -> Iterator[bytes]:
             else:
                 n_skipped += 1
             first_line = False
-    if n_skipped:
-        log.warning(
-            f'{path}: skipped {n_skipped:,} lines that are no JSON object with a "{column}" string'
-        )
+    if n_skipped and warn:
+        lines_skipped = counted(n_skipped, "line")
+        log.warning(f'{path}: skipped {lines_skipped} without a "{column}" string in JSON')
 
 
 def _text_of_line(path: Path, number: int, line: str, column: str) -> str | None:
@@ -247,8 +250,8 @@ def _text_of_line(path: Path, number: int, line: str, column: str) -> str | None
         line.encode()
     except UnicodeEncodeError as error:  # a lone surrogate stands for a byte that is no UTF-8
         raise UserError(
-            f"{path} line {number} is not in the encoding of the file; name its encoding, as in "
-            "anew prepare --encoding latin-1."
+            f"{path} line {number} is not in the encoding of the file; name its encoding: "
+            f"{ENCODING_EXAMPLE}"
         ) from error
     try:
         row = json.loads(line)
@@ -267,8 +270,8 @@ def _why_no_text(path: Path, line: str, column: str) -> str:
         names = [name for name, value in json.loads(line).items() if isinstance(value, str)]
     if names:
         return (
-            f"{path} has no text '{column}'; choose one of its keys, as in anew prepare "
-            f"--column NAME: {', '.join(names)}."
+            f"{path} has no text '{column}'; choose one of its keys ({', '.join(names)}): "
+            f"{COLUMN_EXAMPLE}"
         )
     return f'{path} line 1 is not a JSON object with a "{column}" string.'
 
@@ -279,7 +282,10 @@ def _parquet_rows(path: Path, column: str) -> Iterator[bytes]:
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if column not in names:
-            raise UserError(f"{path} has no column '{column}'; it has {', '.join(names)}.")
+            raise UserError(
+                f"{path} has no column '{column}'; choose one of its columns "
+                f"({', '.join(names)}): {COLUMN_EXAMPLE}"
+            )
         for batch in file.iter_batches(ROWS_AT_A_TIME, columns=[column]):
             for value in batch.column(0).to_pylist():
                 if value is None:

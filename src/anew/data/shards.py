@@ -35,6 +35,7 @@ HEADER_BYTES = 1024
 TOKEN_BYTES = 2
 SHARD_TOKENS = 100_000_000
 INDEX = "index.json"
+PROGRESS = "progress.json"  # of a preparation that has not ended
 INDEX_VERSION = 1
 CONSUMED = "consumed.json"
 
@@ -157,6 +158,10 @@ class DataFolder:
     @classmethod
     def open(cls, path: Path) -> "DataFolder":
         """Read `index.json`. Its shards must exist; `Shard.tokens` verifies them later."""
+        if not (path / INDEX).is_file():
+            if (path / PROGRESS).is_file():
+                raise UserError(is_unfinished(path))
+            raise UserError(f"{path} is not a data folder; anew prepare makes one from a text.")
         try:
             index = with_retries(lambda: parse_json(path / INDEX), path / INDEX)
             if index["version"] != INDEX_VERSION or index["dtype"] != "uint16":
@@ -172,6 +177,11 @@ class DataFolder:
             raise UserError(
                 f"{path} is not a data folder: its {INDEX} cannot be read ({error})."
             ) from error
+
+
+def is_unfinished(path: Path) -> str:
+    """Return the sentence that refuses a data folder whose preparation has not ended."""
+    return f"the preparation of {path} is not complete; run the same anew prepare command again."
 
 
 def _splits_of(path: Path, entries: list[dict[str, Any]]) -> dict[str, list[Shard]]:

@@ -32,8 +32,10 @@ from pathlib import Path
 
 from anew.data import hub_datasets, readers
 from anew.data.hub_datasets import HubFile
+from anew.data.shards import PROGRESS, is_unfinished
 from anew.errors import UserError, unknown_name
 from anew.utils.files import cache_folder, sha256_of, similar_path, write_atomic
+from anew.utils.words import counted
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -99,11 +101,14 @@ class Source:
             raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
         return digests.hexdigest()
 
-    def documents(self) -> Iterator[bytes]:
-        """Yield every document that is not empty, always in the same order. Not for the hub."""
+    def documents(self, warn: bool = True) -> Iterator[bytes]:
+        """Yield every document that is not empty, always in the same order. Not for the hub.
+
+        With `warn`, replaced characters and skipped lines are logged.
+        """
         for path in self.files:
             assert isinstance(path, Path), "files on the hub are fetched by prepare.py"
-            yield from readers.documents(path, self.column, encoding=self.encoding)
+            yield from readers.documents(path, self.column, encoding=self.encoding, warn=warn)
 
 
 def find(source: str, revision: str = "main", column: str = "text", encoding: str = "") -> Source:
@@ -131,10 +136,8 @@ def find(source: str, revision: str = "main", column: str = "text", encoding: st
         if reason:
             raise UserError(f"{path} cannot be read as text: it is {reason}.")
         return Source(path.stem, (path,), column, encoding)
-    if (path / "progress.json").is_file():
-        raise UserError(
-            f"the preparation of {path} is not complete; run the same anew prepare command again."
-        )
+    if (path / PROGRESS).is_file():
+        raise UserError(is_unfinished(path))
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
         return _texts_among(files, path, path.resolve().name, column, encoding)
@@ -161,9 +164,10 @@ def _texts_among(files: list[Path], root: Path, name: str, column: str, encoding
     for file, reason in skipped[:LISTED_FILES]:
         log.warning(f"skipped {file}: it is {reason}")
     if len(skipped) > LISTED_FILES:
-        log.warning(f"skipped {len(skipped) - LISTED_FILES} more files that are not text")
+        log.warning(f"skipped {counted(len(skipped) - LISTED_FILES, 'more file')} of this kind")
     if not texts:
-        raise UserError(f"there are no text files in {root}; {len(skipped)} files are not text.")
+        n_skipped = counted(len(skipped), "file")
+        raise UserError(f"there is no text in {root}; {n_skipped} in it cannot be read as text.")
     marked_up = sum(file.suffix.lower() in MARKUP for file in texts)
     if marked_up:
         log.info(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from anew.checkpoint import huggingface
 from anew.checkpoint.folder import list_checkpoints, step_of
-from anew.config.schema import Config, GPTConfig
+from anew.config.recipes import RECIPES, read_recipe
+from anew.config.schema import FIELDS, Config, GPTConfig
 from anew.config.values import parse_bytes, vocabulary_size
 from anew.data.dataloader import DataLoader
 from anew.data.dataset import open_data
@@ -39,6 +40,7 @@ from anew.training.validation import Validation
 from anew.utils import device
 from anew.utils.files import write_atomic
 from anew.utils.signals import StopFlag
+from anew.utils.words import counted
 
 log = logging.getLogger("anew")
 
@@ -55,6 +57,7 @@ FILES_OF_A_RUN = {
     "tensorboard",
     "tokenizer.json",
 }
+MOST_DIFFERENCES = 4  # that an error lists
 # The settings of a model that --init takes over.
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")
 
@@ -98,6 +101,8 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
     )
     state = TrainState(config, runtime, data.identity, world)
     messages = state.load(config.folder)
+    if state.step >= config.run.steps:
+        messages.append(f"the run is complete: it has taken all {counted(state.step, 'step')}")
     micro_batch_found: dict[str, Any] = {}
     if config.run.micro_batch == "auto":
         micro_batch_found, reason = choose_micro_batch(state)
@@ -169,17 +174,24 @@ def resolve_config(config: Config) -> Config:
         # The setting is newer than such runs, and on by default. They keep their order.
         config = config.override(recut=False)
         log.info("this run keeps the same windows in every epoch, as it began (--no-recut)")
-    if config.run.steps != existing.run.steps:
+    if config.recipe == existing.recipe:
         refuse_fewer_steps(config.folder, config.run.steps)
-        refuse_another_schedule(existing, config)
-        existing = existing.override(steps=config.run.steps)
-    differences = existing.differences(config)
+    differences = existing.override(steps=config.run.steps).differences(config)
     if differences:
+        recipe = f"of the recipe {existing.recipe} " if config.recipe != existing.recipe else ""
         raise UserError(
-            f"{config.folder} is another run ({'; '.join(differences)}); "
+            f"{config.folder} is another run {recipe}({listed(differences)}); "
             "use the same settings to go on with it, or another --out."
         )
+    refuse_another_schedule(existing, config)
     return config
+
+
+def listed(differences: list[str]) -> str:
+    """Return the first differences between two runs, and the number of the others."""
+    others = len(differences) - MOST_DIFFERENCES
+    first = "; ".join(differences[:MOST_DIFFERENCES])
+    return f"{first}; and {others} more" if others > 0 else first
 
 
 def eager_if_short(config: Config) -> Config:
@@ -207,7 +219,8 @@ def refuse_fewer_steps(run: Path, steps: int) -> None:
     taken = steps_taken(run)
     if steps < taken:
         raise UserError(
-            f"{run} has taken {taken:,} steps already, and --steps counts from its beginning."
+            f"{run} has taken {counted(taken, 'step')} already, and --steps counts from its "
+            "beginning."
         )
 
 
@@ -221,8 +234,31 @@ def refuse_another_schedule(existing: Config, config: Config) -> None:
                 "rate has followed that plan. For another number of steps, start a run from its "
                 "weights, with a new warm-up: "
                 f"anew train {config.recipe} --init {shlex.quote(str(config.folder))} "
-                f"--data {shlex.quote(config.data.data)} --out NEW --steps {config.run.steps}"
+                f"{chosen_flags(config)} --out NEW --steps {config.run.steps}"
             )
+
+
+def chosen_flags(config: Config) -> str:
+    """Return the flags that turn the recipe of `config` into it, for a run that begins with --init.
+
+    The model and its tokenizer are left out, because --init determines them, and so are the length
+    and the folder of the run.
+    """
+    recipe = read_recipe(config.recipe) if config.recipe in RECIPES else Config()
+    left_out = {*SHAPE, "tokenizer", "init", "out", "steps", "compile", "warmup_steps"}
+    flags = [f"--data {shlex.quote(config.data.data)}"]
+    for name, field in FIELDS.items():
+        value = config.value(name)
+        if not field.metadata["flag"] or name in left_out or name == "data":
+            continue
+        if value == recipe.value(name):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag} {shlex.quote(str(value))}")
+    return " ".join(flags)
 
 
 def refuse_other_files(folder: Path) -> None:
@@ -291,7 +327,14 @@ def open_training_data(
     def open_here() -> DataFolder:
         tokenizer = wanted if learns_vocabulary else Tokenizer.find(wanted, config.folder)
         budget = parse_bytes(config.data.disk_budget)
-        return open_data(config.data.data, tokenizer, budget, stop, prepares=is_local_first)
+        return open_data(
+            config.data.data,
+            tokenizer,
+            budget,
+            stop,
+            prepares=is_local_first,
+            model=config.run.init,
+        )
 
     data = world.run_on_all_ranks(open_here, first=lambda w: w.local_rank == 0)
     return stack.enter_context(data)

@@ -28,6 +28,8 @@ from anew.verify.published_logits import REFERENCES, check_published, read_refer
 from anew.verify.replay import check_replay
 from anew.verify.result import FAIL, NOT_RUN, PASS, Check, not_run
 
+WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin")
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -61,6 +63,8 @@ def find_subject(name: str) -> Subject:
         return Subject(name, resolved, run, (resolved,))
     if (path / MANIFEST).is_file():
         return Subject(name, path, None, (path,))
+    if path.is_file() and path.suffix not in WEIGHT_FILES:
+        raise UserError(f"{name} is not a model: it is neither a folder nor a .pt file.")
     return Subject(name, find_model(name))
 
 

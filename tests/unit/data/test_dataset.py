@@ -16,7 +16,10 @@ from anew.data.shards import INDEX
     [
         ("", "is empty"),
         ('{"text": 3}\n', "line 1"),
-        ('{"body": "ok", "id": 1}\n', "choose one of its keys, .* --column NAME: body"),
+        (
+            '{"body": "ok", "id": 1}\n',
+            r"one of its keys \(body\): anew prepare TEXT --column",
+        ),
         ('["text"]\n', "line 1"),
     ],
 )

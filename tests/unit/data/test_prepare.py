@@ -18,6 +18,7 @@ from pyarrow import parquet
 from anew import Tokenizer, UserError
 from anew.data import prepare, readers, sources
 from anew.data.holdout import Settings
+from anew.data.prepare import PROGRESS
 from anew.data.shards import DataFolder, SplitWriter
 from anew.data.streaming import finished
 from tests.support.data_folders import (
@@ -75,6 +76,41 @@ def test_single_file_is_split_by_position(text_file: Path, tmp_path: Path) -> No
     assert train[0] == val[0] == BYTES.end_of_text
     assert BYTES.decode(train[1:]) == text[: len(text) * 9 // 10]
     assert BYTES.decode(val[1:]) == text[len(text) * 9 // 10 :]
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "train:300"])
+def test_nothing_is_held_out_if_no_tokens_are(
+    tokenizer: str, text_file: Path, posts: Path, tmp_path: Path
+) -> None:
+    settings = Settings(tokenizer, val_tokens=0)
+    folder = prepared(text_file, tmp_path / "text", settings)
+    tokens = tokens_of(folder, "train").tolist()
+    assert Tokenizer.find(folder.tokenizer, folder.path).decode(tokens[1:]) == text_file.read_text()
+    assert folder.n_tokens("val") == 0
+    folder = prepared(posts, tmp_path / "posts", settings)
+    end_of_text = Tokenizer.find(folder.tokenizer, folder.path).end_of_text
+    assert (tokens_of(folder, "train") == end_of_text).sum() == len(read_documents(posts))
+    assert folder.n_tokens("val") == 0
+
+
+def test_too_little_validation_text_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [f"{number} words of some text. " * 400 for number in range(3)]
+    # Of few documents, that with the smallest hash is held out.
+    smallest = min(
+        (f"short {i}" for i in range(2000)),
+        key=lambda text: hashlib.blake2b(text.encode(), digest_size=8).digest()[::-1],
+    )
+    write_documents(tmp_path / "a.jsonl", [*rows, smallest])
+    with caplog.at_level("WARNING", "anew"):
+        folder = prepared(tmp_path / "a.jsonl", tmp_path / "data", Settings("gpt2"))
+    assert texts_of(folder, "val") == [smallest]
+    assert "tokens are held out, because whole documents are" in caplog.text
+    assert "the text has 4 documents" in caplog.text
+    caplog.clear()
+    prepared(tmp_path / "a.jsonl", tmp_path / "none", Settings("bytes", val_tokens=0))
+    assert "held out" not in caplog.text
 
 
 def test_documents_are_held_out_by_their_own_hash(tmp_path: Path) -> None:
@@ -272,7 +308,7 @@ def test_every_file_format_gives_the_same_documents(tmp_path: Path) -> None:
         assert list(readers.documents(path, skip=1100)) == expected[1100:]
         assert not sources.find(str(path)).by_position
     assert len(sources.find(str(tmp_path)).files) == 5
-    with pytest.raises(UserError, match="no column 'words'; it has id, text"):
+    with pytest.raises(UserError, match=r"no column 'words'; .* columns \(id, text\)"):
         list(readers.documents(tmp_path / "a.parquet", "words"))
     for name in ("a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"):
         path = tmp_path / name
@@ -314,18 +350,28 @@ def test_prepare_command_says_what_it_will_take_and_what_it_wrote(
     ("arguments", "words"),
     [
         (["x", "--disk-budget", "lots"], "is no size"),
+        (["x", "--disk-budget", "30"], "is 30 bytes; write it as 30GB"),
         ([], "name a source"),
         (["{posts}"], "name the data folder"),
         (["{posts}", "--out", "d", "--workers", "-1"], "must be 0 or above"),
         (["--show", "nowhere"], "is not a data folder"),
+        (["--show", "{unfinished}"], "is not complete; run the same anew prepare command again"),
     ],
 )
 def test_prepare_command_refuses_bad_arguments(
-    posts: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    posts: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from anew.cli.main import main
 
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / PROGRESS).write_text("{}")
+    filled = [argument.format(posts=posts, unfinished=unfinished) for argument in arguments]
     with pytest.raises(SystemExit) as end:
-        main(["prepare", *(argument.format(posts=posts) for argument in arguments)])
+        main(["prepare", *filled])
     assert end.value.code == 2
     assert words in capsys.readouterr().err

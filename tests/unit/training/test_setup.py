@@ -1,11 +1,14 @@
 """What a run's settings become before its first step."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from anew import Config, UserError, train
 from anew.cli.main import main
+from anew.cli.train import TRAIN
 from anew.config.recipes import read_recipe
 from anew.training.setup import eager_if_short, resolve_config
 from tests.faults.common import tiny
@@ -84,3 +87,46 @@ def test_fewer_steps_than_were_taken_are_refused_before_any_other_rule(
     with pytest.raises(SystemExit):
         main(["train", "--resume", str(run), "--steps", "10"])
     assert "has taken 20 steps already" in capsys.readouterr().err
+
+
+def test_run_of_another_recipe_is_named_with_what_differs(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    store(read_recipe("demo").override(out=out))
+    with pytest.raises(UserError) as caught:
+        resolve_config(read_recipe("shakespeare").override(out=out))
+    sentence = str(caught.value)
+    assert "is another run of the recipe demo (n_layer: 4 -> 2; " in sentence
+    assert re.search(r"; and \d+ more\); use the same settings", sentence)
+
+
+def test_another_length_is_answered_with_a_command_that_keeps_what_was_chosen(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "my run"
+    config = read_recipe("shakespeare").override(
+        out=str(run), data="my text.txt", lr=0.001, deterministic=True, recut=False, steps=900
+    )
+    store(config)
+    (run / "checkpoints" / "step-00000600").mkdir(parents=True)
+    with pytest.raises(UserError, match="planned for 900 steps") as caught:
+        resolve_config(config.override(steps=2000))
+    command = str(caught.value).rpartition("a new warm-up: anew ")[2]
+    words = shlex.split(command)
+    assert words[:4] == ["train", "shakespeare", "--init", str(run)]
+    typed = TRAIN.read(words[1:])
+    wanted = {
+        "init": str(run),
+        "data": "my text.txt",
+        "lr": 0.001,
+        "deterministic": True,
+        "recut": False,
+        "out": "NEW",
+        "steps": 2000,
+    }
+    assert typed.settings == wanted
+
+
+def test_finetune_needs_a_text(tmp_path: Path) -> None:
+    config = read_recipe("finetune").override(init=str(tmp_path), out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="no text to train on is named: add --data"):
+        config.check()
