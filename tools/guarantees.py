@@ -44,6 +44,10 @@ GUARANTEES = {
         "a "
         "published figure that others have reproduced."
     ),
+    "chat": (
+        "**Conversations.** Only what the assistant says is learnt, its ids are those of "
+        "`apply_chat_template` of `transformers`, and no text of a message can begin another turn."
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from anew.report.run import Run
 from anew.training.trainer import train
 from tests.faults.common import tiny
 from tests.support.pages import like_gpt2
-from tests.support.serving import models, served
+from tests.support.serving import chat_model, models, served
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
@@ -30,7 +30,7 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --hide-scrollbars "
     "--force-color-profile=srgb"
 )
-__all__ = ["models"]  # a fixture
+__all__ = ["chat_model", "models"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +154,54 @@ def test_playground_generates_branches_compares_and_stops(browser: Any, models: 
         wait_for(browser, is_idle)
         n_tokens = browser.execute_script(f"return {tokens(1)}.length + {tokens(2)}.length")
         assert n_tokens < 480
+
+
+def test_conversation_on_the_page(browser: Any, chat_model: Path, models: list[Path]) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+
+    def said() -> Any:
+        return browser.execute_script("return [...texts.children].map(part => part.tagName)")
+
+    is_idle = "!document.getElementById('write').disabled"
+    answers = "document.querySelectorAll('article .token').length"
+    with served(str(chat_model), str(models[1])) as address:
+        browser.get(address)
+        wait_for(browser, "document.getElementById('write').textContent == 'Send'")
+        Select(browser.find_element(By.ID, "beside")).select_by_value("")
+        for name, value in (("n_tokens", "20"), ("temperature", "0")):
+            element = browser.find_element(By.ID, name)
+            element.clear()
+            element.send_keys(value)
+        prompt = browser.find_element(By.ID, "prompt")
+        prompt.send_keys("Hello <b>", Keys.ENTER)
+        wait_for(browser, f"{is_idle} && {answers} > 10")
+        assert prompt.get_attribute("value") == ""
+        assert said() == ["P", "ARTICLE"]
+        assert browser.execute_script("return texts.firstChild.textContent") == "Hello <b>"
+        first = browser.execute_script("return turns[0].answers[0].written()")
+        prompt.send_keys("And now?", Keys.ENTER)
+        wait_for(browser, f"{is_idle} && turns.length == 2 && turns[1].answers[0].tokens.length")
+        assert said() == ["P", "ARTICLE"] * 2
+        sent = browser.execute_script("return turns[1].answers[0].messages")
+        assert [message["content"] for message in sent] == ["Hello <b>", first, "And now?"]
+        for width, dark in ((375, False), (1200, True), (1200, False)):
+            look(browser, f"chat-{width}{'-dark' if dark else ''}", width, dark)
+        # Another token in the first answer changes what the model reads later.
+        browser.execute_script("document.querySelectorAll('.token')[3].click()")
+        wait_for(browser, "!document.getElementById('choices').hidden")
+        chosen = "#choices button:not(.taken)"
+        browser.find_element(By.CSS_SELECTOR, chosen).click()
+        wait_for(browser, f"{is_idle} && turns[0].answers[0].written() != {first!r}")
+        # The oldest messages are left out when the conversation becomes too long.
+        for _ in range(6):
+            prompt.send_keys("A long message about nothing at all.", Keys.ENTER)
+            wait_for(browser, is_idle)
+        note = "[...document.querySelectorAll('article h2')].pop().textContent"
+        wait_for(browser, f"{note}.includes('oldest messages')")
+        browser.find_element(By.ID, "renew").click()
+        assert said() == []
+        Select(browser.find_element(By.ID, "model")).select_by_value(str(models[1]))
+        wait_for(browser, "document.getElementById('write').textContent == 'Write'")
+        assert not browser.find_element(By.ID, "renew").is_displayed()

@@ -259,11 +259,6 @@ def test_other_paths_are_not_found(path: str, address: str) -> None:
     assert json.loads(answer.body)["error"]["message"]
 
 
-def test_chat_is_refused_with_the_address_of_completions(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="use /v1/completions"):
-        client.chat.completions.create(model="x", messages=[{"role": "user", "content": "Hi"}])
-
-
 def test_server_listens_on_one_address_only(address: str) -> None:
     port = int(address.rsplit(":", 1)[1])
     other_loopback_address = "127.0.0.2"

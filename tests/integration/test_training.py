@@ -215,6 +215,7 @@ def test_micro_batch_changes_neither_tokens_nor_loss(tiny: Config, micro: int) -
 
 @pytest.mark.guarantee("resume")
 def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
+    from anew.data.dataloader import DataLoader
     from anew.training.setup import start_run
     from anew.training.trainer import batches_of_steps
     from anew.utils.signals import StopFlag
@@ -223,7 +224,7 @@ def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
     for micro in range(1, 9):
         with contextlib.ExitStack() as stack:
             run = start_run(tiny.override(micro_batch=micro), StopFlag(), stack)
-            steps = list(batches_of_steps(run, range(3, 6)))
+            steps = [batch.micro_batches for batch in batches_of_steps(run, range(3, 6))]
         seen.append(
             [
                 (
@@ -234,6 +235,7 @@ def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
             ]
         )
     assert all(s == seen[0] for s in seen)
+    assert isinstance(run.batches, DataLoader)
     assert seen[0][0][0] == [row[:-1] for row in run.batches.rows(24, 8).tolist()]
 
 

@@ -34,6 +34,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+@pytest.fixture(scope="module")
+def chat_model(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model in the form of those that were trained on conversations."""
+    folder = tmp_path_factory.mktemp("models") / "talker"
+    folder.mkdir()
+    model = GPT.from_pretrained(str(models[0]))
+    save_model(folder, model, Tokenizer.named("bytes"), is_chat=True)
+    return folder
+
+
 @contextlib.contextmanager
 def served(*arguments: str) -> Iterator[str]:
     """Run `anew serve` in a process of its own, and give its address."""

@@ -16,8 +16,16 @@ from anew.checkpoint.huggingface import find_model, load_model, save_for_sharing
 from anew.checkpoint.onnx import write_onnx
 from anew.errors import UserError, missing_packages, unknown_name
 from anew.tokenizer.bpe import Tokenizer
+from anew.tokenizer.chat import is_chat_model
+from anew.tokenizer.files import END_OF_TEXT
 from anew.utils.files import atomic_file, atomic_folder
 
+# The form of tokenizer/chat.py in the language of Go's templates. They cannot replace characters of
+# a message, such as those of the end-of-text token.
+OLLAMA_CHAT_TEMPLATE = (
+    f'"""{{{{- range .Messages }}}}{END_OF_TEXT}{{{{ .Role }}}}\n{{{{ .Content }}}}'
+    f'{{{{- end }}}}{END_OF_TEXT}assistant\n"""'
+)
 # Format -> the packages that it needs, which are in the extra "export".
 FORMATS: dict[str, list[str]] = {
     "hf": [],
@@ -36,15 +44,17 @@ def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str
     path = find_model(model).resolve()
     gpt = load_model(path)
     tokenizer = Tokenizer.of_model(path, gpt.config.vocab_size)
+    is_chat = is_chat_model(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "hf":
         with atomic_folder(out) as folder:
-            save_for_sharing(folder, gpt, tokenizer, readme)
+            save_for_sharing(folder, gpt, tokenizer, readme, is_chat)
     elif to == "gguf":
         with atomic_file(out) as file:
-            write_gguf(file, gpt, tokenizer, dtype, name=out.stem)
+            write_gguf(file, gpt, tokenizer, dtype, out.stem, is_chat)
         with atomic_file(modelfile(out)) as file:
-            file.write_text(_modelfile_text(out, gpt.config.n_positions), encoding="utf-8")
+            text = _modelfile_text(out, gpt.config.n_positions, is_chat)
+            file.write_text(text, encoding="utf-8")
     elif to == "onnx":
         write_onnx(out, gpt)
 
@@ -54,12 +64,14 @@ def modelfile(out: Path) -> Path:
     return out.with_name(f"{out.name}.Modelfile")
 
 
-def _modelfile_text(out: Path, n_positions: int) -> str:
-    """Return what Ollama needs to continue a text, with no frame of a conversation around it.
+def _modelfile_text(out: Path, n_positions: int, is_chat: bool) -> str:
+    """Return what Ollama needs to continue a text or, with `is_chat`, a conversation.
 
     FROM is relative to the Modelfile (https://docs.ollama.com/modelfile).
     """
-    return f"FROM ./{out.name}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {n_positions}\n"
+    template = OLLAMA_CHAT_TEMPLATE if is_chat else "{{ .Prompt }}"
+    stop = f'PARAMETER stop "{END_OF_TEXT}"\n' if is_chat else ""
+    return f"FROM ./{out.name}\nTEMPLATE {template}\nPARAMETER num_ctx {n_positions}\n{stop}"
 
 
 def _check(to: str, out: Path, dtype: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anew.checkpoint.huggingface import WTE, without_padding
 from anew.model.gpt import GPT
+from anew.tokenizer import chat
 from anew.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,8 +37,13 @@ MODULES = {
 }
 
 
-def write_gguf(path: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: str) -> None:
-    """Write the file `path`. `dtype` is a key of DTYPES; `name` is the name that programs show."""
+def write_gguf(
+    path: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: str, is_chat: bool = False
+) -> None:
+    """Write the file `path`. `dtype` is a key of DTYPES; `name` is the name that programs show.
+
+    The file of a model for conversations says in which form it expects them.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, "gpt2")
@@ -50,6 +56,8 @@ def write_gguf(path: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: str
     writer.add_layer_norm_eps(gpt.config.layer_norm_epsilon)
     writer.add_file_type(DTYPES[dtype])
     _add_tokenizer(writer, tokenizer)
+    if is_chat:
+        writer.add_chat_template(chat.TEMPLATE)
     for tensor_name, tensor in _tensors(gpt):
         _add_tensor(writer, tensor_name, tensor, dtype)
     with contextlib.closing(writer):

@@ -37,7 +37,13 @@ OPENAI_MODELS = {
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def is_hub_name(model: str) -> bool:

@@ -33,6 +33,7 @@ from anew.config.schema import GPTConfig
 from anew.errors import UserError
 from anew.model.flops import count_parameters
 from anew.model.gpt import GPT, Linear
+from anew.tokenizer import chat
 from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import parse_json, sha256_of, similar_path
 
@@ -332,18 +333,23 @@ def model_sha256(path: Path) -> str:
 # --- Write ----------------------------------------------------------------------------------------
 
 
-def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write `model` and its tokenizer into `folder` in Hugging Face's format."""
+def save_model(folder: Path, model: GPT, tokenizer: Tokenizer, is_chat: bool = False) -> None:
+    """Write `model` and its tokenizer into `folder` in Hugging Face's format.
+
+    The files of a model for conversations say in which form it expects them.
+    """
     tensors = {
         name: without_padding(name, parameter, model.config)
         for name, parameter in model.named_parameters()
     }
-    write_model(folder, tensors, model.config, tokenizer)
+    write_model(folder, tensors, model.config, tokenizer, is_chat)
 
 
-def save_for_sharing(folder: Path, model: GPT, tokenizer: Tokenizer, readme: str) -> None:
+def save_for_sharing(
+    folder: Path, model: GPT, tokenizer: Tokenizer, readme: str, is_chat: bool = False
+) -> None:
     """Write `model` as `save_model` does, with a README.md and the settings of `generate`."""
-    save_model(folder, model, tokenizer)
+    save_model(folder, model, tokenizer, is_chat)
     end = tokenizer.end_of_text
     _write_json(
         folder / "generation_config.json",
@@ -353,7 +359,11 @@ def save_for_sharing(folder: Path, model: GPT, tokenizer: Tokenizer, readme: str
 
 
 def write_model(
-    folder: Path, tensors: Mapping[str, Tensor], config: GPTConfig, tokenizer: Tokenizer
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    is_chat: bool = False,
 ) -> None:
     """Write `tensors` into `folder` in Hugging Face's format.
 
@@ -363,7 +373,7 @@ def write_model(
     write_tensors(folder / WEIGHTS, tensors, header)
     _sort_metadata(folder / WEIGHTS)
     _write_json(folder / CONFIG, to_hf_config(config))
-    tokenizer.save(folder, config.n_positions)
+    tokenizer.save(folder, config.n_positions, chat.TEMPLATE if is_chat else "")
 
 
 def without_padding(name: str, tensor: Tensor, config: GPTConfig, copy: bool = False) -> Tensor:

@@ -267,7 +267,8 @@ def _open_validation(file: str, subject: Subject) -> Validation:
     if not file and config.data.tokenizer.startswith("train:"):
         # Data for a learned tokenizer is prepared, and found again, under this setting.
         tokenizer = config.data.tokenizer
-    folder = open_data(source, tokenizer)
+    chats = None if file else config.data.conversations
+    folder = open_data(source, tokenizer, model=subject.name, conversations=chats)
     if folder.tokenizer != subject.tokenizer.name:
         raise UserError(
             f"{folder.path} has the tokenizer {folder.tokenizer}, and {subject.name} has "

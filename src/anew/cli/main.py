@@ -32,6 +32,7 @@ from anew.utils.ranks import is_rank_0
 COMMANDS = {
     "train": "Train a model from a recipe, or resume a run.",
     "sample": "Generate text with a model.",
+    "chat": "Talk to a model that was trained on conversations.",
     "evaluate": "Score a model on HellaSwag, LAMBADA, WikiText and other tasks.",
     "export": "Convert a model for transformers, llama.cpp or ONNX; upload it.",
     "prepare": "Turn text into token files for training.",
@@ -40,7 +41,7 @@ COMMANDS = {
     "report": "Write an HTML page about runs: results, curves and samples.",
     "verify": "Check that a model is what it claims to be, and that a run resumes.",
     "doctor": "Check what this machine can do: device, compiler, ranks, training.",
-    "serve": "Serve models: a web page, and OpenAI's completions API.",
+    "serve": "Serve models: a web page, and OpenAI's APIs.",
     "completion": "Print a script that completes commands and flags in a shell.",
 }
 UNUSABLE_FILE = (

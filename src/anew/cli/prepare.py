@@ -60,6 +60,8 @@ class PrepareArgs:
     """column of .csv, .tsv and .parquet files, or key of .jsonl files, that holds the text"""
     encoding: str = ""
     """encoding of files that are not UTF-8 and have no byte-order mark, such as latin-1"""
+    conversations: bool = False
+    """the rows are conversations: "messages", or "prompt" and "response" (see anew train chat)"""
     workers: int = 0
     """threads that tokenise; 0: one for each core"""
     limit_tokens: int = 0
@@ -139,7 +141,8 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
         seed=args.seed,
         validation=args.validation,
     )
-    source = sources.find(args.source, begun_at(out) or "main", args.column, args.encoding)
+    revision = begun_at(out) or "main"
+    source = sources.find(args.source, revision, args.column, args.encoding, args.conversations)
     budget = parse_bytes(args.disk_budget)
     with progress_bar() as update:
         folder = prepare_data(
@@ -161,7 +164,7 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
         f"{out}: {counts['train']:,} training and {counts['val']:,} validation tokens "
         f"({folder.tokenizer})"
     )
-    print(f"to train on it: {_training_command(out, folder.tokenizer)}")
+    print(f"to train on it: {_training_command(folder)}")
     return {
         "out": str(out),
         "files": len(source.files),
@@ -174,11 +177,13 @@ def _prepare(args: PrepareArgs) -> dict[str, Any]:
     }
 
 
-def _training_command(out: Path, tokenizer: str) -> str:
-    """Return a command that trains a small model on the data folder `out`."""
-    folder = shlex.quote(str(out))
-    named = tokenizer if tokenizer in TOKENIZERS else folder
-    return f"anew train gpt2-5m --data {folder} --tokenizer {named}"
+def _training_command(folder: DataFolder) -> str:
+    """Return a command that trains on a data folder: a small model, or one for conversations."""
+    path = shlex.quote(str(folder.path))
+    if folder.conversations:
+        return f"anew train chat --init MODEL --data {path}"
+    tokenizer = folder.tokenizer if folder.tokenizer in TOKENIZERS else path
+    return f"anew train gpt2-5m --data {path} --tokenizer {tokenizer}"
 
 
 def _describe(status: Status) -> str:

@@ -1,4 +1,4 @@
-"""`anew serve MODEL [MODEL...]`: a page that shows models at work, and OpenAI's completions API.
+"""`anew serve MODEL [MODEL...]`: a page that shows models at work, and OpenAI's APIs.
 
 anew serve runs/demo gpt2
 """
@@ -14,6 +14,7 @@ from anew.checkpoint.huggingface import find_model
 from anew.cli.parse import parse
 from anew.cli.sample import Device, Precision, open_model
 from anew.errors import UserError, missing_packages
+from anew.tokenizer.chat import is_chat_model
 
 log = logging.getLogger("anew")
 OWN_NAMES = {"127.0.0.1", "localhost", "::1"}
@@ -40,7 +41,7 @@ class ServeArgs:
 
 
 def run_serve(argv: list[str]) -> None:
-    """Serve models: a page that shows them at work, and OpenAI's completions API."""
+    """Serve models: a page that shows them at work, and OpenAI's APIs."""
     args = parse(ServeArgs, argv, "serve")
     if not args.models:
         raise UserError("say which model: anew serve runs/NAME.")
@@ -57,7 +58,8 @@ def run_serve(argv: list[str]) -> None:
     for name in dict.fromkeys(args.models):
         path = find_model(name)
         log.info(f"{name}: {path}")
-        served.append(Served(name, *open_model(path, args.device, args.precision)))
+        model, tokenizer = open_model(path, args.device, args.precision)
+        served.append(Served(name, model, tokenizer, is_chat_model(path)))
     hosts = OWN_NAMES if args.host in OWN_NAMES else set()
     _listen(app(Engine(served, args.waiting, args.int8), hosts), args.host, args.port)
 

@@ -76,7 +76,8 @@ def _describe(config: Config, ranks: int) -> None:
         config.check(ranks=ranks)
     for line in describe_run(config, ranks):
         print(line)
-    text = describe_data(config.data.data, config.data.tokenizer, config.run.init)
+    data = config.data
+    text = describe_data(data.data, data.tokenizer, config.run.init, data.conversations)
     print(f"data:  {text}")
 
 
@@ -143,7 +144,12 @@ def _print_result(config: Config, result: TrainResult) -> None:
     if config.data.one_batch:
         print(f"loss of the one batch: {result.train_loss:.4f} nats a token")
     if result.val_loss is not None:
-        print(f"validation loss: {result.val_loss:.4f} nats a token on held-out text")
+        unit = (
+            "a token of held-out answers"
+            if config.data.conversations
+            else "a token on held-out text"
+        )
+        print(f"validation loss: {result.val_loss:.4f} nats {unit}")
     if result.train_text_loss is not None:
         print(
             f"training-text loss: {result.train_text_loss:.4f} nats a token "
@@ -154,5 +160,6 @@ def _print_result(config: Config, result: TrainResult) -> None:
             "which does not help it with text it has never seen."
         )
     folder = result.folder
-    command = f"anew sample {shlex.quote(str(folder))}"
+    command = "chat" if config.data.conversations else "sample"
+    command = f"anew {command} {shlex.quote(str(folder))}"
     print(f"run folder: {folder}    page: {folder / 'report.html'}    try: {command}")

@@ -70,6 +70,10 @@ def _data_problems(config: "Config") -> Iterator[str]:
             f"seq_len {data.seq_len} is longer than the model's {positions} positions; "
             "lower --seq-len or raise --n-positions."
         )
+    if data.conversations and data.one_batch:
+        yield "one_batch is for texts; leave it out with conversations."
+    if data.conversations and data.disk_budget != "0":
+        yield "all conversations are prepared before training; leave out --disk-budget."
     if data.val_tokens < 0:
         yield f"val_tokens {data.val_tokens} is negative; 0 means no validation."
 
@@ -121,10 +125,15 @@ def _run_problems(config: "Config") -> Iterator[str]:
             yield f"{name} {value} cannot be negative."
     if not 0 <= run.seed < 2**63:
         yield f"seed {run.seed} must be between 0 and 2^63 - 1."
+    if config.data.conversations and run.compile != "off":
+        yield (
+            "conversations have many lengths, for each of which code would be compiled; use "
+            "--compile off."
+        )
     if run.parallel == "fsdp" and run.precision == "fp16":
         yield "fsdp has no loss scaling here; use --precision bf16, or --parallel ddp."
-    if config.recipe == "finetune" and not run.init:
-        yield "the finetune recipe needs a model to start from: add --init MODEL."
+    if config.recipe in ("finetune", "chat") and not run.init:
+        yield f"the {config.recipe} recipe needs a model to start from: add --init MODEL."
     if not config.data.data:
         yield (
             "no text to train on is named: add --data with a file, a folder, or a source such as "

@@ -125,6 +125,17 @@ _FINETUNE = Config().override(
     evaluate_every=20,
 )
 
+# As `finetune`, in batches of 32 conversations.
+_CHAT = _FINETUNE.override(
+    conversations=True,
+    lr=1e-4,
+    min_lr=1e-5,
+    steps=300,
+    warmup_steps=15,
+    compile="off",
+    evaluate_every=50,
+)
+
 # These settings let a GPT-2 reach the same loss with fewer tokens and leave its architecture
 # unchanged (docs/log.md, 13). The learning rates differ by size.
 FAST: dict[str, Any] = {
@@ -192,6 +203,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
         _124M.override(data="openwebtext", steps=90_000),
     ),
     "finetune": ("continue training --init MODEL on your own --data", _FINETUNE),
+    "chat": ("teach --init MODEL to answer, on --data conversations", _CHAT),
 }
 
 

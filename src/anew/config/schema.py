@@ -139,6 +139,17 @@ class DataConfig:
         "cut the text into sequences at other places in each epoch, which gives a lower loss on "
         "unseen text; with --no-recut a model memorises its text sooner",
     )
+    conversations: bool = setting(
+        False,
+        "the data has conversations, and only what the assistant says in them is learnt; the "
+        "recipe chat sets this",
+    )
+    general_data: str = setting(
+        "",
+        "text whose validation loss is measured beside that of the data, to see what a model "
+        "forgets while it is fine-tuned",
+        may_change=True,
+    )
     one_batch: bool = setting(
         False, "train on the first batch only, to check that the model can learn"
     )
@@ -146,7 +157,8 @@ class DataConfig:
     @property
     def unit(self) -> str:
         """The word for what the loss is a mean over."""
-        return "byte" if self.tokenizer == "bytes" else "token"
+        token = "byte" if self.tokenizer == "bytes" else "token"
+        return f"{token} of the answers" if self.conversations else token
 
 
 @dataclass(frozen=True)

@@ -37,33 +37,40 @@ def open_data(
     stop: threading.Event | None = None,
     prepares: bool = True,
     model: str = "",
+    conversations: bool | None = False,
 ) -> DataFolder:
     """Open the data folder that `data` names, or prepare it in the cache.
 
     `tokenizer` is a tokenizer or a name, which may be train:N. `model` is the model that determines
-    the tokenizer, if one does; an error names it. On each machine one rank has
-    `prepares` set: it starts the preparation of a dataset of the hub, and the other ranks read the
-    same folder. Raises Stopped if `stop` is set while this waits for the first shards.
+    the tokenizer, if one does; an error names it. On each machine one rank has `prepares` set: it
+    starts the preparation of a dataset of the hub, and the other ranks read the same folder. Raises
+    Stopped if `stop` is set while this waits for the first shards.
+
+    With `conversations` the documents are conversations, and all are prepared before this returns.
+    None accepts a data folder of either form; anything else is read as text.
     """
     wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.name
-    prepared = _open_folder(Path(data).expanduser(), wanted, model)
+    prepared = _open_folder(Path(data).expanduser(), wanted, model, conversations)
     if prepared is not None:
         return prepared
+    conversations = bool(conversations)
     revision = "main"
-    earlier = _earlier_preparation(data, wanted) if sources.is_hub_name(data) else None
+    earlier = None
+    if sources.is_hub_name(data):
+        earlier = _earlier_preparation(data, wanted, conversations)
     if earlier is not None:
         if (earlier / INDEX).is_file():
             return DataFolder.open(earlier)
         revision = prepare.begun_at(earlier)
-    source = sources.find(data, revision)
-    folder = _cached(source.name, wanted, source.revision[:12])
+    source = sources.find(data, revision, conversations=conversations)
+    folder = _cached(source.name, wanted, source.revision[:12], conversations)
     if (folder / INDEX).is_file():
         return DataFolder.open(folder)
     log.info(f"preparing {data} with the {wanted} tokenizer into {folder}")
     settings = settings_for(wanted)
     if isinstance(tokenizer, Tokenizer):
         tokenizer.keep(folder)
-    if not source.is_remote:
+    if not source.is_remote or conversations:
         return prepare.prepare_data(source, settings, folder, wait=True)
     process = None
     if prepares:
@@ -72,28 +79,28 @@ def open_data(
     return _open_growing(source, wanted, preparation, stop or threading.Event())
 
 
-def describe(data: str, tokenizer: str, model: str = "") -> str:
+def describe(data: str, tokenizer: str, model: str = "", conversations: bool = False) -> str:
     """Return a line about the data that `--data` names, without preparing or downloading any.
 
     Raises UserError as `open_data` does if there is no such data, or if it has other tokens.
     """
     folder = None
     if not tokenizer.startswith("train:"):
-        folder = _open_folder(Path(data).expanduser(), tokenizer, model)
+        folder = _open_folder(Path(data).expanduser(), tokenizer, model, conversations)
     if folder is not None:
         train, val = (folder.n_tokens(split) for split in ("train", "val"))
         return f"{data}: {train:,} training and {val:,} validation tokens ({folder.tokenizer})"
     if sources.is_hub_name(data) or data == "tinyshakespeare":
         return f"{data}: not read yet; unless it is here already, it is downloaded"
-    source = sources.find(data)
+    source = sources.find(data, conversations=conversations)
     return f"{data}: {counted(len(source.files), 'file')}, {source.total_bytes:,} bytes"
 
 
-def is_at_hand(data: str, tokenizer: str) -> bool:
+def is_at_hand(data: str, tokenizer: str, conversations: bool = False) -> bool:
     """Return whether `open_data` can open `data` without preparing a dataset of the hub."""
     if (Path(data).expanduser() / INDEX).is_file() or not sources.is_hub_name(data):
         return True
-    earlier = _earlier_preparation(data, tokenizer)
+    earlier = _earlier_preparation(data, tokenizer, conversations)
     return earlier is not None and (earlier / INDEX).is_file()
 
 
@@ -102,11 +109,13 @@ def settings_for(tokenizer: str) -> Settings:
     return Settings(tokenizer)
 
 
-def _open_folder(path: Path, tokenizer: str, model: str) -> DataFolder | None:
+def _open_folder(
+    path: Path, tokenizer: str, model: str, conversations: bool | None
+) -> DataFolder | None:
     """Open a data folder or a folder of token files. Return None if `path` is neither.
 
     Raises UserError if its tokens are not those of `tokenizer`, which is that of `model` if a model
-    is given.
+    is given, or if it has texts instead of `conversations`, or the reverse.
     """
     if (path / INDEX).is_file():
         folder = DataFolder.open(path)
@@ -115,6 +124,13 @@ def _open_folder(path: Path, tokenizer: str, model: str) -> DataFolder | None:
         if others is None:
             return None
         folder = others
+    if folder.conversations and conversations is False:
+        raise UserError(f"{path} has conversations; train on them with anew train chat.")
+    if conversations and not folder.conversations:
+        raise UserError(
+            f"{path} has texts and no conversations; prepare them again: "
+            "anew prepare FILE --conversations --out NEW"
+        )
     if tokenizer_matches(tokenizer, folder.tokenizer):
         return folder
     difference = f"{path} was prepared with the tokenizer {folder.tokenizer}"
@@ -139,16 +155,18 @@ def _open_growing(
     )
 
 
-def _earlier_preparation(data: str, tokenizer: str) -> Path | None:
+def _earlier_preparation(data: str, tokenizer: str, conversations: bool) -> Path | None:
     """Return the folder of the newest preparation of a dataset of the hub, if there is one.
 
     A run continues with the commit that it began with, and needs no network once the data is
     complete.
     """
-    pattern = _cached(sources.cache_name(data), tokenizer, "*")
+    pattern = _cached(sources.cache_name(data), tokenizer, "*", conversations)
     folders = [path for path in pattern.parent.glob(pattern.name) if prepare.begun_at(path)]
     return max(folders, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _cached(source: str, tokenizer: str, revision: str) -> Path:
-    return cache_folder() / "data" / f"{source}-{tokenizer.replace(':', '-')}-{revision}"
+def _cached(source: str, tokenizer: str, revision: str, conversations: bool) -> Path:
+    # In front, so that a pattern for texts does not match it.
+    form = "chat-" if conversations else ""
+    return cache_folder() / "data" / f"{form}{source}-{tokenizer.replace(':', '-')}-{revision}"

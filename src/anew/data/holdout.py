@@ -64,6 +64,7 @@ class Progress:
     unfinished: dict[str, int] | None = None
     val_open: bool = True  # whether documents are still held out
     val_hashes: list[int] | None = None
+    conversations: bool = False
 
 
 def threshold_of(source: Source) -> int:
@@ -159,10 +160,13 @@ class Splits:
         total = held_out + self.train.n_tokens
         if held_out >= min(wanted, FEWEST_SHARE * total):
             return ""
+        advice = "Join the documents into one file: its last tenth is held out."
+        if self.progress.conversations:
+            advice = "Give more conversations."
         return (
             f"only {held_out:,} of {total:,} tokens are held out, because whole documents are, and "
             f"the text has {counted(self.progress.documents, 'document')}; the validation loss "
-            "will say little. Join the documents into one file: its last tenth is held out."
+            f"will say little. {advice}"
         )
 
     def sync(self) -> None:

@@ -21,12 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from anew.config.values import tokenizer_matches, vocabulary_size
-from anew.data import hub_datasets, readers, shards
+from anew.data import hub_datasets, shards
+from anew.data.conversations import FORM
 from anew.data.holdout import Progress, Settings, Splits, halves, threshold_of
 from anew.data.hub_datasets import HubFile
 from anew.data.read_ahead import prefetch
@@ -34,6 +36,7 @@ from anew.data.shards import DataFolder
 from anew.data.sources import Source
 from anew.data.tokenize import Document, Text, encode_in_order, hash_of
 from anew.errors import UserError
+from anew.tokenizer import chat
 from anew.tokenizer.bpe import FILE as TOKENIZER
 from anew.tokenizer.bpe import Tokenizer
 from anew.tokenizer.learn import learn
@@ -108,9 +111,9 @@ def prepare_data(
 
 def _check_same(folder: DataFolder, source: Source, settings: Settings) -> None:
     """Refuse a finished folder that holds another text or another tokenizer's tokens."""
-    if folder.revision != source.revision or not tokenizer_matches(
-        settings.tokenizer, folder.tokenizer
-    ):
+    has_same_tokens = tokenizer_matches(settings.tokenizer, folder.tokenizer)
+    has_same_form = folder.conversations == source.conversations
+    if folder.revision != source.revision or not has_same_tokens or not has_same_form:
         raise UserError(
             f"{folder.path} holds other data ({folder.source}, {folder.tokenizer}); "
             "choose another --out or remove it."
@@ -159,6 +162,11 @@ class _Job:
 
     def _begin(self) -> Progress:
         """Write the first `progress.json`, which marks the folder as that of a preparation."""
+        if self.source.conversations and self.settings.validation == "first":
+            raise UserError(
+                "--validation first cuts documents, and conversations are held out whole; leave "
+                "it out."
+            )
         for path in self.out.iterdir():
             if not path.name.startswith(".") and path.name != TOKENIZER:
                 raise UserError(
@@ -171,6 +179,7 @@ class _Job:
             revision=self.source.revision,
             threshold=threshold_of(self.source),
             val_open=self.settings.val_tokens > 0,
+            conversations=self.source.conversations,
         )
         write_json(self.out / PROGRESS, asdict(progress), FORMAT)
         return progress
@@ -188,8 +197,15 @@ class _Job:
             raise UserError(
                 f"{path} cannot be read ({error}); remove {self.out} and prepare again."
             ) from error
-        begun = (progress.settings, progress.source, progress.revision)
-        if begun != (asdict(self.settings), self.source.name, self.source.revision):
+        begun = (
+            progress.settings,
+            progress.source,
+            progress.revision,
+            progress.conversations,
+        )
+        source = self.source
+        wanted = (asdict(self.settings), source.name, source.revision, source.conversations)
+        if begun != wanted:
             raise UserError(
                 f"{self.out} was begun with other settings or another text; "
                 "give the same ones to continue, or another --out."
@@ -220,7 +236,10 @@ class _Job:
             else:
                 is_held_out = hash_of(text.content) < self.progress.threshold
                 is_training = self.settings.val_tokens == 0 or not is_held_out
-            if is_training:
+            if is_training and self.source.conversations:
+                for message in chat.from_json(text.content):
+                    yield message.content.encode()
+            elif is_training:
                 yield text.content
 
     def run(self) -> None:
@@ -234,6 +253,8 @@ class _Job:
                 if limit and self.splits.train.n_tokens >= limit:
                     self.stopped.set()  # nobody needs the file that is being waited for
                     break
+            if self.source.conversations and self.progress.documents == 0:
+                raise UserError(f"there is no conversation in {self.source.name}: {FORM}.")
             warning = self.splits.warning()
             if warning:
                 log.warning(warning)
@@ -252,6 +273,7 @@ class _Job:
             bytes=self.progress.bytes,
             repeats_of_validation=self.progress.dropped,
             settings=asdict(self.settings),
+            conversations=self.source.conversations,
         )
         (self.out / PROGRESS).unlink(missing_ok=True)
         shutil.rmtree(self.out / FETCHED, ignore_errors=True)
@@ -278,9 +300,12 @@ class _Job:
 
     def _blocks_of(self, files: Iterable[tuple[int, Path | HubFile]]) -> Iterator[list[Document]]:
         texts = self._texts(files, skip=self.progress.document)
+        encode = self.tokenizer.encode_document
+        if self.source.conversations:
+            encode = partial(chat.encode_document, self.tokenizer)
         block: list[Document] = []
         size = 0
-        for document in encode_in_order(texts, self.tokenizer, self.workers):
+        for document in encode_in_order(texts, encode, self.workers):
             block.append(document)
             size += document.bytes
             if size >= self.settings.block_bytes:
@@ -294,17 +319,16 @@ class _Job:
         self, files: Iterable[tuple[int, Path | HubFile]], skip: int, warn: bool = True
     ) -> Iterator[Text]:
         """Yield the documents of numbered files, without the first `skip` of the first file."""
-        encoding = self.source.encoding
         for number, path in files:
             assert isinstance(path, Path)
             is_cut = self.source.by_position and self.settings.validation == "hash"
             if is_cut and self.settings.val_tokens > 0:
-                contents = readers.documents(path, encoding=encoding, warn=warn)
+                contents = self.source.documents_in(path, warn=warn)
                 for i, piece in enumerate(halves(contents)):
                     if piece and i >= skip:
                         yield Text(number, i, piece, split="val" if i % 2 else "train")
             else:
-                contents = readers.documents(path, self.source.column, skip, encoding, warn)
+                contents = self.source.documents_in(path, skip, warn)
                 for i, content in enumerate(contents, start=skip):
                     yield Text(number, i, content, split="")
             skip = 0

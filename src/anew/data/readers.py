@@ -21,7 +21,7 @@ import itertools
 import json
 import logging
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,14 +133,82 @@ def documents(
         stream = _json_lines(path, column, encoding, warn)
     else:
         stream = _whole_file(path, encoding, warn)
-    try:
-        number = 0
+    number = 0
+    with _reading_errors(path):
         for document in stream:
             if not document:
                 continue
             if number >= skip:
                 yield document
             number += 1
+
+
+def rows_of(path: Path, encoding: str = "") -> Iterator[Any]:
+    """Yield every row of a table: an object of JSON, or a dictionary by the names of columns.
+
+    A line of a .jsonl file that is not JSON is None. Raises UserError as `documents` does.
+    """
+    kind = _kind(path)
+    with _reading_errors(path):
+        if kind == ".parquet":
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(ROWS_AT_A_TIME):
+                    yield from batch.to_pylist()
+            return
+        with _opened_as_text(path, encoding) as lines:
+            checked = _in_encoding(lines, path)
+            if kind in DELIMITERS:
+                csv.field_size_limit(MOST_CHARACTERS)
+                header = next(checked, "")
+                delimiter = _delimiter(path, header, "")
+                yield from csv.DictReader(itertools.chain([header], checked), delimiter=delimiter)
+                return
+            for line in checked:
+                if line.strip():
+                    yield _json_of(line)
+
+
+def text_of(path: Path, encoding: str = "", warn: bool = True) -> str:
+    """Return the text of a file that is one document. Raises UserError as `documents` does.
+
+    Lines end with a newline, also those of a file from Windows.
+    """
+    with _reading_errors(path):
+        text = b"".join(_whole_file(path, encoding, warn)).decode()
+        return text.replace("\r\n", "\n")
+
+
+def _in_encoding(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """Yield lines. Raises UserError for one that is not in the encoding of the file."""
+    for number, line in enumerate(lines, start=1):
+        _check_encoding(path, number, line)
+        yield line
+
+
+def _check_encoding(path: Path, number: int, line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate stands for a byte that is no UTF-8
+        raise UserError(
+            f"{path} line {number} is not in the encoding of the file; name its encoding: "
+            f"{ENCODING_EXAMPLE}"
+        ) from error
+
+
+def _json_of(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def _reading_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read into a UserError."""
+    try:
+        yield
     except UserError:
         raise
     # pyarrow raises ValueErrors.
@@ -246,17 +314,8 @@ def _json_lines(path: Path, column: str, encoding: str, warn: bool) -> Iterator[
 
 def _text_of_line(path: Path, number: int, line: str, column: str) -> str | None:
     """Return the text in a line of a .jsonl file; None if it has none."""
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate stands for a byte that is no UTF-8
-        raise UserError(
-            f"{path} line {number} is not in the encoding of the file; name its encoding: "
-            f"{ENCODING_EXAMPLE}"
-        ) from error
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
+    _check_encoding(path, number, line)
+    row = _json_of(line)
     if not isinstance(row, dict) or column not in row:
         return None
     text = "" if row[column] is None else row[column]

@@ -122,6 +122,7 @@ class DataFolder:
     revision: str
     splits: dict[str, list[Shard]] = field(default_factory=dict)
     preparation: "ShardsInPreparation | None" = None  # while the folder is still being prepared
+    conversations: bool = False  # whether its documents are conversations
 
     @property
     def identity(self) -> str:
@@ -170,7 +171,14 @@ class DataFolder:
                     f"this version of anew reads version {INDEX_VERSION}, uint16."
                 )
             splits = _splits_of(path, index["shards"])
-            return cls(path, index["tokenizer"], index["source"], index["revision"], splits)
+            return cls(
+                path,
+                index["tokenizer"],
+                index["source"],
+                index["revision"],
+                splits,
+                conversations=index.get("conversations", False),
+            )
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

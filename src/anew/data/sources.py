@@ -15,6 +15,7 @@
 """
 
 import codecs
+import dataclasses
 import glob
 import hashlib
 import http.client
@@ -31,6 +32,7 @@ from functools import cached_property
 from pathlib import Path
 
 from anew.data import hub_datasets, readers
+from anew.data.conversations import conversations_in
 from anew.data.hub_datasets import HubFile
 from anew.data.shards import PROGRESS, is_unfinished
 from anew.errors import UserError, unknown_name
@@ -52,6 +54,7 @@ SKIPPED_FOLDERS = {
     "lib2to3",
     "ensurepip",
 }
+MESSAGES = "messages"  # the column of conversations, by default
 MARKUP = {".html", ".htm", ".md"}
 LISTED_FILES = 10  # of those that are skipped
 log = logging.getLogger("anew")
@@ -67,6 +70,7 @@ class Source:
     column: str = "text"
     encoding: str = ""  # of files without a byte-order mark; "": UTF-8
     skipped: tuple[tuple[Path, str], ...] = ()  # files that are not text, and why
+    conversations: bool = False  # whether a document is a conversation, as a line of JSON
 
     @property
     def is_remote(self) -> bool:
@@ -77,7 +81,8 @@ class Source:
     def by_position(self) -> bool:
         """Whether the source is one text whose end is held out, instead of many documents."""
         file = self.files[0]
-        return len(self.files) == 1 and isinstance(file, Path) and not readers.is_table(file)
+        is_text = len(self.files) == 1 and isinstance(file, Path) and not readers.is_table(file)
+        return is_text and not self.conversations
 
     @property
     def total_bytes(self) -> int:
@@ -93,6 +98,8 @@ class Source:
         digests = hashlib.sha256()
         if self.column != "text" or self.encoding:
             digests.update(f"{self.column} {self.encoding} ".encode())
+        if self.conversations:
+            digests.update(b"conversations ")
         try:
             for path in self.files:
                 assert isinstance(path, Path)
@@ -108,15 +115,35 @@ class Source:
         """
         for path in self.files:
             assert isinstance(path, Path), "files on the hub are fetched by prepare.py"
-            yield from readers.documents(path, self.column, encoding=self.encoding, warn=warn)
+            yield from self.documents_in(path, warn=warn)
+
+    def documents_in(self, path: Path, skip: int = 0, warn: bool = True) -> Iterator[bytes]:
+        """Yield the documents of one file without the first `skip`."""
+        read = conversations_in if self.conversations else readers.documents
+        return read(path, self.column, skip, self.encoding, warn)
 
 
-def find(source: str, revision: str = "main", column: str = "text", encoding: str = "") -> Source:
+def find(
+    source: str,
+    revision: str = "main",
+    column: str = "text",
+    encoding: str = "",
+    conversations: bool = False,
+) -> Source:
     """Return the source that `--data` names; `revision` is that of a dataset of the hub.
 
-    `column` and `encoding` are those of files on this machine. Raises UserError if there is no such
-    source, or no text in it.
+    `column` and `encoding` are those of files on this machine. With `conversations`, a document is
+    a conversation, which the column "messages" has unless another one is named. Raises UserError if
+    there is no such source, or no text in it.
     """
+    found = _find(source, revision, column, encoding)
+    if not conversations:
+        return found
+    column = MESSAGES if found.column == "text" else found.column
+    return dataclasses.replace(found, conversations=True, column=column)
+
+
+def _find(source: str, revision: str, column: str, encoding: str) -> Source:
     try:
         codecs.lookup(encoding or "utf-8")
     except LookupError as error:

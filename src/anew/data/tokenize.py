@@ -5,13 +5,12 @@ to be sent between processes.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from anew.data.read_ahead import prefetch
-from anew.tokenizer.bpe import Tokenizer
 
 JOB_BYTES = 1 << 19  # text that a thread tokenises at a time
 JOBS_A_THREAD = 4  # jobs that are in work or waiting, for each thread
@@ -40,25 +39,25 @@ class Document:
 
 
 def encode_in_order(
-    texts: Iterable[Text], tokenizer: Tokenizer, threads: int
+    texts: Iterable[Text], encode: Callable[[bytes], np.ndarray], threads: int
 ) -> Iterator[Document]:
-    """Yield each text as a tokenised document, in order."""
+    """Yield each text as a document with the tokens that `encode` returns, in order."""
 
     def work(job: list[Text]) -> list[Document]:
-        return [_document(text, tokenizer) for text in job]
+        return [_document(text, encode) for text in job]
 
     for documents in prefetch(work, _jobs(texts), ahead=JOBS_A_THREAD * threads, threads=threads):
         yield from documents
 
 
-def _document(text: Text, tokenizer: Tokenizer) -> Document:
+def _document(text: Text, encode: Callable[[bytes], np.ndarray]) -> Document:
     return Document(
         file=text.file,
         number=text.number,
         bytes=len(text.content),
         split=text.split,
         hash=hash_of(text.content),
-        tokens=tokenizer.encode_document(text.content),
+        tokens=encode(text.content),
     )
 
 

@@ -1,19 +1,19 @@
 """Compute the mean loss of a model over fixed windows of text.
 
-    loss = mean_loss(model, shards, 1024, limit_tokens=1_000_000, dtype=torch.float32, batch=8)
+    batches = evaluation_windows(shards, seq_len=1024, limit_tokens=1_000_000, batch=8)
+    loss = mean_loss(model, batches, dtype=torch.float32)
 
-The windows depend on the text and `seq_len` alone, and the sum is made in their order. So the loss
-is the same for any number of ranks. Another device or batch size changes it by rounding only.
+The sum is made in the order of the windows, so the loss is the same for any number of ranks.
+Another device or batch size changes it by rounding only.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from anew.data.dataloader import evaluation_windows
-from anew.data.shards import Shard
+from anew.data.dataloader import Pair
 from anew.distributed.world import ALONE, World
 from anew.errors import Preempted
 from anew.model.gpt import GPT
@@ -38,22 +38,18 @@ def activation_dtype(model: GPT, dtype: torch.dtype) -> Iterator[None]:
 @torch.no_grad()
 def mean_loss(
     model: GPT,
-    shards: Sequence[Shard],
-    seq_len: int,
-    limit_tokens: int,
+    batches: Iterable[Pair],
     dtype: torch.dtype,
-    batch: int,
     world: World = ALONE,
     stop: threading.Event | None = None,
 ) -> float:
-    """Return the mean loss in nats per token over the windows of `evaluation_windows`.
+    """Return the mean loss in nats per target over batches of inputs and targets, each (B, T).
 
-    Batches of `batch` windows are divided over the ranks in turn, and their losses are summed in
-    float64. Raises Preempted on every rank if `stop` is set on one of them.
+    Batches are divided over the ranks in turn, and their losses are summed in float64. Raises
+    Preempted on every rank if `stop` is set on one of them.
     """
     device = model.transformer.wte.weight.device
     sums: dict[int, tuple[float, int]] = {}  # batch number -> sum of losses, tokens in the sum
-    batches = evaluation_windows(shards, seq_len, limit_tokens, batch)
     with activation_dtype(model, dtype):
         for number, (ids, targets) in enumerate(batches):
             if stop is not None and stop.is_set():

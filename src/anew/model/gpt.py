@@ -29,7 +29,7 @@ from anew.config.schema import GPTConfig, rounded_up
 from anew.model.attention import attend
 from anew.model.kernels.fused_bias import BiasGelu, QueryKeyValue, fused_linear, gelu_by_sigmoid
 from anew.model.kv_cache import Cache
-from anew.model.loss import HeadLoss, plain_loss
+from anew.model.loss import IGNORED, HeadLoss, plain_loss
 
 
 def is_on_gpu(x: Tensor) -> bool:
@@ -277,10 +277,14 @@ class GPT(nn.Module):
         ids: Tensor,
         targets: Tensor | None = None,
         cache: Cache | None = None,
+        few_targets: bool = False,
     ) -> Tensor:
         """Return the logits (B, T, 50257) of ids (B, T), or with `targets` (B, T) the loss.
 
-        The loss is the mean cross-entropy in nats over the targets that are not -100.
+        The loss is the mean cross-entropy in nats over the targets that are not -100. With
+        `few_targets`, logits are computed where there is a target only. The result is the same, and
+        it takes less time if most targets are -100, but compiled code would be compiled again for
+        each number of targets.
         """
         hidden = self.hidden(ids, cache)  # (B, T, C)
         if targets is None:
@@ -289,10 +293,15 @@ class GPT(nn.Module):
         vocab_size = self.config.vocab_size
         if self.config.head == "plain":
             return plain_loss(hidden, wte, targets, vocab_size)
+        rows = hidden.flatten(0, 1)  # (B T, C)
+        row_targets = targets.flatten()
+        if few_targets:
+            is_target = row_targets != IGNORED
+            rows, row_targets = rows[is_target], row_targets[is_target]
         return self.head_loss(
-            hidden.flatten(0, 1),  # (B T, C)
+            rows,
             wte,
-            targets.flatten(),
+            row_targets,
             vocab_size,
             torch.is_grad_enabled(),  # inside the function, gradients are always disabled
         )

@@ -11,6 +11,7 @@ import logging
 from anew.checkpoint.huggingface import find_model, load_model, read_config
 from anew.config.schema import RunConfig
 from anew.config.values import parse_bytes
+from anew.data.conversations import validation_windows
 from anew.data.dataset import open_data
 from anew.errors import UserError
 from anew.evaluate.loss import mean_loss
@@ -44,7 +45,9 @@ def score(run: Run, model: str) -> float:
     tokenizer: str | Tokenizer = data_config.tokenizer
     if not data_config.tokenizer.startswith("train:"):
         tokenizer = Tokenizer.find(data_config.tokenizer, run.folder)
-    with open_data(data_config.data, tokenizer, parse_bytes(data_config.disk_budget)) as data:
+    budget = parse_bytes(data_config.disk_budget)
+    chats = data_config.conversations
+    with open_data(data_config.data, tokenizer, budget, conversations=chats) as data:
         has_same_tokens = (
             vocab_size == run.config.model.vocab_size
             and Tokenizer.of_model(folder, vocab_size).name == data.tokenizer
@@ -54,12 +57,12 @@ def score(run: Run, model: str) -> float:
                 f"{model} has other tokens than {run.folder}; "
                 "only losses of the same tokens compare."
             )
-        shards = data.splits["val"]
-        tokens = min(data_config.val_tokens, sum(shard.n_tokens for shard in shards))
+        tokens = min(data_config.val_tokens, data.n_tokens("val"))
         if tokens < 2:
             raise UserError(f"{run.folder} has no validation text to score {model} on.")
         micro_batch, _ = run.config.micro_batches(1)
-        loss = mean_loss(gpt, shards, seq_len, tokens, runtime.dtype, micro_batch)
+        windows = validation_windows(data, "val", seq_len, tokens, micro_batch)
+        loss = mean_loss(gpt, windows, runtime.dtype)
     facts = {
         "model": model,
         "loss": loss,

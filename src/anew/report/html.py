@@ -259,6 +259,11 @@ def _loss_chart(runs: Sequence[Run]) -> str:
             Line(f"{prefix}training", smoothed(batches), f"own-{i}"),
             Line(f"{prefix}validation", validation, kind),
         ]
+        general = run.points("general/loss")
+        if general:
+            kind = "own-3" if len(runs) == 1 else f"own-{i}"
+            name = Path(run.config.data.general_data).name
+            lines.append(Line(f"{prefix}validation of {name}", general, kind))
         projection = _projection(run)
         if projection:
             end = f"{projection.value:.3f} ± {projection.plus_minus:.3f}"

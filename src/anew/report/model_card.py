@@ -9,6 +9,7 @@ from anew.config.schema import Config
 from anew.model.flops import count_parameters
 from anew.report.templates import render
 from anew.tokenizer.bpe import Tokenizer
+from anew.tokenizer.chat import is_chat_model
 from anew.training import run_log
 from anew.utils.files import json_lines
 
@@ -40,6 +41,7 @@ def model_card(model: str, repository: str = "") -> str:
         training=training,
         evaluation=evaluation,
         address=repository or "THIS FOLDER",
+        is_chat=is_chat_model(path),
     )
 
 
@@ -48,13 +50,14 @@ def _training(run: Path, step: int) -> dict[str, object]:
     config = Config.read(run / "config.json")
     data, optim = config.data.data, config.optim
     batch_tokens = config.run.batch_tokens
+    most = "at most " if config.data.conversations else ""  # they are shorter than `seq_len`
     rates = f"learning rate {optim.lr:g} to {optim.min_lr:g}"
     if optim.optimizer == "muon":
         rates += f", Muon's {optim.muon_lr:g}"
     facts = {
         "recipe": config.recipe,
         "steps": f"{step:,} of {config.run.steps:,}",
-        "tokens": f"{step * batch_tokens:,} ({batch_tokens:,} a step)",
+        "tokens": f"{most}{step * batch_tokens:,} ({most}{batch_tokens:,} a step)",
         "text": Path(data).name if os.path.sep in data else data,
         "begun from": config.run.init or "random weights",
         "optimizer": f"{optim.optimizer}, {rates}",
@@ -65,7 +68,8 @@ def _training(run: Path, step: int) -> dict[str, object]:
     ]
     if validated:
         last = validated[-1]
-        loss = f"{last['val/loss']:.4f} nats a token at step {int(last['step']):,}"
+        unit = "token of the answers" if config.data.conversations else "token"
+        loss = f"{last['val/loss']:.4f} nats a {unit} at step {int(last['step']):,}"
         facts["validation loss"] = f"{loss} ({last.get('val/precision', 'fp32')})"
     return facts
 

@@ -1,4 +1,4 @@
-"""The web application: a page for people, and OpenAI's completions API for programs.
+"""The web application: a page for people, and OpenAI's APIs for programs.
 
     uvicorn.run(app(engine, hosts={"127.0.0.1", "localhost"}), host="127.0.0.1", port=8000)
 
@@ -27,8 +27,8 @@ from starlette.exceptions import HTTPException
 
 from anew.errors import UserError
 from anew.serve.engine import POLL_SECONDS, Busy, Engine
-from anew.serve.openai_api import chunks, joined
-from anew.serve.schemas import CompletionRequest, PageRequest, error_sentence
+from anew.serve.openai_api import as_chat_answer, as_chat_chunk, chunks, joined
+from anew.serve.schemas import ChatRequest, CompletionRequest, PageRequest, error_sentence
 
 log = logging.getLogger("anew")
 T = TypeVar("T")
@@ -93,7 +93,11 @@ def _add_models(api: FastAPI, engine: Engine) -> None:
     def page_models() -> Any:
         """List the models with their numbers of positions, for the page."""
         return [
-            {"name": served.name, "positions": served.model.config.n_positions}
+            {
+                "name": served.name,
+                "positions": served.model.config.n_positions,
+                "is_chat": served.is_chat,
+            }
             for served in engine.models.values()
         ]
 
@@ -118,20 +122,35 @@ def _add_generation(api: FastAPI, engine: Engine) -> None:
         answer = joined([chunk async for chunk in arriving], len(job.prompts))
         return JSONResponse(common | answer)
 
-    @api.post("/v1/chat/completions", include_in_schema=False)
-    async def chat() -> Response:
-        """Refuse a request for a chat: GPT-2 was not trained on conversations."""
-        return _error(404, "these models continue texts and do not chat; use /v1/completions.")
+    @api.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation, in the form of OpenAI's chat completions API."""
+        job, n_left_out = body.job(engine)
+        common = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": job.served.name,
+            "messages_left_out": n_left_out,  # the oldest, which do not fit
+        }
+        stop = threading.Event()
+        parts = chunks(engine, engine.take_place(), job, body, stop)
+        arriving = _in_thread(request, parts, stop)
+        if body.stream:
+            lines = (json.dumps(common | as_chat_chunk(chunk)) async for chunk in arriving)
+            return _event_stream(lines, end="[DONE]")
+        answer = joined([chunk async for chunk in arriving], len(job.prompts))
+        return JSONResponse(common | as_chat_answer(answer))
 
     @api.post("/api/write")
     async def write(body: PageRequest, request: Request) -> Response:
-        """Continue one text, with the alternatives of each token, for the page."""
-        job = body.job(engine)
+        """Continue one text or conversation, with alternatives of each token, for the page."""
+        job, n_left_out = body.job(engine)
         stop = threading.Event()
         tokens = engine.write(engine.take_place(), job, stop)
 
         async def lines() -> AsyncIterator[str]:
-            yield json.dumps({"prompt_ids": job.prompts[0]})
+            yield json.dumps({"prompt_ids": job.prompts[0], "messages_left_out": n_left_out})
             async for _, token in _in_thread(request, tokens, stop):
                 yield json.dumps(dataclasses.asdict(token))
 

@@ -59,6 +59,7 @@ class Served:
     name: str
     model: GPT
     tokenizer: Tokenizer
+    is_chat: bool = False  # whether it was trained on conversations
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Answers in the form of OpenAI's completions API: as chunks of a stream, or joined into one.
+"""Answers in the form of OpenAI's APIs: as chunks of a stream, or joined into one.
 
-for chunk in chunks(engine, place, job, request, stop): ...
-answer = joined(list_of_chunks, n_choices)
+    for chunk in chunks(engine, place, job, request, stop): ...
+    answer = joined(list_of_chunks, n_choices)
+
+`as_chat_chunk` and `as_chat_answer` turn those of the completions API into those of the chat API.
 """
 
 import threading
@@ -10,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anew.serve.engine import Engine, Job, Place, Token
-from anew.serve.schemas import CompletionRequest
+from anew.serve.schemas import ChatRequest, CompletionRequest
 from anew.tokenizer.bpe import Tokenizer
+from anew.tokenizer.chat import ASSISTANT
 
 Chunk = dict[str, Any]
 Logprobs = dict[str, list[Any]]
@@ -62,26 +65,31 @@ def chunks(
     engine: Engine,
     place: Place,
     job: Job,
-    request: CompletionRequest,
+    request: CompletionRequest | ChatRequest,
     stop: threading.Event,
 ) -> Iterator[Chunk]:
     """Yield the answer in pieces, each with the index of its choice; then the counts, if wanted."""
     tokenizer = job.served.tokenizer
     texts = [Text() for _ in job.prompts]
     finish_reason = "length" if job.n_tokens == 0 else None
-    if request.echo or job.n_tokens == 0:
+    echo = False
+    n_alternatives = None
+    if isinstance(request, CompletionRequest):
+        echo = request.echo
+        n_alternatives = request.logprobs
+    if echo or job.n_tokens == 0:
         for row, prompt in enumerate(job.prompts):
-            echoed = tokenizer.decode(prompt) if request.echo else ""
+            echoed = tokenizer.decode(prompt) if echo else ""
             texts[row].n_sent = len(echoed)
             logprobs = None
-            if request.echo and request.logprobs is not None:
-                scored = engine.score(job.served, prompt, request.logprobs)
+            if echo and n_alternatives is not None:
+                scored = engine.score(job.served, prompt, n_alternatives)
                 logprobs = _logprobs(tokenizer, scored, offset=0)
             yield _chunk(row, echoed, logprobs, finish_reason)
     if job.n_tokens == 0:
         place.free()
     else:
-        yield from _generated(engine, place, job, request, stop, texts)
+        yield from _generated(engine, place, job, request.stops, n_alternatives, stop, texts)
     if request.stream_options.include_usage or not request.stream:
         n_prompt = sum(map(len, job.prompts))
         n_generated = sum(text.n_tokens for text in texts)
@@ -97,13 +105,13 @@ def _generated(
     engine: Engine,
     place: Place,
     job: Job,
-    request: CompletionRequest,
+    stops: Sequence[str],
+    n_alternatives: int | None,
     stop: threading.Event,
     texts: list[Text],
 ) -> Iterator[Chunk]:
     """Yield the generated part of the answer."""
-    stops = request.stops
-    for row, token in engine.write(place, job, stop, alternatives=request.logprobs or 0):
+    for row, token in engine.write(place, job, stop, alternatives=n_alternatives or 0):
         text = texts[row]
         if text.finish_reason:
             continue
@@ -112,7 +120,7 @@ def _generated(
         ready = text.take(stops)
         if ready or text.finish_reason:
             logprobs = None
-            if request.logprobs is not None:
+            if n_alternatives is not None:
                 logprobs = _logprobs(job.served.tokenizer, text.tokens, offset)
             yield _chunk(row, ready, logprobs, text.finish_reason)
             text.tokens = []
@@ -137,6 +145,34 @@ def joined(parts: Iterable[Chunk], n_choices: int) -> Chunk:
                 for name, values in part["logprobs"].items():
                     choice["logprobs"][name] += values
     return answer
+
+
+def as_chat_chunk(chunk: Chunk) -> Chunk:
+    """Return a chunk of the completions API as one of the chat API."""
+    choices = [
+        {
+            "index": choice["index"],
+            "delta": {"role": ASSISTANT, "content": choice["text"]},
+            "logprobs": None,
+            "finish_reason": choice["finish_reason"],
+        }
+        for choice in chunk["choices"]
+    ]
+    return {**chunk, "choices": choices}
+
+
+def as_chat_answer(answer: Chunk) -> Chunk:
+    """Return an answer of the completions API as one of the chat API."""
+    choices = [
+        {
+            "index": choice["index"],
+            "message": {"role": ASSISTANT, "content": choice["text"]},
+            "logprobs": None,
+            "finish_reason": choice["finish_reason"],
+        }
+        for choice in answer["choices"]
+    ]
+    return {**answer, "choices": choices}
 
 
 def _logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: int) -> Logprobs:

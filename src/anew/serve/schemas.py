@@ -8,14 +8,16 @@ A field that is null has its default. Values are not converted: "5" and true are
 
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from anew.errors import UserError
-from anew.serve.engine import Engine, Job
+from anew.serve.engine import Engine, Job, Served
+from anew.tokenizer.chat import SYSTEM, Message, prompt_of
 
 SEED_LIMIT = 2**63
+DEFAULT_ANSWER_TOKENS = 256
 StopText = Annotated[str, Field(max_length=200)]
 
 
@@ -25,10 +27,6 @@ class Sampling(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     model: str | None = Field(None, description="a name of /v1/models; by default the first")
-    prompt: str | list[int] | list[str | list[int]] = Field(
-        "",
-        description="a text, a list of token ids, or a list of these",
-    )
     temperature: float = Field(1.0, ge=0, le=100)
     top_k: int = Field(0, ge=0, le=10**9, description="0: all tokens")
     top_p: float = Field(1.0, gt=0, le=1)
@@ -46,15 +44,8 @@ class Sampling(BaseModel):
             return body
         return {name: value for name, value in body.items() if value is not None}
 
-    def _job(self, engine: Engine, n_tokens: int, copies: int = 1) -> Job:
-        """Return the job of continuing each prompt `copies` times; UserError if not possible."""
-        served = engine.find(self.model)
-        is_single = isinstance(self.prompt, str) or all(isinstance(i, int) for i in self.prompt)
-        prompts: Sequence[Any] = [self.prompt] if is_single else self.prompt
-        rows = []
-        for prompt in prompts:
-            ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            rows += [ids or [served.tokenizer.end_of_text]] * copies
+    def _job_of(self, served: Served, rows: list[list[int]], n_tokens: int) -> Job:
+        """Return the job of continuing rows of ids; UserError if that is not possible."""
         return Job(
             served=served,
             prompts=rows,
@@ -66,17 +57,86 @@ class Sampling(BaseModel):
         )
 
 
-class PageRequest(Sampling):
-    """A request of the page: a text, or the ids of a text whose end was changed."""
+class Prompted(Sampling):
+    """A request to continue texts."""
+
+    prompt: str | list[int] | list[str | list[int]] = Field(
+        "",
+        description="a text, a list of token ids, or a list of these",
+    )
+
+    def _job(self, engine: Engine, n_tokens: int, copies: int = 1) -> Job:
+        """Return the job of continuing each prompt `copies` times; UserError if not possible."""
+        served = engine.find(self.model)
+        is_single = isinstance(self.prompt, str) or all(isinstance(i, int) for i in self.prompt)
+        prompts: Sequence[Any] = [self.prompt] if is_single else self.prompt
+        rows = []
+        for prompt in prompts:
+            ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            rows += [ids or [served.tokenizer.end_of_text]] * copies
+        return self._job_of(served, rows, n_tokens)
+
+
+class TextPart(BaseModel):
+    """A part of a message. Images and sounds are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: Any = Field(None, description="has no effect")
+
+    def message(self) -> Message:
+        """Return the message in the form of tokenizer/chat.py. A developer is the system."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return Message(SYSTEM if self.role == "developer" else self.role, text)
+
+
+def ids_of_chat(
+    served: Served, messages: Sequence[ChatMessage], n_tokens: int
+) -> tuple[list[int], int]:
+    """Return the ids before an answer of `n_tokens`, and how many messages were left out.
+
+    At most half of the positions are kept free for the answer.
+
+    Raises UserError if the model was not trained on conversations, or if a message is too long.
+    """
+    if not served.is_chat:
+        raise UserError(
+            f"{served.name} continues texts and was not trained to chat; use /v1/completions, or "
+            "serve a model of anew train chat."
+        )
+    positions = served.model.config.n_positions
+    most_ids = positions - min(n_tokens, positions // 2)
+    return prompt_of(served.tokenizer, [message.message() for message in messages], most_ids)
+
+
+class PageRequest(Prompted):
+    """A request of the page: a text, a conversation, or the ids of one whose end was changed."""
 
     n_tokens: int = Field(64, ge=0, le=1_000_000)
+    messages: list[ChatMessage] = Field([], description="a conversation, instead of a prompt")
 
-    def job(self, engine: Engine) -> Job:
-        """Return what the engine has to do; raise UserError if it is impossible."""
+    def job(self, engine: Engine) -> tuple[Job, int]:
+        """Return what the engine has to do, and how many messages do not fit and are left out.
+
+        Raises UserError if it is impossible.
+        """
+        if self.messages:
+            served = engine.find(self.model)
+            ids, n_left_out = ids_of_chat(served, self.messages, self.n_tokens)
+            n_tokens = min(self.n_tokens, served.model.config.n_positions - len(ids))
+            return self._job_of(served, [ids], n_tokens), n_left_out
         job = self._job(engine, self.n_tokens)
         if len(job.prompts) != 1:
             raise UserError("the page continues one text at a time.")
-        return job
+        return job, 0
 
 
 class StreamOptions(BaseModel):
@@ -85,32 +145,50 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = Field(default=False, strict=True)
 
 
-class CompletionRequest(Sampling):
-    """A request of OpenAI's completions API. Fields without a function here are refused."""
+class Streamed(Sampling):
+    """The fields that OpenAI's two APIs share. Fields without a function here are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
-    max_tokens: int = Field(16, ge=0, le=1_000_000)
     n: int = Field(1, ge=1, le=16, description="texts for each prompt")
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] = Field(
         "", description="a text of up to 200 characters, or a list of up to 4 of these"
     )
-    logprobs: int | None = Field(None, ge=0, le=10)
-    echo: bool = Field(False, description="begin the answer with the prompt")
     stream: bool = False
     stream_options: StreamOptions = Field(
         StreamOptions(), description='an object such as {"include_usage": true}'
     )
     user: Any = Field(None, description="has no effect")
-    best_of: int | None = Field(None, description="must be equal to n")
     presence_penalty: float = Field(0, description="must be 0")
     frequency_penalty: float = Field(0, description="must be 0")
     logit_bias: dict[str, Any] = Field({}, description="must be empty")
-    suffix: str = Field("", description="must be empty")
 
-    @field_validator("presence_penalty", "frequency_penalty", "logit_bias", "suffix")
+    @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
     @classmethod
     def _refuse(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("is not supported")
+        return value
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        return [stop for stop in stops if stop]
+
+
+class CompletionRequest(Streamed, Prompted):
+    """A request of OpenAI's completions API."""
+
+    max_tokens: int = Field(16, ge=0, le=1_000_000)
+    logprobs: int | None = Field(None, ge=0, le=10)
+    echo: bool = Field(False, description="begin the answer with the prompt")
+    best_of: int | None = Field(None, description="must be equal to n")
+    suffix: str = Field("", description="must be empty")
+
+    @field_validator("suffix")
+    @classmethod
+    def _refuse_suffix(cls, value: str) -> str:
         if value:
             raise ValueError("is not supported")
         return value
@@ -122,15 +200,39 @@ class CompletionRequest(Sampling):
             raise ValueError("is not supported")
         return value
 
-    @property
-    def stops(self) -> list[str]:
-        """The texts that end an answer."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        return [stop for stop in stops if stop]
-
     def job(self, engine: Engine) -> Job:
         """Return what the engine has to do; raise UserError if it is impossible."""
         return self._job(engine, self.max_tokens, copies=self.n)
+
+
+class ChatRequest(Streamed):
+    """A request of OpenAI's chat completions API."""
+
+    messages: list[ChatMessage] = Field(
+        min_length=1, description='a list of objects such as {"role": "user", "content": "Hello"}'
+    )
+    max_tokens: int = Field(0, ge=0, le=1_000_000, description="0: at most 256")
+    max_completion_tokens: int = Field(0, ge=0, le=1_000_000, description="as max_tokens")
+    logprobs: bool = Field(False, description="must be false")
+
+    @field_validator("logprobs")
+    @classmethod
+    def _refuse_logprobs(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("is not supported")
+        return value
+
+    def job(self, engine: Engine) -> tuple[Job, int]:
+        """Return what the engine has to do, and how many messages do not fit and are left out.
+
+        Raises UserError if it is impossible.
+        """
+        served = engine.find(self.model)
+        n_tokens = self.max_completion_tokens or self.max_tokens
+        n_tokens = n_tokens or min(DEFAULT_ANSWER_TOKENS, served.model.config.n_positions // 2)
+        ids, n_left_out = ids_of_chat(served, self.messages, n_tokens)
+        n_tokens = min(n_tokens, served.model.config.n_positions - len(ids))
+        return self._job_of(served, [ids] * self.n, n_tokens), n_left_out
 
 
 def error_sentence(errors: Sequence[Any]) -> str:
@@ -141,7 +243,9 @@ def error_sentence(errors: Sequence[Any]) -> str:
         return "the request is not a JSON object."
     if errors[0]["type"] == "extra_forbidden":
         return f"'{name[:40]}' is not a field of this request."
-    if len(location) > 1:  # a part of a list or of alternative types
-        return f"{name} should be {CompletionRequest.model_fields[name].description}."
+    # A part of a list or of alternative types, or a list that is needed.
+    if len(location) > 1 or errors[0]["type"] in ("missing", "too_short"):
+        fields = CompletionRequest.model_fields | ChatRequest.model_fields
+        return f"{name} should be {fields[name].description}."
     message = errors[0]["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{name} {message}."

@@ -214,9 +214,10 @@ class Tokenizer:
         ids = {word: i for i, word in enumerate([*words, END_OF_TEXT])}
         return Vocabulary(ids, [f"{words[left]} {words[right]}" for left, right in self.merges])
 
-    def save(self, folder: Path, n_positions: int = 1024) -> None:
+    def save(self, folder: Path, n_positions: int = 1024, chat_template: str = "") -> None:
         """Write the files that `AutoTokenizer` opens for a model of `n_positions` into `folder`."""
-        for name, content in files.contents(self.vocabulary(), n_positions).items():
+        contents = files.contents(self.vocabulary(), n_positions, chat_template)
+        for name, content in contents.items():
             (folder / name).write_bytes(content)
 
     def keep(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ from anew.utils.files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ def read_vocab_and_merges(folder: Path) -> Vocabulary:
     return Vocabulary(ids, merges)
 
 
-def contents(vocabulary: Vocabulary, n_positions: int) -> dict[str, bytes]:
+def contents(vocabulary: Vocabulary, n_positions: int, chat_template: str = "") -> dict[str, bytes]:
     """Return the files that `AutoTokenizer` opens, by name, for a model of `n_positions`.
 
-    For GPT-2's vocabulary, vocab.json and merges.txt equal OpenAI's own files byte for byte.
+    `chat_template` is that of a model for conversations. For GPT-2's vocabulary, vocab.json and
+    merges.txt equal OpenAI's own files byte for byte.
     """
     merges_txt = "\n".join(["#version: 0.2", *vocabulary.merges]) + "\n"
     tokenizer = _tokenizer_json(vocabulary)
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
         "model_max_length": n_positions,
@@ -90,11 +92,13 @@ def contents(vocabulary: Vocabulary, n_positions: int) -> dict[str, bytes]:
         "unk_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
+    if chat_template:
+        config["chat_template"] = chat_template
     return {
         "vocab.json": json.dumps(vocabulary.ids).encode(),
         "merges.txt": merges_txt.encode(),
         TOKENIZER_JSON: json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
 
 

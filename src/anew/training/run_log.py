@@ -27,11 +27,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from anew.config.schema import Config
+from anew.data.conversations import Conversations
 from anew.errors import Diverged, Preempted, UserError
 from anew.model.flops import count_parameters, flops_per_token
 from anew.training.tracker import Tracker
 from anew.utils.disk_errors import is_transient, with_retries
 from anew.utils.files import json_lines, read_json, write_json
+from anew.utils.words import counted
 
 log = logging.getLogger("anew")
 
@@ -324,11 +326,15 @@ def step_row(
     grad_norm: float,
     learning_rate: float,
     seconds: float,
+    n_tokens: int,
     config: Config,
     peak_flops: float,
 ) -> Row:
-    """Return the row of one step that took `seconds`; `peak_flops` is the sum over all ranks."""
-    tokens_per_second = config.batch_sequences * config.data.seq_len / seconds
+    """Return the row of one step of `n_tokens` that took `seconds`.
+
+    `n_tokens` and `peak_flops` are sums over all ranks.
+    """
+    tokens_per_second = n_tokens / seconds
     flops = tokens_per_second * flops_per_token(config.model, config.data.seq_len)
     return {
         **clock,
@@ -406,6 +412,22 @@ def describe_data(
     shifted = ", each with other windows" if config.data.recut and epochs > 1 else ""
     yield f"       {epoch_sequences:,} sequences an epoch, {epochs:.2f} epochs in all{shifted}"
     yield f"       {dropped:,} tokens at the ends of shards are left out of the first epoch"
+
+
+def describe_conversations(config: Config, conversations: Conversations) -> Iterator[str]:
+    """Yield lines that describe the conversations of a run."""
+    count = conversations.epoch_sequences
+    epochs = config.run.steps * config.batch_sequences / count
+    inputs, targets = conversations.places[:, 2:].sum(axis=0).tolist()
+    yield f"data:  {config.data.data} as {config.data.tokenizer}"
+    yield f"       {counted(count, 'conversation')} of {inputs / count:,.0f} tokens on average,"
+    yield f"       {targets / inputs:.0%} of them answers, which are learnt; {epochs:.2f} epochs"
+    if conversations.n_cut:
+        cut = counted(conversations.n_cut, "conversation")
+        yield f"       {cut} longer than {config.data.seq_len:,} tokens cut at the end"
+    if conversations.n_left_out:
+        left_out = counted(conversations.n_left_out, "conversation")
+        yield f"       {left_out} left out, because no answer begins within them"
 
 
 def short_count(number: int) -> str:

@@ -11,6 +11,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from anew.checkpoint.folder import list_checkpoints, step_of
 from anew.config.recipes import RECIPES, read_recipe
 from anew.config.schema import FIELDS, Config, GPTConfig
 from anew.config.values import parse_bytes, vocabulary_size
+from anew.data.conversations import Conversations
 from anew.data.dataloader import DataLoader
-from anew.data.dataset import open_data
+from anew.data.dataset import is_at_hand, open_data
 from anew.data.shards import DataFolder
 from anew.distributed.preflight import check_ranks, refuse_shared_gpus
 from anew.distributed.rendezvous import joined
@@ -34,7 +36,7 @@ from anew.optim.schedule import learning_rate_factor
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.async_checkpoint import CheckpointWriter
 from anew.training.micro_batch import choose_micro_batch
-from anew.training.run_log import RunLog, describe_data, describe_run
+from anew.training.run_log import RunLog, describe_conversations, describe_data, describe_run
 from anew.training.train_state import TrainState
 from anew.training.validation import Validation
 from anew.utils import device
@@ -69,7 +71,7 @@ class Run:
     config: Config
     state: TrainState
     data: DataFolder
-    batches: DataLoader
+    batches: DataLoader | Conversations
     validation: Validation
     log: RunLog
     checkpoints: CheckpointWriter
@@ -92,13 +94,9 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
 
     world.run_on_all_ranks(lambda: lock_run_folder(config.folder, stack) if is_first else None)
     data = open_training_data(config, world, stop, stack)
-    batches = DataLoader(
-        data.splits["train"],
-        config.data.seq_len,
-        config.run.seed,
-        data.shard_waiter(stop),
-        config.data.recut,
-    )
+    tokenizer = Tokenizer.find(data.tokenizer, data.path)
+    batches = training_sequences(config, data, tokenizer, stop)
+    general = open_general_data(config, tokenizer, world, stack)
     state = TrainState(config, runtime, data.identity, world)
     messages = state.load(config.folder)
     if state.step >= config.run.steps:
@@ -113,7 +111,6 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
     run_log = stack.enter_context(RunLog(config.folder, config, state.step, writes=is_first))
     if micro_batch_found:
         run_log.run_state.update(micro_batch_found=micro_batch_found)
-    tokenizer = Tokenizer.find(data.tokenizer, data.path)
     checkpoints = CheckpointWriter(
         config.folder, config, tokenizer, run_log.run_state, resumed_step=state.step
     )
@@ -129,7 +126,7 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
         )
     log_start(config, state, data, batches, peak_source, messages)
     run_log.run_state.update(environment=device.environment(runtime) | {"ranks": world.size})
-    validation = Validation(config, state, run_log, checkpoints, data.splits, tokenizer, stop)
+    validation = Validation(config, state, run_log, checkpoints, data, general, tokenizer, stop)
     return Run(
         config=config,
         state=state,
@@ -334,10 +331,48 @@ def open_training_data(
             stop,
             prepares=is_local_first,
             model=config.run.init,
+            conversations=config.data.conversations,
         )
 
     data = world.run_on_all_ranks(open_here, first=lambda w: w.local_rank == 0)
     return stack.enter_context(data)
+
+
+def training_sequences(
+    config: Config, data: DataFolder, tokenizer: Tokenizer, stop: StopFlag
+) -> DataLoader | Conversations:
+    """Return the numbered training sequences of a run."""
+    seq_len = config.data.seq_len
+    seed = config.run.seed
+    shards = data.splits["train"]
+    if config.data.conversations:
+        conversations = Conversations(shards, tokenizer, seq_len, seed)
+        if conversations.epoch_sequences == 0:
+            raise UserError(
+                f"no conversation in {config.data.data} has an answer within its first {seq_len} "
+                "tokens; raise --seq-len or give other conversations."
+            )
+        return conversations
+    return DataLoader(shards, seq_len, seed, data.shard_waiter(stop), config.data.recut)
+
+
+def open_general_data(
+    config: Config, tokenizer: Tokenizer, world: World, stack: contextlib.ExitStack
+) -> DataFolder | None:
+    """Open the text of --general-data, which one rank of each machine prepares if necessary."""
+    name = config.data.general_data
+    if not name:
+        return None
+
+    def open_here() -> DataFolder:
+        if not is_at_hand(name, tokenizer.name):
+            raise UserError(f"--general-data {name} is not prepared; use anew prepare first.")
+        folder = open_data(name, tokenizer, model=config.run.init)
+        if folder.n_tokens("val") < 2:
+            raise UserError(f"--general-data {name} has no validation text.")
+        return folder
+
+    return stack.enter_context(world.run_on_all_ranks(open_here, first=lambda w: w.local_rank == 0))
 
 
 def training_loss(state: TrainState) -> Callable[[Tensor, Tensor], Tensor]:
@@ -348,6 +383,8 @@ def training_loss(state: TrainState) -> Callable[[Tensor, Tensor], Tensor]:
     several ranks each block is compiled by itself (all share one graph), and so is the loss.
     """
     model = state.model
+    if state.config.data.conversations:  # they are never compiled
+        return partial(model, few_targets=True)
     if not state.runtime.compile:
         return model
     if state.world.size == 1 and state.config.run.compile != "blocks":
@@ -373,19 +410,23 @@ def log_start(
     config: Config,
     state: TrainState,
     data: DataFolder,
-    batches: DataLoader,
+    batches: DataLoader | Conversations,
     peak_source: str,
     messages: list[str],
 ) -> None:
     """Log what the run is about to do."""
     train_tokens = data.n_tokens("train")
     val_tokens = data.n_tokens("val")
+    if isinstance(batches, Conversations):
+        described = describe_conversations(config, batches)
+    else:
+        described = describe_data(
+            config, train_tokens, val_tokens, batches.epoch_sequences, batches.dropped_tokens
+        )
     lines = [
         *state.runtime.reasons,
         *describe_run(config, state.world.size),
-        *describe_data(
-            config, train_tokens, val_tokens, batches.epoch_sequences, batches.dropped_tokens
-        ),
+        *described,
         f"MFU is measured against {peak_source}",
         *messages,
     ]

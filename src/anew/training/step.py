@@ -55,10 +55,14 @@ def train_step(
     save: bool = False,
     limits: tuple[float, float] = NO_LIMITS,
     while_device_works: Callable[[], None] | None = None,
+    divisors: Sequence[float] | None = None,
 ) -> StepResult:
     """Take one optimizer step over this rank's `micro_batches`.
 
-    `rate` is the learning rate as a share of its peak.
+    `rate` is the learning rate as a share of its peak. The loss of a step is the sum over its
+    micro-batches of their mean losses, each divided by its entry in `divisors`, and the mean of
+    these sums over the ranks. By default all divisors are the number of micro-batches, which gives
+    the mean over all tokens if every micro-batch has equally many targets.
 
     Weights and optimizer state stay unchanged if the loss or the gradient norm is not finite or
     above `limits` (loss, norm), or if any rank was asked to stop. After a stop the loss scale of
@@ -66,7 +70,10 @@ def train_step(
     `save` is this rank's request for a checkpoint. `while_device_works` is called once, after the
     first micro-batch has been submitted to the device.
     """
-    local_loss = accumulate_gradients(loss_of, state, micro_batches, stop, while_device_works)
+    divisors = divisors or [len(micro_batches)] * len(micro_batches)
+    local_loss = accumulate_gradients(
+        loss_of, state, micro_batches, divisors, stop, while_device_works
+    )
     stop_here = stop.is_set()
     sums = all_reduce_gradients(state, local_loss, stop_here, save)
     if must_end_before_update(state, stop_here, sums.stop_requests):
@@ -86,14 +93,18 @@ def accumulate_gradients(
     loss_of: LossFunction,
     state: TrainState,
     micro_batches: Sequence[MicroBatch],
+    divisors: Sequence[float],
     stop: StopFlag,
     while_device_works: Callable[[], None] | None,
 ) -> Tensor:
-    """Run forward and backward passes over this rank's micro-batches; return their mean loss."""
+    """Run forward and backward passes over this rank's micro-batches.
+
+    Return the sum of their losses, each divided by its divisor.
+    """
     loss_sum = torch.zeros((), device=state.runtime.device)
     if state.buckets is not None:
         state.buckets.start_step()
-    for index, (ids, targets) in enumerate(micro_batches):
+    for index, ((ids, targets), divisor) in enumerate(zip(micro_batches, divisors, strict=True)):
         # FSDP exchanges data in every pass, so no rank of a sharded model may leave the loop early.
         if stop.is_set() and not state.is_sharded:
             break
@@ -102,7 +113,7 @@ def accumulate_gradients(
             seed = dropout_seed(state.config.run.seed, state.step, index, state.world.rank)
             torch.manual_seed(seed)
         state.prepare_backward(is_last=index == len(micro_batches) - 1)
-        loss = loss_of(ids, targets) / len(micro_batches)
+        loss = loss_of(ids, targets) / divisor
         state.scaler.scale(loss).backward()
         loss_sum += loss.detach()
         if index == 0 and while_device_works is not None:

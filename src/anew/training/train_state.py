@@ -50,7 +50,8 @@ class Snapshot:
 
     def write(self, folder: Path, config: Config, tokenizer: Tokenizer) -> None:
         """Write the files of a checkpoint into `folder`."""
-        huggingface.write_model(folder, self.weights, config.model, tokenizer)
+        is_chat = config.data.conversations
+        huggingface.write_model(folder, self.weights, config.model, tokenizer, is_chat)
         huggingface.write_tensors(folder / "optimizer.safetensors", self.optimizer)
         write_json(folder / "trainer.json", self.trainer, FORMAT)
 
@@ -100,10 +101,10 @@ class TrainState:
         """Return the fields that every row of metrics.jsonl begins with."""
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 4)}
 
-    def advance(self, seconds: float) -> None:
-        """Count one step, which took `seconds`."""
+    def advance(self, seconds: float, n_tokens: int) -> None:
+        """Count one step, which read `n_tokens` over all ranks and took `seconds`."""
         self.step += 1
-        self.tokens += self.config.batch_sequences * self.config.data.seq_len
+        self.tokens += n_tokens
         self.seconds += seconds
 
     # Loading

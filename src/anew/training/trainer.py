@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.config.values import parse_bytes
+from anew.data.conversations import Conversations
+from anew.data.dataloader import NOT_SCORED, DataLoader
 from anew.data.dataset import Stopped, remove_used
 from anew.data.read_ahead import prefetch
 from anew.errors import Preempted, UserError
@@ -132,29 +135,30 @@ def training_loop(
     stack.callback(rows.write)
     with stack:
         stopwatch = Stopwatch()
-        for micro_batches in batches_of_steps(run, range(state.step, config.run.steps)):
+        for batch in batches_of_steps(run, range(state.step, config.run.steps)):
             with stopwatch.paused():
                 run.validation.run_if_due(state.step)
             rate = learning_rate_factor(state.step, config.run.steps, config.optim)
             result = train_step(
                 run.loss_of,
                 state,
-                micro_batches,
+                batch.micro_batches,
                 rate,
                 stop,
                 save=run.checkpoints.is_due(),
                 limits=outlier_limits(run),
                 while_device_works=rows.write,
+                divisors=batch.divisors,
             )
             stop.listen()
             if result.stop:
                 raise Preempted
             seconds = stopwatch.seconds()
-            state.advance(seconds)
+            state.advance(seconds, batch.n_tokens)
             if result.applied:
                 state.outliers.add(result.loss, result.grad_norm)
             save = result.save or saves_at(run, state.step)
-            row = row_of_step(run, result, rate, seconds)
+            row = row_of_step(run, result, rate, seconds, batch.n_tokens)
             # The rows of a validation and the files of a checkpoint follow the row of their step.
             is_urgent = save or run.validation.is_due(state.step) or not result.applied
             rows.add(row, result.applied, is_urgent)
@@ -165,30 +169,66 @@ def training_loop(
             stopwatch.restart()
 
 
-def batches_of_steps(run: Run, steps: range) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's micro-batches of each step, read ahead and moved to the device by a thread.
+class Batch(NamedTuple):
+    """This rank's part of the batch of a step."""
+
+    micro_batches: list[MicroBatch]
+    n_tokens: int  # inputs of the step, over all ranks
+    divisors: list[float] | None = None  # see `train_step`
+
+
+def batches_of_steps(run: Run, steps: range) -> Iterator[Batch]:
+    """Yield this rank's part of each step, read ahead and moved to the device by a thread.
 
     A rank that is asked to stop while it waits for data gets blank micro-batches. It must take part
     in the step, where the other ranks learn of the request; the step is not applied.
     """
+    nominal_tokens = run.config.batch_sequences * run.config.data.seq_len
 
-    def load(step: int) -> list[MicroBatch]:
+    def load(step: int) -> Batch:
+        if isinstance(run.batches, Conversations):
+            return conversations_of(run, run.batches, step)
         try:
-            return micro_batches_of(run, step)
+            return Batch(micro_batches_of(run, run.batches, step), nominal_tokens)
         except Stopped:
-            return blank_micro_batches(run)
+            return Batch(blank_micro_batches(run), nominal_tokens)
 
     return prefetch(load, steps)
 
 
-def micro_batches_of(run: Run, step: int) -> list[MicroBatch]:
+def conversations_of(run: Run, conversations: Conversations, step: int) -> Batch:
+    """Read this rank's conversations of `step`.
+
+    Their micro-batches have different numbers of targets. With these divisors the loss of the step
+    is the mean over all its targets, whatever the micro-batches and ranks are.
+    """
+    config = run.config
+    world = run.state.world
+    share = config.batch_sequences // world.size
+    first = step * config.batch_sequences
+    n_inputs, n_targets = conversations.sizes(first, config.batch_sequences)
+    micro_batches = []
+    divisors = []
+    size = micro_batch_size(run)
+    # The ranks of a sharded model must run equally many passes.
+    equal_groups = run.state.is_sharded
+    rows = conversations.micro_batches(first + world.rank * share, share, size, equal_groups)
+    for ids, targets in rows:
+        ids_here, targets_here = (torch.from_numpy(array) for array in (ids, targets))
+        device = run.state.runtime.device
+        micro_batches.append((ids_here.to(device), targets_here.to(device)))
+        divisors.append(n_targets / (world.size * int((targets != NOT_SCORED).sum())))
+    return Batch(micro_batches, n_inputs, divisors)
+
+
+def micro_batches_of(run: Run, batches: DataLoader, step: int) -> list[MicroBatch]:
     """Read this rank's micro-batches of `step`: consecutive sequences of the batch."""
     config = run.config
     world = run.state.world
     device = run.state.runtime.device
     share = config.batch_sequences // world.size
     first = 0 if config.data.one_batch else step * config.batch_sequences
-    rows = torch.from_numpy(run.batches.rows(first + world.rank * share, share))
+    rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
     # Only a copy from pinned memory may run in the background; on MPS the source of such a copy
     # may be freed too early.
     is_cuda = device.type == "cuda"
@@ -231,7 +271,7 @@ def saves_at(run: Run, step: int) -> bool:
     return step % config.save_every == 0 or step == config.steps
 
 
-def row_of_step(run: Run, result: StepResult, rate: float, seconds: float) -> Row:
+def row_of_step(run: Run, result: StepResult, rate: float, seconds: float, n_tokens: int) -> Row:
     """Return the row of metrics.jsonl for the step that was just counted."""
     learning_rate = rate * run.config.optim.lr
     return step_row(
@@ -240,6 +280,7 @@ def row_of_step(run: Run, result: StepResult, rate: float, seconds: float) -> Ro
         result.grad_norm,
         learning_rate,
         seconds,
+        n_tokens,
         run.config,
         run.peak_flops,
     )

@@ -4,6 +4,7 @@ The model is used in evaluation mode and without its compiled code, and samples 
 of their own, so a run that validates more often trains exactly the same weights.
 """
 
+import itertools
 import logging
 import math
 import threading
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from anew.config.schema import Config
-from anew.data.shards import Shard
+from anew.data.conversations import validation_windows
+from anew.data.shards import DataFolder
 from anew.distributed.fsdp import whole_model
 from anew.evaluate.loss import activation_dtype, mean_loss
 from anew.evaluate.runner import run_task as run_task
@@ -39,7 +41,8 @@ class Validation:
         state: TrainState,
         run_log: RunLog,
         checkpoints: CheckpointWriter,
-        splits: dict[str, list[Shard]],
+        data: DataFolder,
+        general: DataFolder | None,
         tokenizer: Tokenizer,
         stop: threading.Event,
     ) -> None:
@@ -47,7 +50,8 @@ class Validation:
         self.state = state
         self.run_log = run_log
         self.checkpoints = checkpoints
-        self.splits = splits
+        self.data = data
+        self.general = general
         self.tokenizer = tokenizer
         self.stop = stop
         self.windows_per_batch, _ = config.micro_batches(state.world.size)
@@ -90,6 +94,7 @@ class Validation:
         with whole_model(self.state.model) as model:
             if self.validates_at(step):
                 self.measure_loss(model, "val", precision)
+                self.measure_loss(model, "general", precision)
                 self.score_tasks(model, precision)
             if self.samples_at(step):
                 self.sample(model)
@@ -107,34 +112,40 @@ class Validation:
             train_text_loss = None
             if not self.config.data.one_batch:
                 val_loss = self.measure_loss(model, "val", "fp32")
+                self.measure_loss(model, "general", "fp32")
             if self.config.run.evaluate_train:
-                train_text_loss = self.measure_loss(model, "train", "fp32")
+                train_text_loss = self.measure_loss(model, "train_text", "fp32")
         return val_loss, train_text_loss
 
-    def measure_loss(self, model: GPT, split: str, precision: str) -> float | None:
-        """Record the mean loss over the fixed windows of a split; None if the split has no text."""
-        shards = self.splits[split]
-        available = sum(shard.n_tokens for shard in shards)
-        tokens = min(self.config.data.val_tokens, available)
+    def measure_loss(self, model: GPT, text: str, precision: str) -> float | None:
+        """Record the mean loss over the fixed windows of a text; None if there is no such text.
+
+        "val" is the validation text, "train_text" the training text, and "general" that of
+        --general-data.
+        """
+        folder = self.general if text == "general" else self.data
+        split = "train" if text == "train_text" else "val"
+        if folder is None:
+            return None
+        tokens = min(self.config.data.val_tokens, folder.n_tokens(split))
         if tokens < 2:
             return None
+        seq_len = self.config.data.seq_len
+        windows = validation_windows(folder, split, seq_len, tokens, self.windows_per_batch)
+        first = next(windows, None)
+        if first is None:  # there is no held-out conversation with an answer
+            return None
+        windows = itertools.chain([first], windows)
         with matmul_precision(precision):
-            loss = mean_loss(
-                model,
-                shards,
-                self.config.data.seq_len,
-                tokens,
-                DTYPES[precision],
-                self.windows_per_batch,
-                self.state.world,
-                self.stop,
-            )
-        name = "val" if split == "val" else "train_text"
-        figures = {f"{name}/loss": loss, f"{name}/precision": precision}
+            loss = mean_loss(model, windows, DTYPES[precision], self.state.world, self.stop)
+        counted = f"a token, {tokens - 1:,} tokens"
+        if folder.conversations:
+            counted = "a token of the answers"
+        figures = {f"{text}/loss": loss, f"{text}/precision": precision}
         self.run_log.evaluation({**self.state.clock(), **figures})
         log.info(
-            f"step {self.state.step:,}: {name} loss {loss:.4f} nats ({loss / math.log(2):.4f} "
-            f"bits) a token, {tokens - 1:,} tokens, {precision}"
+            f"step {self.state.step:,}: {text} loss {loss:.4f} nats ({loss / math.log(2):.4f} "
+            f"bits) {counted}, {precision}"
         )
         return loss
 

@@ -155,13 +155,16 @@ def plan_replay(run: Path, checkpoint: Path) -> Replay:
 def refuse_other_data(config: Config, checkpoint: Path, first: int) -> None:
     """Raise UserError if the tokens of the next step after `first` are not on this machine."""
     data, wanted = config.data.data, config.data.tokenizer
-    if not is_at_hand(data, wanted):
+    chats = config.data.conversations
+    if not is_at_hand(data, wanted, chats):
         raise UserError(f"the data {data} is not prepared on this machine")
     learns_vocabulary = wanted.startswith("train:")
     tokenizer = wanted if learns_vocabulary else Tokenizer.find(wanted, config.folder)
-    with open_data(data, tokenizer) as folder:
+    with open_data(data, tokenizer, conversations=chats) as folder:
         if folder.identity != parse_json(checkpoint / "trainer.json")["data_revision"]:
             raise UserError(f"the text in {data} is no longer the one that was trained on")
+        if chats:  # all are on this machine
+            return
         shards = folder.splits["train"]
         batches = DataLoader(shards, config.data.seq_len, config.run.seed, recut=config.data.recut)
         sequence = 0 if config.data.one_batch else first * config.batch_sequences

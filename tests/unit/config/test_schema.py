@@ -50,7 +50,7 @@ def test_larger_recipes_have_the_published_shapes_and_learning_rates(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_run(name: str) -> None:
-    settings = {"init": "x", "data": "y"} if name == "finetune" else {}
+    settings = {"init": "x", "data": "y"} if name in ("finetune", "chat") else {}
     assert recipe(name, **settings).recipe == name
 
 

@@ -14,6 +14,7 @@ import torch
 
 from anew import UserError
 from anew.data import prepare, sources
+from anew.data.dataloader import evaluation_windows
 from anew.data.dataset import open_data
 from anew.data.holdout import Settings
 from anew.evaluate.loss import mean_loss
@@ -120,7 +121,8 @@ def test_validation_task_equals_the_loss_that_training_reports(
     task = Validation(folder, 48, 500)
     examples = task.examples(Path(), TOKENIZER, 128)
     figures = run_task(model, task, examples).figures
-    expected = mean_loss(model, folder.splits["val"], 48, 500, torch.float32, 4)
+    batches = evaluation_windows(folder.splits["val"], 48, 500, batch=4)
+    expected = mean_loss(model, batches, torch.float32)
     assert figures["loss"] == pytest.approx(expected, rel=1e-6)
     predicted = sum(len(example.question.endings[0]) for example in examples)
     assert predicted == 499

@@ -1,5 +1,7 @@
 """The chunked loss against torch's cross-entropy in fp64."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -102,3 +104,25 @@ def test_padding_rows_take_no_part_and_stay_zero() -> None:
         optimizer.zero_grad()
     assert (model.transformer.wte.weight[257:] == 0).all()
     assert model(ids).shape == (4, 24, 257)
+
+
+@pytest.mark.parametrize("head", ["chunked", "plain"])
+def test_loss_and_gradients_are_the_same_if_logits_are_computed_for_targets_only(
+    head: Literal["chunked", "plain"],
+) -> None:
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, n_positions=24, vocab_size=100, head=head)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(100, (3, 24), generator=generator)
+    targets = torch.randint(100, (3, 24), generator=generator)
+    targets[torch.rand(3, 24, generator=generator) < 0.8] = -100
+    found = []
+    for few_targets in (False, True):
+        model = GPT(config, seed=2)
+        loss = model(ids, targets, few_targets=few_targets)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append((loss.item(), gradients))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

@@ -4,7 +4,9 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from anew.data.dataloader import evaluation_windows
+import numpy as np
+
+from anew.data.conversations import validation_windows
 from anew.data.shards import DataFolder
 from anew.errors import UserError
 from anew.evaluate.loss import MASKED
@@ -29,25 +31,33 @@ class Validation(RunningText):
         seq_len: int,
         limit_tokens: int,
     ) -> None:
-        self.shards = folder.splits["val"]
+        self.folder = folder
         self.seq_len = seq_len
-        n_tokens = sum(shard.n_tokens for shard in self.shards)
-        self.limit_tokens = min(limit_tokens, n_tokens)
+        self.limit_tokens = min(limit_tokens, folder.n_tokens("val"))
         if self.limit_tokens < 2:
             raise UserError(f"{folder.path} has no validation text.")
 
     def read_examples(
         self, path: Path, tokenizer: Tokenizer, n_positions: int, limit: int
     ) -> Iterator[Example]:
-        """Yield the windows of the data folder; `path` is not used."""
+        """Yield the windows of the data folder; `path` is not used.
+
+        Of a conversation, each answer is an example, whose context is the conversation before it.
+        """
         seq_len = min(self.seq_len, n_positions)
-        batches = evaluation_windows(self.shards, seq_len, self.limit_tokens, batch=1)
+        batches = validation_windows(self.folder, "val", seq_len, self.limit_tokens, batch=1)
         for [ids], [targets] in itertools.islice(batches, limit or None):
-            # Targets that an earlier window predicts are masked, and they come first.
-            n_masked = int((targets == MASKED).sum())
-            context = ids[: n_masked + 1].tolist()
-            ending = targets[n_masked:].tolist()
-            text = [token for token in ending if token != tokenizer.end_of_text]
-            n_bytes = len(tokenizer.decode_bytes(text))
-            window = Window(len(context), bytes=n_bytes)
-            yield Example(window, Question(context, [ending]))
+            for start, end in scored_parts(targets):
+                context = ids[: start + 1].tolist()
+                ending = targets[start:end].tolist()
+                text = [token for token in ending if token != tokenizer.end_of_text]
+                n_bytes = len(tokenizer.decode_bytes(text))
+                window = Window(len(context), bytes=n_bytes)
+                yield Example(window, Question(context, [ending]))
+
+
+def scored_parts(targets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield the beginning and the end of each run of targets that are not masked."""
+    is_scored = np.concatenate([[False], targets != MASKED, [False]])
+    [changes] = np.diff(is_scored.astype(np.int8)).nonzero()
+    yield from zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True)

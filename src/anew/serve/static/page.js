@@ -6,6 +6,9 @@ const visible = text => text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").re
 const percent = logP => { const p = 100 * Math.exp(logP); return p >= 0.1 ? p.toFixed(1) + "%" : "<0.1%"; };
 const brief = name => name.split("/").slice(-2).join("/");
 const running = new Set();  // texts that are being generated
+const chatModels = new Set();  // names of the models that were trained on conversations
+let chatting = false;  // whether the page shows a conversation
+let turns = [];  // of the conversation: what the user said, and the answer of each model
 
 function make(kind, attributes = {}, ...children) {
   const element = Object.assign(document.createElement(kind), attributes);
@@ -15,18 +18,59 @@ function make(kind, attributes = {}, ...children) {
 
 async function start() {
   const models = await (await fetch("api/models")).json();
-  for (const { name } of models) { $("model").append(new Option(brief(name), name)); $("beside").append(new Option(brief(name), name)); }
+  for (const { name, is_chat } of models) {
+    $("model").append(new Option(brief(name), name)); $("beside").append(new Option(brief(name), name));
+    if (is_chat) chatModels.add(name);
+  }
   $("beside").prepend(new Option("none", ""));
   $("beside").value = models.length > 1 ? models[models.length - 1].name : "";
   $("beside-label").hidden = models.length < 2;
   $("n_tokens").max = Math.min(...models.map(m => m.positions));
   if (+$("n_tokens").value > $("n_tokens").max / 2) $("n_tokens").value = Math.floor($("n_tokens").max / 2);
+  renew();
+}
+
+const isChat = () => chatModels.has($("model").value);
+
+// Begin a new conversation, or an empty page for texts.
+function renew() {
+  close();
+  for (const text of running) text.leaving?.abort();
+  running.clear();
+  turns = [];
+  chatting = isChat();
+  $("texts").replaceChildren();
+  $("write").textContent = isChat() ? "Send" : "Write";
+  $("renew").hidden = !isChat();
+  $("prompt").placeholder = isChat() ? "Your message. Enter sends it." : "Text to continue. If empty, the model begins a document.";
+}
+
+// What was said before, as one model knows it.
+function conversation(model) {
+  return turns.flatMap(turn => {
+    const answer = turn.answers.find(text => text.model === model);
+    return answer?.written() ? [{ role: "user", content: turn.message }, { role: "assistant", content: answer.written() }] : [];
+  });
+}
+
+function send(names) {
+  const message = $("prompt").value.trim();
+  if (!message || running.size) return;
+  $("texts").append(make("p", { className: "said", textContent: message }));
+  const answers = names.filter(name => chatModels.has(name)).map(name => {
+    return new Text(name, "", [...conversation(name), { role: "user", content: message }]);
+  });
+  turns.push({ message, answers });
+  $("prompt").value = "";
+  run(answers);
 }
 
 class Text {
-  constructor(model, promptText) {
+  constructor(model, promptText, messages = []) {
     this.model = model;
     this.promptText = promptText;
+    this.messages = messages;
+    this.unseen = "";
     this.promptIds = null;
     this.tokens = [];
     this.note = make("span");
@@ -39,21 +83,26 @@ class Text {
   async write() {
     const rules = Object.fromEntries(["n_tokens", "temperature", "top_k", "top_p", "seed"].map(name => [name, Number($(name).value)]));
     rules.n_tokens = Math.max(1, rules.n_tokens - this.tokens.length);
-    const prompt = this.promptIds ? [...this.promptIds, ...this.tokens.map(t => t.id)] : this.promptText;
+    const beginning = this.promptIds ? { prompt: [...this.promptIds, ...this.tokens.map(t => t.id)] }
+      : this.messages.length ? { messages: this.messages } : { prompt: this.promptText };
     this.leaving = new AbortController();
     let began = 0, count = 0;  // The clock starts with the first token, since texts are generated one after the other.
     this.note.textContent = "waiting for its turn";
     try {
       const answer = await fetch("api/write", { method: "POST", signal: this.leaving.signal, headers: { "content-type": "application/json" },
-        body: JSON.stringify({ model: this.model, prompt, ...rules }) });
+        body: JSON.stringify({ model: this.model, ...beginning, ...rules }) });
       if (!answer.ok) throw new Error((await answer.json()).error.message);
       for await (const token of events(answer)) {
         if (token.error) throw new Error(token.error.message);
-        if (token.prompt_ids) { this.promptIds ??= token.prompt_ids; continue; }
+        if (token.prompt_ids) {
+          this.promptIds ??= token.prompt_ids;
+          if (token.messages_left_out) this.unseen = `, without the ${token.messages_left_out} oldest messages`;
+          continue;
+        }
         this.add(token);
         began ||= performance.now();
         const speed = count++ ? `, ${(1000 * (count - 1) / (performance.now() - began)).toFixed(0)} a second` : "";
-        this.note.textContent = `${count} token${count === 1 ? "" : "s"}${speed}`;
+        this.note.textContent = `${count} token${count === 1 ? "" : "s"}${speed}${this.unseen}`;
       }
     } catch (error) {
       this.leaving.abort();
@@ -73,13 +122,19 @@ class Text {
     this.body.append(span);
   }
 
+  // The text that was generated, without the end of text.
+  written() {
+    return this.tokens.filter(token => !token.is_end_of_text).map(token => token.text).join("");
+  }
+
   async branch(index, choice) {
     this.leaving?.abort();
     const old = this.tokens[index];
     for (const token of this.tokens.splice(index)) token.span.remove();
-    this.add({ id: choice.id, text: choice.label, log_p: choice.log_p, alternatives: old.alternatives, is_end_of_text: false });
+    const ends = this.messages.length > 0 && choice.label === "<|endoftext|>";  // an answer ends there
+    this.add({ id: choice.id, text: choice.label, log_p: choice.log_p, alternatives: old.alternatives, is_end_of_text: ends });
     this.tokens[index].span.classList.add("chosen");
-    await run([this]);
+    if (!ends) await run([this]);
   }
 }
 
@@ -131,14 +186,18 @@ async function run(texts) {
 $("ask").addEventListener("submit", event => {
   event.preventDefault();
   close();
-  for (const text of running) text.leaving?.abort();
-  running.clear();
-  $("texts").replaceChildren();
   const names = [$("model").value, ...($("beside").value ? [$("beside").value] : [])];
+  if (isChat()) return send([...new Set(names)]);
+  renew();
   run(names.map(name => new Text(name, $("prompt").value)));
 });
+$("model").addEventListener("change", () => { if (isChat() || chatting) renew(); });
+$("renew").addEventListener("click", renew);
 $("stop").addEventListener("click", () => { for (const text of running) text.leaving?.abort(); });
-$("prompt").addEventListener("keydown", event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit(); });
+$("prompt").addEventListener("keydown", event => {
+  const sends = event.ctrlKey || event.metaKey || (isChat() && !event.shiftKey && !event.isComposing);
+  if (event.key === "Enter" && sends) { event.preventDefault(); $("ask").requestSubmit(); }
+});
 document.addEventListener("keydown", event => { if (event.key === "Escape") close(); });
 document.addEventListener("click", event => { if (!event.target.closest("#choices, .token")) close(); });
 start();
