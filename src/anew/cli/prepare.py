@@ -22,6 +22,7 @@ from anew.cli.parse import parse
 from anew.cli.progress import progress_bar
 from anew.config.values import TOKENIZERS, parse_bytes, vocabulary_size
 from anew.data import sources
+from anew.data.conversations import conversation_bounds
 from anew.data.holdout import SHARD_0_TOKENS, VAL_TOKENS, Settings
 from anew.data.prepare import INDEX, Status, begun_at, cores, prepare_data
 from anew.data.shards import SHARD_TOKENS, DataFolder, disk_bytes
@@ -285,6 +286,9 @@ def _show(folder: DataFolder) -> dict[str, Any]:
         tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
         first_shard = folder.splits["train"][0].tokens
         starts = (first_shard[:MEASURED_TOKENS] == tokenizer.end_of_text).nonzero()[0]
+        if folder.conversations:
+            bounds = next(conversation_bounds(folder.splits["train"], tokenizer.end_of_text))
+            starts = np.array([start for start, _ in bounds], dtype=np.int64)
         facts["lengths"] = _show_lengths(starts)
         _show_texts(first_shard, starts, tokenizer)
     return facts

@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from anew import Tokenizer, UserError
+from anew.cli.main import main
 from anew.data import prepare, sources
 from anew.data.conversations import Conversations, conversations_in, parse, validation_windows
 from anew.data.dataset import open_data
@@ -150,6 +151,22 @@ def test_folder_has_every_conversation_once(tmp_path: Path) -> None:
     trimmed = [text.removeprefix("<|endoftext|>").removesuffix("<|endoftext|>") for text in found]
     assert sorted(trimmed) == sorted(expected)
     assert folder.conversations
+
+
+def test_prepare_command_prepares_and_shows_conversations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_talks(tmp_path / "talks.jsonl", numbered(60))
+    out = str(tmp_path / "data")
+    main(["prepare", str(path), "--conversations", "--out", out])
+    printed = capsys.readouterr().out
+    assert "60 documents" in printed
+    assert f"anew train chat --init MODEL --data {out}" in printed
+    main(["prepare", "--show", out, "--json"])
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    folder = DataFolder.open(tmp_path / "data")
+    conversations = Conversations(folder.splits["train"], GPT2, 1024, seed=0)
+    assert sum(facts["lengths"].values()) == conversations.epoch_sequences - 1
 
 
 def test_texts_and_conversations_are_not_taken_for_one_another(
