@@ -47,9 +47,7 @@ anew.train(
     )
 )
 model = anew.GPT.from_pretrained(base).eval()
-[ids] = anew.generate(
-    model, [tokenizer.encode("def ")], 60, tokenizer.end_of_text, temperature=0.0
-)
+[ids] = anew.generate(model, [tokenizer.encode("def ")], 60, tokenizer.end_of_text, temperature=0.0)
 print("def " + tokenizer.decode(ids))
 
 # %% [markdown]

@@ -158,7 +158,9 @@ def test_micro_batches_and_ranks_give_the_same_run(base: Path, talks: Path, tmp_
     train(chat_config(base, talks, tmp_path / "parts", micro_batch=1))
     shared = chat_config(base, talks, tmp_path / "ranks", micro_batch=2)
     assert [status for status, _ in run_ranks(2, train, shared)] == ["ok", "ok"]
-    for other in ("parts", "ranks"):
+    sharded = chat_config(base, talks, tmp_path / "sharded", micro_batch=2, parallel="fsdp")
+    assert [status for status, _ in run_ranks(2, train, sharded)] == ["ok", "ok"]
+    for other in ("parts", "ranks", "sharded"):
         pairs = zip(
             run_log.read_metrics(whole.folder), run_log.read_metrics(tmp_path / other), strict=True
         )

@@ -1,6 +1,7 @@
 """Preparation under faults: kills, a full disk, a disk budget, and a hub whose network fails."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from anew import Config, UserError
+from anew import Config, Tokenizer, UserError
 from anew.data import hub_datasets, prepare, shards, sources
+from anew.data.conversations import Conversations
 from anew.data.dataset import open_data
 from anew.data.holdout import Settings
 from anew.data.shards import DataFolder
@@ -29,6 +33,7 @@ from anew.tokenizer.bpe import MOST_BYTES, PIECE_BYTES
 from anew.training.run_log import Row
 from anew.training.trainer import train
 from tests.support import shared
+from tests.support.conversations import as_dicts, numbered
 from tests.support.data_folders import (
     GPT2,
     SMALL,
@@ -256,6 +261,25 @@ def test_hub_that_stops_answering_is_tried_again_and_then_a_user_error(
     with pytest.raises(UserError, match=r"the hub cannot be reached .* run the same command again"):
         hub_datasets.fetch(file, tmp_path)
     assert pauses.count(hub_datasets.PAUSE_SECONDS) == hub_datasets.ATTEMPTS - 1
+
+
+def test_conversations_of_the_hub_are_prepared(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANEW_CACHE", str(tmp_path))
+    rows = [{"messages": as_dicts(talk)} for talk in numbered(40)]
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    hub.files["chats/train/0000.parquet"] = file.getvalue()
+    name = "HuggingFaceFW/fineweb-edu:chats:train"
+    folder = open_data(name, "gpt2", conversations=True)
+    found = 0
+    for split in ("train", "val"):
+        talks = Conversations(folder.splits[split], Tokenizer.named("gpt2"), 1024, seed=0)
+        found += talks.epoch_sequences
+    assert found == 40
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # prepared data needs no hub
+    assert open_data(name, "gpt2", conversations=True).path == folder.path
 
 
 def test_unknown_dataset_and_unknown_name_are_refused(hub: Hub) -> None:

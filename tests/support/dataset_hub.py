@@ -43,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, with_body: bool) -> None:
         path = urlsplit(self.path).path
-        if re.fullmatch(rf"/api/datasets/{REPOSITORY}/revision/(main|{COMMIT})", path):
+        revisions = f"main|refs%2Fconvert%2Fparquet|{COMMIT}"
+        if re.fullmatch(rf"/api/datasets/{REPOSITORY}/revision/({revisions})", path):
             self.send_json(
                 {
                     "id": REPOSITORY,

@@ -293,6 +293,18 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(tmp_pat
     assert Conversations(folder.splits["train"], GPT2, 3, seed=1).epoch_sequences == 0
 
 
+def test_message_of_ten_megabytes_is_cut(tmp_path: Path) -> None:
+    talks = [
+        [Message("user", "short"), Message("assistant", "yes")],
+        [Message("user", "Tell me."), Message("assistant", "word " * 2_000_000)],
+        [Message("user", "a" * 10_000_000), Message("assistant", "too late")],
+    ]
+    folder = prepared(talks, tmp_path, val_tokens=0)
+    conversations = Conversations(folder.splits["train"], GPT2, 64, seed=1)
+    assert (conversations.epoch_sequences, conversations.n_cut) == (2, 2)
+    assert conversations.n_left_out == 1
+
+
 @pytest.mark.parametrize("shard_tokens", [50, 51, 64, 77, 1000])
 def test_conversations_cut_by_the_end_of_a_shard_are_left_out(
     shard_tokens: int, tmp_path: Path
