@@ -30,6 +30,7 @@ def test_ladder_reports_and_draws_every_rung(
         dataclasses.replace(rung, settings={**rung.settings, "compile": "off"}) for rung in RUNGS
     )
     monkeypatch.setattr(timing, "RUNGS", eager)
+    monkeypatch.setattr(timing, "cpu_has_bf16", lambda: True)  # at this size any CPU is fast enough
     # Starting eight processes takes half a minute; another test starts one.
     monkeypatch.setattr(timing, "measure_in_new_process", timing.measure)
     picture = tmp_path / "ladder.png"
