@@ -26,14 +26,15 @@ from anew.utils.words import counted
 
 HELP = """Type a message and press Enter. An empty line ends.
 /reset      begin a new conversation
-/save FILE  append this conversation to a file, as a line of JSON for training"""
+/save NAME.jsonl  append this conversation to a file, in the form for training
+/quit       end"""
 
 
 @dataclass(frozen=True)
 class ChatArgs:
     """Talk to a model that was trained on conversations. Example: anew chat runs/chat
 
-    Between messages, /reset begins a new conversation, and /save FILE keeps this one.
+    Between messages, /reset begins a new conversation, and /save NAME.jsonl keeps this one.
     """
 
     model: tyro.conf.Positional[str]
@@ -72,6 +73,8 @@ def run_chat(argv: list[str]) -> None:
     start = [Message(SYSTEM, args.system)] if args.system.strip() else []
     messages = list(start)
     for line in typed_lines():
+        if line in ("/quit", "/exit"):
+            return
         if line == "/reset":
             messages = list(start)
             print("A new conversation.", file=sys.stderr)
@@ -139,8 +142,11 @@ def print_reply(model: GPT, tokenizer: Tokenizer, messages: list[Message], args:
 
 def save(messages: list[Message], name: str) -> None:
     """Append a conversation to a file, in the form that `anew train chat` reads."""
-    if not name.endswith(".jsonl") or ASSISTANT not in [message.role for message in messages]:
-        print("after an answer, /save talk.jsonl keeps the conversation", file=sys.stderr)
+    if not name.endswith(".jsonl"):
+        print("the name of the file must end in .jsonl, as in /save talk.jsonl", file=sys.stderr)
+        return
+    if ASSISTANT not in [message.role for message in messages]:
+        print("there is no answer to keep yet", file=sys.stderr)
         return
     listed = [{"role": message.role, "content": message.content} for message in messages]
     try:

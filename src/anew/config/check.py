@@ -134,7 +134,9 @@ def _run_problems(config: "Config") -> Iterator[str]:
         yield "fsdp has no loss scaling here; use --precision bf16, or --parallel ddp."
     if config.recipe in ("finetune", "chat") and not run.init:
         yield f"the {config.recipe} recipe needs a model to start from: add --init MODEL."
-    if not config.data.data:
+    if not config.data.data and config.data.conversations:
+        yield "no conversations are named: add --data with a file or a folder of them."
+    elif not config.data.data:
         yield (
             "no text to train on is named: add --data with a file, a folder, or a source such as "
             "tinyshakespeare."

@@ -127,9 +127,10 @@ def _open_folder(
     if folder.conversations and conversations is False:
         raise UserError(f"{path} has conversations; train on them with anew train chat.")
     if conversations and not folder.conversations:
+        flag = tokenizer if tokenizer in TOKENIZERS else shlex.quote(model or tokenizer)
         raise UserError(
             f"{path} has texts and no conversations; prepare them again: "
-            "anew prepare FILE --conversations --out NEW"
+            f"anew prepare FILE --conversations --tokenizer {flag} --out NEW"
         )
     if tokenizer_matches(tokenizer, folder.tokenizer):
         return folder
@@ -138,7 +139,8 @@ def _open_folder(
         flag = tokenizer if tokenizer in TOKENIZERS else shlex.quote(model)
         raise UserError(
             f"{difference}, and {model} has {tokenizer}; prepare the text again for this model: "
-            f"anew prepare TEXT --tokenizer {flag} --out NEW"
+            f"anew prepare TEXT {'--conversations ' * folder.conversations}--tokenizer {flag} "
+            "--out NEW"
         )
     flag = folder.tokenizer if folder.tokenizer in TOKENIZERS else shlex.quote(str(path))
     raise UserError(f"{difference}, and this run uses {tokenizer}; add --tokenizer {flag}.")

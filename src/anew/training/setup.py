@@ -60,6 +60,7 @@ FILES_OF_A_RUN = {
     "tokenizer.json",
 }
 MOST_DIFFERENCES = 4  # that an error lists
+ADJUSTED_WITH_STEPS = ("warmup_steps:", "muon_warmup:")  # by `Config.adapted`
 # The settings of a model that --init takes over.
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon")
 
@@ -174,13 +175,14 @@ def resolve_config(config: Config) -> Config:
     if config.recipe == existing.recipe:
         refuse_fewer_steps(config.folder, config.run.steps)
     differences = existing.override(steps=config.run.steps).differences(config)
+    if all(line.startswith(ADJUSTED_WITH_STEPS) for line in differences):
+        refuse_another_schedule(existing, config)
     if differences:
         recipe = f"of the recipe {existing.recipe} " if config.recipe != existing.recipe else ""
         raise UserError(
             f"{config.folder} is another run {recipe}({listed(differences)}); "
             "use the same settings to go on with it, or another --out."
         )
-    refuse_another_schedule(existing, config)
     return config
 
 
@@ -254,7 +256,8 @@ def chosen_flags(config: Config) -> str:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags.append(f"--{flag} {shlex.quote(str(value))}")
+            word = f"{value:.12g}" if isinstance(value, float) else str(value)
+            flags.append(f"--{flag} {shlex.quote(word)}")
     return " ".join(flags)
 
 

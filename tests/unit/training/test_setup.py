@@ -126,6 +126,19 @@ def test_another_length_is_answered_with_a_command_that_keeps_what_was_chosen(
     assert typed.settings == wanted
 
 
+def test_warm_up_that_follows_the_steps_is_not_called_a_difference(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    short, _ = read_recipe("shakespeare").override(out=str(run), steps=20).adapted({"steps"})
+    longer, _ = read_recipe("shakespeare").override(out=str(run), steps=30).adapted({"steps"})
+    assert short.optim.warmup_steps != longer.optim.warmup_steps
+    store(short)
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    with pytest.raises(UserError, match="planned for 20 steps"):
+        resolve_config(longer)
+    with pytest.raises(UserError, match=r"is another run \(lr: 0.006 -> 0.1; warmup_steps"):
+        resolve_config(longer.override(lr=0.1))
+
+
 def test_finetune_needs_a_text(tmp_path: Path) -> None:
     config = read_recipe("finetune").override(init=str(tmp_path), out=str(tmp_path / "run"))
     with pytest.raises(UserError, match="no text to train on is named: add --data"):
