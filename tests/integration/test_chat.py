@@ -18,7 +18,8 @@ import anew
 from anew import GPT, Config, Tokenizer, UserError
 from anew.checkpoint.folder import newest_valid
 from anew.checkpoint.huggingface import save_model
-from anew.data.conversations import Conversations, conversations_in
+from anew.data.conversation_files import conversations_in
+from anew.data.conversations import Conversations
 from anew.data.dataset import open_data
 from anew.tokenizer.chat import Message, encode, from_json
 from anew.training import run_log

@@ -1,135 +1,23 @@
-"""Read conversations from files, and cut prepared ones into training sequences.
-
-| file | a conversation |
-|---|---|
-| `.jsonl`, `.parquet`, also compressed | a row with "messages": a list of {"role", "content"} |
-| the same, and `.csv`, `.tsv` | a row with "prompt" and "response" |
-| any other text | turns that begin with a line "user:" or "assistant:"; "---" in a line ends one |
-
-Roles are system (first only), user and assistant. A row without an answer, or with anything but
-text in it, is left out and counted.
+"""Conversations as training sequences: each is one of its own, and only answers are targets.
 
     conversations = Conversations(shards, tokenizer, seq_len=1024, seed=1337)
-    for ids, targets in conversations.micro_batches(first=0, count=32, size=4):  # each (4, T)
+    for ids, targets in conversations.micro_batches(first=0, count=32, size=4):  # each (B, T)
 
-Each conversation is a training sequence of its own, so that none is read in the context of another.
-Only what the assistant has written is a target, so the number of targets differs from row to row.
+No conversation is read in the context of another. What the user says is no target, so the number of
+targets differs from row to row.
 """
 
-import logging
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from anew.data import readers
 from anew.data.dataloader import NOT_SCORED, Pair, evaluation_windows
 from anew.data.shards import DataFolder, Shard
 from anew.data.shuffle import shuffled
 from anew.tokenizer.bpe import Tokenizer
-from anew.tokenizer.chat import ASSISTANT, ROLES, SYSTEM, USER, Message, answer_mask, to_json
-from anew.utils.words import counted
-
-log = logging.getLogger("anew")
+from anew.tokenizer.chat import answer_mask
 
 ROUNDED = 16  # rows are padded to a multiple of this, which kernels are fast with
-TURN_LINE = re.compile(rf"^({'|'.join(ROLES)}):[ \t]*", re.IGNORECASE | re.MULTILINE)
-END_LINE = re.compile(r"^---[ \t]*$", re.MULTILINE)
-PAIRS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
-FORM = (
-    'a row needs "messages": [{"role": "user", "content": "..."}, ...], or "prompt" and "response"'
-)
-
-
-# --- Reading --------------------------------------------------------------------------------------
-
-
-def conversations_in(
-    path: Path, column: str = "messages", skip: int = 0, encoding: str = "", warn: bool = True
-) -> Iterator[bytes]:
-    """Yield each conversation of a file as one line of JSON, without the first `skip`.
-
-    `column` holds the messages of a row. With `warn`, what was left out is logged.
-    """
-    problems: Counter[str] = Counter()
-    number = 0
-    for candidate in _candidates(path, column, encoding, warn):
-        try:
-            line = to_json(parse(candidate))
-        except ValueError as error:
-            problems[str(error)] += 1
-            continue
-        if number >= skip:
-            yield line
-        number += 1
-    if problems and warn:
-        reasons = "; ".join(f"{n:,}: {reason}" for reason, n in problems.most_common())
-        left_out = counted(problems.total(), "conversation")
-        log.warning(f"{path}: left out {left_out} ({reasons})")
-
-
-def _candidates(path: Path, column: str, encoding: str, warn: bool) -> Iterator[Any]:
-    """Yield what may be conversations: lists of messages, or None for a row without any."""
-    if not readers.is_table(path):
-        text = readers.text_of(path, encoding, warn)
-        for part in END_LINE.split(text):
-            if part.strip():
-                yield _messages_of_text(part)
-        return
-    for row in readers.rows_of(path, encoding):
-        yield _messages_of_row(row, column)
-
-
-def _messages_of_row(row: Any, column: str) -> Any:
-    if not isinstance(row, dict):
-        return None
-    if column in row:
-        return row[column]
-    for question, answer in PAIRS:
-        if question in row and answer in row:
-            asked = row[question]
-            if isinstance(asked, str) and isinstance(row.get("input"), str):
-                asked = f"{asked}\n\n{row['input']}".strip()
-            return [{"role": USER, "content": asked}, {"role": ASSISTANT, "content": row[answer]}]
-    return None
-
-
-def _messages_of_text(text: str) -> Any:
-    """Return the turns of a text whose turns begin with a line such as "user: Hello"."""
-    before, *parts = TURN_LINE.split(text)
-    if before.strip():  # nobody says this
-        return None
-    roles, contents = parts[::2], parts[1::2]
-    pairs = zip(roles, contents, strict=True)
-    return [{"role": role.lower(), "content": content} for role, content in pairs]
-
-
-def parse(messages: Any) -> list[Message]:
-    """Return the messages of a conversation. Raises ValueError with the reason if it is none."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages")
-    parsed: list[Message] = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError("a message without a role")
-        role = message["role"]
-        content = message.get("content")
-        if role not in ROLES or (role == SYSTEM and parsed):
-            raise ValueError(f"the role {role[:20]!r} where it cannot be")
-        if not isinstance(content, str):
-            raise ValueError("a message that is not text")
-        if not content.strip():
-            raise ValueError("an empty message")
-        parsed.append(Message(role, content))
-    if ASSISTANT not in [message.role for message in parsed]:
-        raise ValueError("no answer of the assistant")
-    return parsed
-
-
-# --- Training -------------------------------------------------------------------------------------
 
 
 class Conversations:
@@ -154,16 +42,21 @@ class Conversations:
         self.n_cut = 0
         self.n_left_out = 0
         for number, bounds in enumerate(conversation_bounds(self.shards, self.end_of_text)):
-            mask = answer_mask(self.shards[number].tokens, tokenizer)
-            for start, end in bounds:
-                n_inputs = min(end - start - 1, seq_len)
-                self.n_cut += n_inputs < end - start - 1
-                n_targets = int(mask[start + 1 : start + 1 + n_inputs].sum())
-                if n_targets:
-                    places.append((number, start, n_inputs, n_targets))
-                else:
-                    self.n_left_out += 1
+            tokens = self.shards[number].tokens
+            mask = answer_mask(tokens, tokenizer)
             self.masks.append(mask)
+            for start, end in bounds:
+                length = end - start - 1  # the last token is a target only
+                if length > seq_len:
+                    self.n_cut += 1
+                    length = seq_len
+                targets = mask[start + 1 :][:length]
+                n_targets = int(targets.sum())
+                if n_targets == 0:
+                    self.n_left_out += 1
+                    continue
+                place = (number, start, length, n_targets)
+                places.append(place)
         self.places = np.array(places, dtype=np.int64).reshape(-1, 4)
         self.epoch_sequences = len(places)
 
@@ -179,14 +72,20 @@ class Conversations:
     def row_at(self, index: int) -> Pair:
         """Return the inputs and the targets of the conversation at an index in `places`."""
         number, start, n_inputs, _ = self.places[index].tolist()
-        tokens = self.shards[number].tokens[start : start + n_inputs + 1].astype(np.int64)
-        is_answer = self.masks[number][start + 1 : start + n_inputs + 1]
-        return tokens[:-1], np.where(is_answer, tokens[1:], NOT_SCORED)
+        end = start + n_inputs
+        tokens = self.shards[number].tokens
+        inputs = tokens[start:end].astype(np.int64)
+        targets = tokens[start + 1 : end + 1].astype(np.int64)
+        is_answer = self.masks[number][start + 1 : end + 1]
+        targets[~is_answer] = NOT_SCORED
+        return inputs, targets
 
     def sizes(self, first: int, count: int) -> tuple[int, int]:
         """Return the numbers of inputs and of targets of sequences first .. first + count - 1."""
-        indices = [self.locate(sequence) for sequence in range(first, first + count)]
-        inputs, targets = self.places[indices, 2:].sum(axis=0).tolist()
+        numbers = range(first, first + count)
+        indices = [self.locate(number) for number in numbers]
+        sizes = self.places[indices, 2:]
+        inputs, targets = sizes.sum(axis=0).tolist()
         return inputs, targets
 
     def micro_batches(
@@ -198,14 +97,18 @@ class Conversations:
         the same in any order. A group has at most `size` x `seq_len` positions, so there are more
         short sequences in one than long ones. With `equal_groups` each has `size` sequences.
         """
-        rows = [self.row(sequence) for sequence in range(first, first + count)]
-        rows.sort(key=lambda row: len(row[0]))
+        numbers = range(first, first + count)
+        rows = [self.row(number) for number in numbers]
+        rows.sort(key=n_inputs_of)
+        most_positions = size * self.seq_len
         groups: list[list[Pair]] = []
         for row in rows:
             most_rows = size
             if not equal_groups:
-                most_rows = size * self.seq_len // padded_length(len(row[0]), self.seq_len)
-            if not groups or len(groups[-1]) >= most_rows:
+                width = padded_length(n_inputs_of(row), self.seq_len)
+                most_rows = most_positions // width
+            is_full = bool(groups) and len(groups[-1]) >= most_rows
+            if is_full or not groups:
                 groups.append([])
             groups[-1].append(row)
         return [padded(group, self.end_of_text, self.seq_len) for group in groups]
@@ -224,11 +127,16 @@ def conversation_bounds(
         is_end = shard.tokens == end_of_text
         is_last = number + 1 == len(shards)
         precedes_start = is_last or shards[number + 1].tokens[0] == end_of_text
-        borders = (np.flatnonzero(is_end[:-1] & is_end[1:]) + 1).tolist()
-        starts = [0, *borders] if is_end[0] and follows_end else borders
-        ends = borders if starts[:1] == [0] else borders[1:]
+        is_border = is_end[:-1] & is_end[1:]
+        borders = (np.flatnonzero(is_border) + 1).tolist()
+        starts = list(borders)
+        ends = list(borders)
+        if is_end[0] and follows_end:
+            starts.insert(0, 0)
+        else:  # the first conversation began in the shard before
+            ends = ends[1:]
         if is_end[-1] and precedes_start:
-            ends = [*ends, len(is_end)]
+            ends.append(len(is_end))
         yield list(zip(starts, ends, strict=False))
         follows_end = bool(is_end[-1])
 
@@ -247,12 +155,20 @@ def validation_windows(
         return
     tokenizer = Tokenizer.find(folder.tokenizer, folder.path)
     conversations = Conversations(shards, tokenizer, seq_len, seed=0)
-    ends = conversations.places[:, 2].cumsum()  # inputs up to each conversation
-    count = max(1, int(np.searchsorted(ends, limit_tokens, side="right")))
-    count = min(count, len(ends))
+    n_inputs = conversations.places[:, 2]
+    ends = n_inputs.cumsum()  # inputs up to each conversation
+    n_within = int((ends <= limit_tokens).sum())
+    count = min(max(1, n_within), len(ends))
     for first in range(0, count, batch):
-        rows = [conversations.row_at(i) for i in range(first, min(first + batch, count))]
+        last = min(first + batch, count)
+        rows = [conversations.row_at(index) for index in range(first, last)]
         yield padded(rows, tokenizer.end_of_text, seq_len)
+
+
+def n_inputs_of(row: Pair) -> int:
+    """Return the number of inputs of a row."""
+    inputs, _ = row
+    return len(inputs)
 
 
 def padded_length(n_inputs: int, seq_len: int) -> int:
@@ -262,10 +178,12 @@ def padded_length(n_inputs: int, seq_len: int) -> int:
 
 def padded(rows: Sequence[Pair], end_of_text: int, seq_len: int) -> Pair:
     """Return rows of different lengths as two arrays (rows, T), with targets of -100 at the end."""
-    T = padded_length(max(len(inputs) for inputs, _ in rows), seq_len)
-    ids = np.full((len(rows), T), end_of_text, dtype=np.int64)
-    targets = np.full((len(rows), T), NOT_SCORED, dtype=np.int64)
+    longest = max(map(n_inputs_of, rows))
+    shape = (len(rows), padded_length(longest, seq_len))
+    ids = np.full(shape, end_of_text, dtype=np.int64)
+    targets = np.full(shape, NOT_SCORED, dtype=np.int64)
     for i, (row_inputs, row_targets) in enumerate(rows):
-        ids[i, : len(row_inputs)] = row_inputs
-        targets[i, : len(row_targets)] = row_targets
+        length = len(row_inputs)
+        ids[i, :length] = row_inputs
+        targets[i, :length] = row_targets
     return ids, targets

@@ -28,7 +28,7 @@ import numpy as np
 
 from anew.config.values import tokenizer_matches, vocabulary_size
 from anew.data import hub_datasets, shards
-from anew.data.conversations import FORM
+from anew.data.conversation_files import FORM
 from anew.data.holdout import Progress, Settings, Splits, halves, threshold_of
 from anew.data.hub_datasets import HubFile
 from anew.data.read_ahead import prefetch

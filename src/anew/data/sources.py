@@ -32,7 +32,7 @@ from functools import cached_property
 from pathlib import Path
 
 from anew.data import hub_datasets, readers
-from anew.data.conversations import conversations_in
+from anew.data.conversation_files import conversations_in
 from anew.data.hub_datasets import HubFile
 from anew.data.shards import PROGRESS, is_unfinished
 from anew.errors import UserError, unknown_name

@@ -149,30 +149,26 @@ def joined(parts: Iterable[Chunk], n_choices: int) -> Chunk:
 
 def as_chat_chunk(chunk: Chunk) -> Chunk:
     """Return a chunk of the completions API as one of the chat API."""
-    choices = [
-        {
-            "index": choice["index"],
-            "delta": {"role": ASSISTANT, "content": choice["text"]},
-            "logprobs": None,
-            "finish_reason": choice["finish_reason"],
-        }
-        for choice in chunk["choices"]
-    ]
-    return {**chunk, "choices": choices}
+    return _as_chat(chunk, "delta")
 
 
 def as_chat_answer(answer: Chunk) -> Chunk:
     """Return an answer of the completions API as one of the chat API."""
+    return _as_chat(answer, "message")
+
+
+def _as_chat(part: Chunk, name: str) -> Chunk:
+    """Return `part` with each text as a message of the assistant, called `name`."""
     choices = [
         {
             "index": choice["index"],
-            "message": {"role": ASSISTANT, "content": choice["text"]},
+            name: {"role": ASSISTANT, "content": choice["text"]},
             "logprobs": None,
             "finish_reason": choice["finish_reason"],
         }
-        for choice in answer["choices"]
+        for choice in part["choices"]
     ]
-    return {**answer, "choices": choices}
+    return {**part, "choices": choices}
 
 
 def _logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: int) -> Logprobs:

@@ -14,7 +14,8 @@ from pyarrow import parquet
 from anew import Tokenizer, UserError
 from anew.cli.main import main
 from anew.data import prepare, sources
-from anew.data.conversations import Conversations, conversations_in, parse, validation_windows
+from anew.data.conversation_files import conversations_in, parse
+from anew.data.conversations import Conversations, validation_windows
 from anew.data.dataset import open_data
 from anew.data.holdout import Settings
 from anew.data.shards import DataFolder
