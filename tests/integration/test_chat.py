@@ -373,7 +373,10 @@ def test_long_conversation_is_answered_and_says_what_was_left_out(
     ("settings", "words"),
     [
         ({"messages": []}, "messages should be a list of objects"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages should be"),
+        (
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "messages: role should be 'system', 'developer', 'user' or 'assistant'.",
+        ),
         ({"messages": [{"role": "user"}]}, "messages should be"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},

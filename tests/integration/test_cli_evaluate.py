@@ -131,6 +131,16 @@ def test_val_scores_only_the_unchanged_text_of_the_run(
     assert "no longer the one" in err
 
 
+def test_val_is_scored_for_a_run_that_validated_nothing(
+    capsys: pytest.CaptureFixture[str], tiny: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "anew"):
+        assert train(tiny.override(val_tokens=0)).val_loss is None
+    assert "training tokens; val_tokens 0: nothing is validated" in caplog.text
+    finished = run(capsys, "evaluate", tiny.folder, "--task", "val", "--json")
+    assert json.loads(finished.stdout.splitlines()[-1])["tasks"]["val"]["examples"] > 0
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_evaluate_under_torchrun_reports_the_same_figures(
     capsys: pytest.CaptureFixture[str], model: Path, passages: Path, ranks: int, tmp_path: Path

@@ -262,13 +262,15 @@ def _open_validation(file: str, subject: Subject) -> Validation:
             "name a data folder with --task val --file DIR."
         )
     config = Config.read(run_folder / "config.json") if run_folder else Config()
-    source = file or config.data.data
+    data = config.data
     tokenizer: str | Tokenizer = subject.tokenizer
-    if not file and config.data.tokenizer.startswith("train:"):
+    if not file and data.tokenizer.startswith("train:"):
         # Data for a learned tokenizer is prepared, and found again, under this setting.
-        tokenizer = config.data.tokenizer
-    chats = None if file else config.data.conversations
-    folder = open_data(source, tokenizer, model=subject.name, conversations=chats)
+        tokenizer = data.tokenizer
+    if file:  # texts or conversations
+        folder = open_data(file, tokenizer, model=subject.name, conversations=None)
+    else:
+        folder = open_data(data.data, tokenizer, model=subject.name, **data.reading)
     if folder.tokenizer != subject.tokenizer.name:
         raise UserError(
             f"{folder.path} has the tokenizer {folder.tokenizer}, and {subject.name} has "
@@ -279,9 +281,10 @@ def _open_validation(file: str, subject: Subject) -> Validation:
         trained_on = parse_json(trainer_file)["data_revision"]
         if trained_on != folder.identity:
             raise UserError(
-                f"the text in {source} is no longer the one that {subject.name} was trained on."
+                f"the text in {data.data} is no longer the one that {subject.name} was trained on."
             )
-    return Validation(folder, config.data.seq_len, config.data.val_tokens)
+    # A run that validated nothing is scored like a run with the default number of tokens.
+    return Validation(folder, data.seq_len, data.val_tokens or Config().data.val_tokens)
 
 
 def _run_folder(checkpoint: Path) -> Path | None:

@@ -77,7 +77,7 @@ def _describe(config: Config, ranks: int) -> None:
     for line in describe_run(config, ranks):
         print(line)
     data = config.data
-    text = describe_data(data.data, data.tokenizer, config.run.init, data.conversations)
+    text = describe_data(data.data, data.tokenizer, config.run.init, data.reading)
     print(f"data:  {text}")
 
 

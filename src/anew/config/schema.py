@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from anew.config.check import problems, type_problems
-from anew.config.values import vocabulary_size
+from anew.config.values import Reading, vocabulary_size
 from anew.errors import UserError, unknown_name
 from anew.utils.files import parse_json, read_json, similar_path
 from anew.utils.words import counted
@@ -123,6 +123,12 @@ class DataConfig:
     seq_len: int = setting(
         1024, "tokens in a training sequence (T); at most n_positions", basic=True
     )
+    column: str = setting(
+        "text", "column of .csv, .tsv and .parquet files, or key of .jsonl files, with the text"
+    )
+    encoding: str = setting(
+        "", "encoding of files that are not UTF-8 and have no byte-order mark, such as latin-1"
+    )
     disk_budget: str = setting(
         "0",
         "largest size on disk of data from the web, such as 30GB; shards that all kept "
@@ -153,6 +159,11 @@ class DataConfig:
     one_batch: bool = setting(
         False, "train on the first batch only, to check that the model can learn"
     )
+
+    @property
+    def reading(self) -> Reading:
+        """How documents are read from files."""
+        return Reading(column=self.column, encoding=self.encoding, conversations=self.conversations)
 
     @property
     def unit(self) -> str:
@@ -414,9 +425,9 @@ class Config:
         shorter = f"shortened to {counted(tenth, 'step')}, a tenth of the run"
         if tenth == 0:
             shorter = f"left out, because the run has only {counted(steps, 'step')}"
-        if optim.warmup_steps >= steps > 0:
+        if 2 * optim.warmup_steps > steps > 0:
             adjust("warmup_steps", tenth, f"warm-up of {optim.warmup_steps} steps {shorter}")
-        if optim.muon_warmup >= steps > 0:
+        if 2 * optim.muon_warmup > steps > 0:
             adjust("muon_warmup", tenth, f"muon_warmup of {optim.muon_warmup} steps {shorter}")
         if "lr" in given:
             line = f"min_lr set to {optim.lr / 10:g}, a tenth of the given lr"

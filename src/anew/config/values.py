@@ -6,6 +6,7 @@ parse_bytes("30GB")      # 30_000_000_000
 
 import re
 from pathlib import Path
+from typing import TypedDict
 
 from anew.errors import UserError
 
@@ -13,6 +14,14 @@ TOKENIZERS = {"gpt2": 50257, "bytes": 257}  # vocabulary sizes; the last id is <
 MOST_IDS = 65_536  # shards hold tokens as uint16
 FEWEST_BYTES = 10_000  # a size without a unit that is below this was meant to have one
 BYTES_OF_UNIT = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Reading(TypedDict):
+    """How documents are read from files: arguments of `sources.find` and of `open_data`."""
+
+    column: str
+    encoding: str
+    conversations: bool
 
 
 def learned_name(n_vocab: int, digest: str) -> str:

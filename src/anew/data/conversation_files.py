@@ -3,6 +3,7 @@
 | file | a conversation |
 |---|---|
 | `.jsonl`, `.parquet`, also compressed | a row with "messages": a list of {"role", "content"} |
+| the same | a row with "conversations": a list of {"from", "value"}, as ShareGPT has them |
 | the same, and `.csv`, `.tsv` | a row with "prompt" and "response" (see PAIRS) |
 | any other text | turns that begin with a line "user:" or "assistant:"; "---" in a line ends one |
 
@@ -26,9 +27,12 @@ log = logging.getLogger("anew")
 TURN_LINE = re.compile(rf"^({'|'.join(ROLES)}):[ \t]*", re.IGNORECASE | re.MULTILINE)
 END_LINE = re.compile(r"^---[ \t]*$", re.MULTILINE)
 PAIRS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
-FORM = (
+SHAREGPT = "conversations"  # the key of a list of {"from": "human", "value": "Hello"}
+SHAREGPT_ROLES = {"human": USER, "gpt": ASSISTANT}
+FORM_OF_ROW = (
     'a row needs "messages": [{"role": "user", "content": "..."}, ...], or "prompt" and "response"'
 )
+FORM_OF_TEXT = 'each turn of a text begins with a line "user:" or "assistant:"'
 
 
 def conversations_in(
@@ -40,9 +44,11 @@ def conversations_in(
     """
     problems: Counter[str] = Counter()
     number = 0
-    for candidate in _candidates(path, column, encoding, warn):
+    is_table = readers.is_table(path)
+    for part in _parts(path, encoding, warn):
         try:
-            line = to_json(parse(candidate))
+            messages = _messages_of_row(part, column) if is_table else _messages_of_text(part)
+            line = to_json(parse(messages))
         except ValueError as error:
             problems[str(error)] += 1
             continue
@@ -55,37 +61,53 @@ def conversations_in(
         log.warning(f"{path}: left out {left_out} ({reasons})")
 
 
-def _candidates(path: Path, column: str, encoding: str, warn: bool) -> Iterator[Any]:
-    """Yield what may be conversations: lists of messages, or None for a row without any."""
-    if not readers.is_table(path):
-        text = readers.text_of(path, encoding, warn)
-        for part in END_LINE.split(text):
-            if part.strip():
-                yield _messages_of_text(part)
-        return
-    for row in readers.rows_of(path, encoding):
-        yield _messages_of_row(row, column)
+def form_of(path: Path) -> str:
+    """Return the form that conversations have in a file, for a message."""
+    return FORM_OF_ROW if readers.is_table(path) else FORM_OF_TEXT
+
+
+def _parts(path: Path, encoding: str, warn: bool) -> Iterator[Any]:
+    """Yield the rows of a table, or the parts of a text that "---" separates."""
+    if readers.is_table(path):
+        yield from readers.rows_of(path, encoding)
+    else:
+        parts = END_LINE.split(readers.text_of(path, encoding, warn))
+        yield from (part for part in parts if part.strip())
 
 
 def _messages_of_row(row: Any, column: str) -> Any:
+    """Return the messages of a row, which `parse` checks. Raises ValueError if it has none."""
     if not isinstance(row, dict):
-        return None
+        raise ValueError("not a row of JSON")
     if column in row:
         return row[column]
+    if isinstance(row.get(SHAREGPT), list):
+        return [_message_of_sharegpt(turn) for turn in row[SHAREGPT]]
     for question, answer in PAIRS:
         if question in row and answer in row:
             asked = row[question]
             if isinstance(asked, str) and isinstance(row.get("input"), str):
                 asked = f"{asked}\n\n{row['input']}".strip()
             return [{"role": USER, "content": asked}, {"role": ASSISTANT, "content": row[answer]}]
-    return None
+    names = ", ".join(str(name) for name in row)
+    raise ValueError(f"no messages among {names[:60]}")
+
+
+def _message_of_sharegpt(turn: Any) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    role = turn["from"]
+    return {"role": SHAREGPT_ROLES.get(role, role), "content": turn.get("value")}
 
 
 def _messages_of_text(text: str) -> Any:
-    """Return the turns of a text whose turns begin with a line such as "user: Hello"."""
+    """Return the turns of a text whose turns begin with a line such as "user: Hello".
+
+    Raises ValueError if something stands before the first turn, because nobody says it.
+    """
     before, *parts = TURN_LINE.split(text)
-    if before.strip():  # nobody says this
-        return None
+    if before.strip():
+        raise ValueError("text before the first turn")
     roles, contents = parts[::2], parts[1::2]
     pairs = zip(roles, contents, strict=True)
     return [{"role": role.lower(), "content": content} for role, content in pairs]

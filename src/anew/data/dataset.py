@@ -13,7 +13,7 @@ import shlex
 import threading
 from pathlib import Path
 
-from anew.config.values import TOKENIZERS, tokenizer_matches
+from anew.config.values import TOKENIZERS, Reading, tokenizer_matches
 from anew.data import prepare, sources
 from anew.data.holdout import Settings
 from anew.data.shards import INDEX, DataFolder
@@ -37,6 +37,8 @@ def open_data(
     stop: threading.Event | None = None,
     prepares: bool = True,
     model: str = "",
+    column: str = "text",
+    encoding: str = "",
     conversations: bool | None = False,
 ) -> DataFolder:
     """Open the data folder that `data` names, or prepare it in the cache.
@@ -46,6 +48,7 @@ def open_data(
     starts the preparation of a dataset of the hub, and the other ranks read the same folder. Raises
     Stopped if `stop` is set while this waits for the first shards.
 
+    `column` and `encoding` are those of files that are not prepared yet, as for `sources.find`.
     With `conversations` the documents are conversations, and all are prepared before this returns.
     None accepts a data folder of either form; anything else is read as text.
     """
@@ -62,7 +65,7 @@ def open_data(
         if (earlier / INDEX).is_file():
             return DataFolder.open(earlier)
         revision = prepare.begun_at(earlier)
-    source = sources.find(data, revision, conversations=conversations)
+    source = sources.find(data, revision, column, encoding, conversations)
     folder = _cached(source.name, wanted, source.revision[:12], conversations)
     if (folder / INDEX).is_file():
         return DataFolder.open(folder)
@@ -79,20 +82,21 @@ def open_data(
     return _open_growing(source, wanted, preparation, stop or threading.Event())
 
 
-def describe(data: str, tokenizer: str, model: str = "", conversations: bool = False) -> str:
+def describe(data: str, tokenizer: str, model: str, reading: Reading) -> str:
     """Return a line about the data that `--data` names, without preparing or downloading any.
 
     Raises UserError as `open_data` does if there is no such data, or if it has other tokens.
     """
     folder = None
     if not tokenizer.startswith("train:"):
-        folder = _open_folder(Path(data).expanduser(), tokenizer, model, conversations)
+        path = Path(data).expanduser()
+        folder = _open_folder(path, tokenizer, model, reading["conversations"])
     if folder is not None:
         train, val = (folder.n_tokens(split) for split in ("train", "val"))
         return f"{data}: {train:,} training and {val:,} validation tokens ({folder.tokenizer})"
     if sources.is_hub_name(data) or data == "tinyshakespeare":
         return f"{data}: not read yet; unless it is here already, it is downloaded"
-    source = sources.find(data, conversations=conversations)
+    source = sources.find(data, **reading)
     return f"{data}: {counted(len(source.files), 'file')}, {source.total_bytes:,} bytes"
 
 
@@ -143,7 +147,10 @@ def _open_folder(
             "--out NEW"
         )
     flag = folder.tokenizer if folder.tokenizer in TOKENIZERS else shlex.quote(str(path))
-    raise UserError(f"{difference}, and this run uses {tokenizer}; add --tokenizer {flag}.")
+    raise UserError(
+        f"{difference}, and this run uses {tokenizer}; add --tokenizer {flag} here, or prepare the "
+        f"text again with --tokenizer {tokenizer}."
+    )
 
 
 def _open_growing(

@@ -28,7 +28,7 @@ import numpy as np
 
 from anew.config.values import tokenizer_matches, vocabulary_size
 from anew.data import hub_datasets, shards
-from anew.data.conversation_files import FORM
+from anew.data.conversation_files import form_of
 from anew.data.holdout import Progress, Settings, Splits, halves, threshold_of
 from anew.data.hub_datasets import HubFile
 from anew.data.read_ahead import prefetch
@@ -254,7 +254,7 @@ class _Job:
                     self.stopped.set()  # nobody needs the file that is being waited for
                     break
             if self.source.conversations and self.progress.documents == 0:
-                raise UserError(f"there is no conversation in {self.source.name}: {FORM}.")
+                raise UserError(f"there is no conversation in {self.source.name}: {self._form()}.")
             warning = self.splits.warning()
             if warning:
                 log.warning(warning)
@@ -277,6 +277,11 @@ class _Job:
         )
         (self.out / PROGRESS).unlink(missing_ok=True)
         shutil.rmtree(self.out / FETCHED, ignore_errors=True)
+
+    def _form(self) -> str:
+        """Return the form that conversations have in the first file, for a message."""
+        file = self.source.files[0]
+        return form_of(Path(file.path) if isinstance(file, HubFile) else file)
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -337,7 +342,8 @@ class _Job:
         self.progress.file = block[-1].file
         self.progress.document = block[-1].number + 1
         self.progress.block += 1
-        self.progress.documents += len(block)
+        # A text that is cut in two, for training and validation, is one document.
+        self.progress.documents += sum(document.split != "val" for document in block)
         self.progress.bytes += sum(document.bytes for document in block)
 
     # --- the disk ---------------------------------------------------------------------------------

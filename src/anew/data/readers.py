@@ -48,10 +48,14 @@ OTHER_FORMATS = {
     ".docx": "a Word document; save it as plain text first",
     ".epub": "an e-book; convert it to plain text first",
 }
-# The command to type before training, since `anew train` reads text with the defaults only.
-ENCODING_EXAMPLE = "anew prepare TEXT --encoding latin-1 --out NEW, then --data NEW"
-COLUMN_EXAMPLE = "anew prepare TEXT --column NAME --out NEW, then --data NEW"
+# Both `anew prepare` and `anew train` have these flags.
+ENCODING_EXAMPLE = "--encoding latin-1, for example"
+COLUMN_EXAMPLE = "--column NAME"
 log = logging.getLogger("anew")
+
+
+class MissingColumn(UserError):
+    """A table lacks the column, or a .jsonl file the key, that has the text."""
 
 
 def is_table(path: Path) -> bool:
@@ -263,7 +267,7 @@ def _csv_rows(path: Path, column: str, encoding: str) -> Iterator[bytes]:
         rows = csv.DictReader(all_lines, delimiter=_delimiter(path, header, column))
         names = rows.fieldnames or []
         if column not in names:
-            raise UserError(
+            raise MissingColumn(
                 f"{path} has no column '{column}'; choose one of its columns "
                 f"({', '.join(names)}): {COLUMN_EXAMPLE}"
             )
@@ -303,7 +307,7 @@ def _json_lines(path: Path, column: str, encoding: str, warn: bool) -> Iterator[
             if text is not None:
                 yield _utf8(text)
             elif first_line:
-                raise UserError(_why_no_text(path, line, column))
+                raise MissingColumn(_why_no_text(path, line, column))
             else:
                 n_skipped += 1
             first_line = False
@@ -341,7 +345,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[bytes]:
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if column not in names:
-            raise UserError(
+            raise MissingColumn(
                 f"{path} has no column '{column}'; choose one of its columns "
                 f"({', '.join(names)}): {COLUMN_EXAMPLE}"
             )

@@ -138,7 +138,7 @@ def find(
     """
     found = _find(source, revision, column, encoding)
     if not conversations:
-        return found
+        return found if len(found.files) == 1 else _without_other_tables(found)
     column = MESSAGES if found.column == "text" else found.column
     return dataclasses.replace(found, conversations=True, column=column)
 
@@ -172,7 +172,38 @@ def _find(source: str, revision: str, column: str, encoding: str) -> Source:
     files = [match for match in matches if match.is_file()]
     if files:
         return _texts_among(files, Path(), "glob", column, encoding)
-    return _on_the_hub(source, revision)
+    return _on_the_hub(source, revision, column)
+
+
+def _without_other_tables(source: Source) -> Source:
+    """Return the source without tables that lack its column. Raises UserError if no file is left.
+
+    The files that are left out are named in the log.
+    """
+    if source.is_remote:
+        return source
+    files = []
+    skipped: list[tuple[Path, str]] = []
+    for file in source.files:
+        assert isinstance(file, Path)
+        try:
+            if readers.is_table(file):
+                next(source.documents_in(file, warn=False), None)
+        except readers.MissingColumn:
+            if len(skipped) == len(source.files) - 1:  # no file is left
+                raise
+            skipped.append((file, f"a table without the column '{source.column}'"))
+        else:
+            files.append(file)
+    _log_skipped(skipped)
+    return dataclasses.replace(source, files=tuple(files), skipped=(*source.skipped, *skipped))
+
+
+def _log_skipped(skipped: Sequence[tuple[Path, str]]) -> None:
+    for file, reason in skipped[:LISTED_FILES]:
+        log.warning(f"skipped {file}: it is {reason}")
+    if len(skipped) > LISTED_FILES:
+        log.warning(f"skipped {counted(len(skipped) - LISTED_FILES, 'more file')} of this kind")
 
 
 def _texts_among(files: list[Path], root: Path, name: str, column: str, encoding: str) -> Source:
@@ -188,10 +219,7 @@ def _texts_among(files: list[Path], root: Path, name: str, column: str, encoding
             skipped.append((file, reason))
         else:
             texts.append(file)
-    for file, reason in skipped[:LISTED_FILES]:
-        log.warning(f"skipped {file}: it is {reason}")
-    if len(skipped) > LISTED_FILES:
-        log.warning(f"skipped {counted(len(skipped) - LISTED_FILES, 'more file')} of this kind")
+    _log_skipped(skipped)
     if not texts:
         n_skipped = counted(len(skipped), "file")
         raise UserError(f"there is no text in {root}; {n_skipped} in it cannot be read as text.")
@@ -223,7 +251,11 @@ def _standard_library() -> Source:
     return Source("stdlib", _ordered(files, root))
 
 
-def _on_the_hub(source: str, revision: str) -> Source:
+def _on_the_hub(source: str, revision: str, column: str) -> Source:
+    if column != "text":
+        raise UserError(
+            "the column of a dataset of the hub is part of its name: repo:config:split:column."
+        )
     if source in hub_datasets.NAMED:
         repository, prefix = hub_datasets.NAMED[source]
         return Source(source, tuple(hub_datasets.listing(repository, prefix, revision)))
@@ -237,11 +269,11 @@ def _on_the_hub(source: str, revision: str) -> Source:
         if Path(source).suffix or "/" in source:  # the name of a file or folder
             raise UserError(f"there is no data '{source}'; {advice}")
         raise unknown_name("data", source, known, advice)
-    repository, config, split, column = match.groups()
+    repository, config, split, named_column = match.groups()
     if revision == "main":  # else the commit of that branch which a preparation began with
         revision = hub_datasets.CONVERTED
     files = hub_datasets.listing(repository, f"{config}/{split}/", revision)
-    return Source(cache_name(source), tuple(files), column or "text")
+    return Source(cache_name(source), tuple(files), named_column or "text")
 
 
 def _ordered(files: Sequence[Path], root: Path) -> tuple[Path, ...]:

@@ -46,8 +46,7 @@ def score(run: Run, model: str) -> float:
     if not data_config.tokenizer.startswith("train:"):
         tokenizer = Tokenizer.find(data_config.tokenizer, run.folder)
     budget = parse_bytes(data_config.disk_budget)
-    chats = data_config.conversations
-    with open_data(data_config.data, tokenizer, budget, conversations=chats) as data:
+    with open_data(data_config.data, tokenizer, budget, **data_config.reading) as data:
         has_same_tokens = (
             vocab_size == run.config.model.vocab_size
             and Tokenizer.of_model(folder, vocab_size).name == data.tokenizer

@@ -243,6 +243,8 @@ def error_sentence(errors: Sequence[Any]) -> str:
         return "the request is not a JSON object."
     if errors[0]["type"] == "extra_forbidden":
         return f"'{name[:40]}' is not a field of this request."
+    if len(location) > 1 and errors[0]["type"] == "literal_error":
+        return f"{name}: {location[-1]} should be {errors[0]['ctx']['expected']}."
     # A part of a list or of alternative types, or a list that is needed.
     if len(location) > 1 or errors[0]["type"] in ("missing", "too_short"):
         fields = CompletionRequest.model_fields | ChatRequest.model_fields

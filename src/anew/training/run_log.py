@@ -408,7 +408,10 @@ def describe_data(
     """
     epochs = config.run.steps * config.batch_sequences / epoch_sequences
     yield f"data:  {config.data.data} as {config.data.tokenizer}"
-    yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
+    if config.data.val_tokens < 2:
+        yield f"       {train_tokens:,} training tokens; val_tokens 0: nothing is validated"
+    else:
+        yield f"       {train_tokens:,} training and {val_tokens:,} validation tokens"
     shifted = ", each with other windows" if config.data.recut and epochs > 1 else ""
     yield f"       {epoch_sequences:,} sequences an epoch, {epochs:.2f} epochs in all{shifted}"
     yield f"       {dropped:,} tokens at the ends of shards are left out of the first epoch"

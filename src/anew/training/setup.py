@@ -334,7 +334,7 @@ def open_training_data(
             stop,
             prepares=is_local_first,
             model=config.run.init,
-            conversations=config.data.conversations,
+            **config.data.reading,
         )
 
     data = world.run_on_all_ranks(open_here, first=lambda w: w.local_rank == 0)

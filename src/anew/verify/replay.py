@@ -160,7 +160,7 @@ def refuse_other_data(config: Config, checkpoint: Path, first: int) -> None:
         raise UserError(f"the data {data} is not prepared on this machine")
     learns_vocabulary = wanted.startswith("train:")
     tokenizer = wanted if learns_vocabulary else Tokenizer.find(wanted, config.folder)
-    with open_data(data, tokenizer, conversations=chats) as folder:
+    with open_data(data, tokenizer, **config.data.reading) as folder:
         if folder.identity != parse_json(checkpoint / "trainer.json")["data_revision"]:
             raise UserError(f"the text in {data} is no longer the one that was trained on")
         if chats:  # all are on this machine

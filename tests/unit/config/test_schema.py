@@ -62,6 +62,15 @@ def test_every_setting_has_a_help_line() -> None:
     assert all(len(field.metadata["help"]) > 10 for field in FIELDS.values())
 
 
+@pytest.mark.parametrize(("steps", "warm_up"), [(40, 20), (39, 3), (8, 0), (1000, 20)])
+def test_warm_up_of_more_than_half_a_run_is_shortened(steps: int, warm_up: int) -> None:
+    config, lines = recipe("shakespeare").override(steps=steps).adapted({"steps"})
+    assert config.optim.warmup_steps == warm_up
+    assert len(lines) == (warm_up < 20)
+    kept, _ = config.override(warmup_steps=30).adapted({"steps", "warmup_steps"})
+    assert kept.optim.warmup_steps == 30
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

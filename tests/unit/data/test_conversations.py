@@ -108,6 +108,30 @@ def test_file_without_a_conversation_is_refused(content: str, tmp_path: Path) ->
         open_data(str(path), "gpt2", conversations=True)
 
 
+def test_text_without_turns_is_refused_with_the_form_of_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "talks.txt"
+    path.write_text("Once upon a time\n")
+    with pytest.raises(UserError, match='each turn of a text begins with a line "user:"'):
+        open_data(str(path), "gpt2", conversations=True)
+
+
+def test_keys_of_rows_without_messages_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"dialogue": [{"role": "user", "content": "Hello"}], "id": 3}
+    path = write_rows(tmp_path / "talks.jsonl", [{"messages": as_dicts(TALK)}, row])
+    assert len(list(conversations_in(path))) == 1
+    assert "left out 1 conversation (1: no messages among dialogue, id)" in caplog.text
+
+
+def test_rows_of_sharegpt_are_read(tmp_path: Path) -> None:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = [{"from": names[message.role], "value": message.content} for message in TALK]
+    path = write_rows(tmp_path / "talks.jsonl", [{"conversations": turns}, {"conversations": 3}])
+    [line] = conversations_in(path)
+    assert from_json(line) == TALK
+
+
 def test_folder_may_have_files_without_conversations(tmp_path: Path) -> None:
     folder = tmp_path / "talks"
     folder.mkdir()

@@ -76,6 +76,7 @@ def test_single_file_is_split_by_position(text_file: Path, tmp_path: Path) -> No
     assert train[0] == val[0] == BYTES.end_of_text
     assert BYTES.decode(train[1:]) == text[: len(text) * 9 // 10]
     assert BYTES.decode(val[1:]) == text[len(text) * 9 // 10 :]
+    assert json.loads((folder.path / "index.json").read_text())["documents"] == 1
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "train:300"])

@@ -96,7 +96,23 @@ def test_column_of_a_table_is_read_also_across_lines(tmp_path: Path) -> None:
     source = sources.find(str(tmp_path), column="body")
     assert list(source.documents()) == [b"one, two\nthree", b"four", b"five, six"]
     with pytest.raises(UserError, match=r"no column 'text'; choose .* \(id, body\)"):
-        list(sources.find(str(tmp_path)).documents())
+        sources.find(str(tmp_path))
+
+
+def test_tables_without_the_column_are_left_out_of_a_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("kept")
+    (tmp_path / "b.csv").write_text("id,body\n1,not text\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "kept too"}\n')
+    (tmp_path / "d.jsonl").write_text('{"body": "not text"}\n')
+    source = sources.find(str(tmp_path))
+    assert list(source.documents()) == [b"kept", b"kept too"]
+    assert [path.name for path, _ in source.skipped] == ["b.csv", "d.jsonl"]
+    assert f"skipped {tmp_path / 'b.csv'}: it is a table without the column 'text'" in caplog.text
+    (tmp_path / "e.parquet").write_text("damaged")
+    with pytest.raises(UserError, match=r"e\.parquet cannot be read"):
+        sources.find(str(tmp_path))
 
 
 @pytest.mark.parametrize(
