@@ -1,10 +1,11 @@
-"""Generate text for several clients: one text at a time, while a limited number of others wait.
+"""Generate text for several clients: two requests at once, while a limited number of others wait.
 
     engine = Engine([Served("gpt2", model, tokenizer)])
     job = Job(engine.find("gpt2"), [ids], n_tokens=64)
     for row, token in engine.write(engine.take_place(), job, stop=threading.Event()): ...
 
-A client that leaves sets `stop`, and its place in the queue is free again.
+Requests that are answered at once take turns at the device, a token each. A client that leaves sets
+`stop`, and its place in the queue is free again.
 """
 
 import codecs
@@ -21,6 +22,7 @@ from anew.inference.generate import stream_with_logits
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 
+AT_ONCE = 2  # requests, so that two models can be watched side by side
 MAX_TEXTS = 16  # of one request; they are generated together
 ALTERNATIVES = 10
 POLL_SECONDS = 0.25  # how often a waiting request checks whether its client has left
@@ -28,6 +30,29 @@ POLL_SECONDS = 0.25  # how often a waiting request checks whether its client has
 
 class Busy(Exception):
     """All places of the queue are taken."""
+
+
+class Turns:
+    """A lock that its waiters get in the order in which they came.
+
+    A `threading.Lock` would mostly go to the thread that has just released it.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.drawn = 0  # tickets so far
+        self.current = 0  # the ticket whose turn it is
+
+    def __enter__(self) -> None:
+        with self.changed:
+            ticket = self.drawn
+            self.drawn += 1
+            self.changed.wait_for(lambda: self.current == ticket)
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.current += 1
+            self.changed.notify_all()
 
 
 class Place:
@@ -120,12 +145,13 @@ class Token:
 
 
 class Engine:
-    """The models, and a queue in which `waiting` requests may wait while one is answered."""
+    """The models, and a queue in which `waiting` requests may wait while others are answered."""
 
     def __init__(self, models: Sequence[Served], waiting: int = 8, int8: bool = False) -> None:
         self.models = {served.name: served for served in models}
-        self.places = threading.BoundedSemaphore(1 + waiting)
-        self.device = threading.Lock()
+        self.places = threading.BoundedSemaphore(AT_ONCE + waiting)
+        self.writers = threading.Semaphore(AT_ONCE)
+        self.device = Turns()
         self.int8 = int8
 
     def find(self, name: str | None) -> Served:
@@ -158,16 +184,16 @@ class Engine:
 
         Nothing more is drawn once `stop` is set. `place` is given back at the end.
         """
-        has_device = False
+        may_write = False
         try:
-            while not has_device:
-                has_device = self.device.acquire(timeout=POLL_SECONDS)
+            while not may_write:
+                may_write = self.writers.acquire(timeout=POLL_SECONDS)
                 if stop.is_set():
                     return
             yield from self._write(job, stop, alternatives)
         finally:
-            if has_device:
-                self.device.release()
+            if may_write:
+                self.writers.release()
             place.free()
 
     def _write(
@@ -190,8 +216,10 @@ class Engine:
             seed=job.seed,
             int8=self.int8 and len(job.prompts) == 1,
         )
-        for ids, logits in steps:
-            log_p = logits.float().cpu().log_softmax(-1)  # (B, 50257)
+        for _ in range(job.n_tokens):
+            with self.device:
+                ids, logits = next(steps)
+                log_p = logits.float().cpu().log_softmax(-1)  # (B, 50257)
             top = log_p.topk(alternatives)  # (B, alternatives)
             for row in sorted(unfinished):
                 is_end = ids[row] == tokenizer.end_of_text
@@ -203,7 +231,7 @@ class Engine:
                         text=decoders[row].decode(content),
                         is_end_of_text=is_end,
                         log_p=log_p[row, ids[row]].item(),
-                        alternatives=_alternatives(tokenizer, top.indices[row], top.values[row]),
+                        alternatives=alternatives_of(tokenizer, top.indices[row], top.values[row]),
                     ),
                 )
                 if is_end:
@@ -226,13 +254,13 @@ class Engine:
                     id=token,
                     text=tokenizer.decode([token]),
                     log_p=log_p[row, token].item(),
-                    alternatives=_alternatives(tokenizer, top.indices[row], top.values[row]),
+                    alternatives=alternatives_of(tokenizer, top.indices[row], top.values[row]),
                 )
             )
         return tokens
 
 
-def _alternatives(tokenizer: Tokenizer, ids: Tensor, log_p: Tensor) -> list[Alternative]:
+def alternatives_of(tokenizer: Tokenizer, ids: Tensor, log_p: Tensor) -> list[Alternative]:
     """Return the alternatives of one token from two vectors of the same length."""
     return [
         Alternative(token, tokenizer.decode([token]), value)

@@ -1,18 +1,20 @@
 """The queue in front of the models, without a server."""
 
 import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 
 from anew import GPT, Tokenizer
 from anew.errors import UserError
-from anew.serve.engine import Busy, Engine, Job, Served
+from anew.serve.engine import Busy, Engine, Job, Served, Token, Turns
 from tests.support.serving import CONFIG
 
 
 def engine_of_two_places() -> Engine:
     served = Served("m", GPT(CONFIG).eval(), Tokenizer.named("bytes"))
-    return Engine([served], waiting=1)
+    return Engine([served], waiting=0)
 
 
 def job(engine: Engine, n_tokens: int, temperature: float = 1.0, seed: int = 0) -> Job:
@@ -41,9 +43,54 @@ def test_client_that_leaves_while_waiting_frees_its_place() -> None:
     stop = threading.Event()
     waiting = engine.write(engine.take_place(), job(engine, 5), stop)
     stop.set()
-    with engine.device:  # as if another text were being generated
+    with engine.writers, engine.writers:  # as if two other texts were being generated
         assert list(waiting) == []
     assert_all_places_are_free(engine)
+
+
+def test_two_texts_are_written_at_once_and_are_those_of_each_alone() -> None:
+    engine = engine_of_two_places()
+
+    def write(seed: int) -> Iterator[tuple[int, Token]]:
+        return engine.write(engine.take_place(), job(engine, 60, seed=seed), threading.Event())
+
+    alone = [list(write(1)), list(write(2))]
+    first, second = write(1), write(2)
+    begun = [next(first), next(second)]  # with one at a time, the second would wait for ever
+    written: list[list[tuple[int, Token]]] = [[begun[0]], [begun[1]]]
+
+    def finish(texts: Iterator[tuple[int, Token]], into: list[tuple[int, Token]]) -> None:
+        into.extend(texts)
+
+    threads = [
+        threading.Thread(target=finish, args=pair)
+        for pair in zip((first, second), written, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert written == alone
+    assert_all_places_are_free(engine)
+
+
+def test_turns_are_taken_in_order() -> None:
+    turns = Turns()
+    order: list[str] = []
+
+    def work(name: str) -> None:
+        with turns:
+            order.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcdef"]
+    with turns:
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            while turns.drawn <= number:  # until it waits
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list("abcdef")
 
 
 def test_text_ends_at_the_next_token_after_stop() -> None:
