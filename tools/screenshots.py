@@ -2,14 +2,16 @@
 
 python tools/screenshots.py report docs/example/report.html docs/pictures/report.png
 python tools/screenshots.py playground docs/pictures/playground.png MODEL [MODEL]
+python tools/screenshots.py inside docs/pictures/inside.png MODEL TOKEN BLOCK HEAD
 
 Needs selenium and headless Chromium (Debian: chromium and chromium-driver).
 """
 
+import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,12 @@ def take_report(browser: Any, page: str, output: str) -> None:
     save_top(browser, bottom_of_last(browser, ".charts.wide") + 24, output)
 
 
-def take_playground(browser: Any, output: str, *models: str) -> None:
-    """Take a picture of the texts of the models, with the alternatives for one token."""
+@contextlib.contextmanager
+def written_texts(browser: Any, models: Sequence[str]) -> Iterator[None]:
+    """Serve the models, and show the page on which they have continued PROMPT."""
     command = [sys.executable, "-m", "anew", "serve", *models, "--port", str(PORT)]
     server = subprocess.Popen(command)
     try:
-        save_top(browser, 900, output)
         for _ in range(120):
             try:
                 browser.get(f"http://127.0.0.1:{PORT}")
@@ -78,15 +80,39 @@ def take_playground(browser: Any, output: str, *models: str) -> None:
         time.sleep(1)
         while browser.execute_script("return document.getElementById('write').disabled"):
             time.sleep(0.2)
-        tokens = "document.querySelectorAll('article:nth-child(1) .token')"
-        browser.execute_script(f"{tokens}[24].click()")
-        save_top(browser, bottom_of_last(browser, "article, #choices") + 40, output)
+        yield
     finally:
         server.terminate()
         server.wait()
 
 
-PICTURES: dict[str, Callable[..., None]] = {"report": take_report, "playground": take_playground}
+def take_playground(browser: Any, output: str, *models: str) -> None:
+    """Take a picture of the texts of the models, with the alternatives for one token."""
+    save_top(browser, 900, output)
+    with written_texts(browser, models):
+        tokens = "document.querySelectorAll('article:nth-child(1) .token')"
+        browser.execute_script(f"{tokens}[24].click()")
+        save_top(browser, bottom_of_last(browser, "article, #choices") + 40, output)
+
+
+def take_inside(browser: Any, output: str, model: str, token: str, block: str, head: str) -> None:
+    """Take a picture of the inside view with one token and one head chosen."""
+    save_top(browser, 900, output)
+    with written_texts(browser, [model]):
+        browser.execute_script("document.querySelector('.look').click()")
+        time.sleep(1)
+        choice = f"{{ token: {token}, block: {block}, head: {head} }}"
+        browser.execute_script(f"choose({choice})")
+        time.sleep(1)
+        browser.execute_script("scrollTo(0, 0)")
+        save_top(browser, bottom_of_last(browser, "#inside") + 24, output)
+
+
+PICTURES: dict[str, Callable[..., None]] = {
+    "report": take_report,
+    "playground": take_playground,
+    "inside": take_inside,
+}
 
 if __name__ == "__main__":
     picture, *arguments = sys.argv[1:]

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from anew import Tokenizer, generate
+from anew.checkpoint.huggingface import load_model
+from anew.inference.interpret import Part, trace_of, without
 from anew.report import html as page
 from anew.report.run import Run
 from anew.training.trainer import train
@@ -205,3 +208,86 @@ def test_conversation_on_the_page(browser: Any, chat_model: Path, models: list[P
         Select(browser.find_element(By.ID, "model")).select_by_value(str(models[1]))
         wait_for(browser, "document.getElementById('write').textContent == 'Write'")
         assert not browser.find_element(By.ID, "renew").is_displayed()
+
+
+def test_inside_view_shows_and_removes_heads(browser: Any, models: list[Path]) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    def number_of(selector: str) -> int:
+        return int(browser.execute_script(f"return document.querySelectorAll('{selector}').length"))
+
+    def text_of(name: str) -> str:
+        return str(browser.execute_script(f"return document.getElementById('{name}').textContent"))
+
+    is_idle = "!document.getElementById('write').disabled"
+    drawn = "document.querySelectorAll('#inside-tokens .option').length"
+    with served(str(models[0])) as address:
+        browser.get(address)
+        wait_for(browser, "document.querySelectorAll('#model option').length == 1")
+        browser.find_element(By.ID, "prompt").send_keys("The tower of")
+        for name, value in (("n_tokens", "28"), ("temperature", "0")):
+            element = browser.find_element(By.ID, name)
+            element.clear()
+            element.send_keys(value)
+        browser.find_element(By.ID, "write").click()
+        wait_for(browser, f"{is_idle} && document.querySelectorAll('article .token').length > 0")
+        browser.find_element(By.CLASS_NAME, "look").click()
+        n_tokens = number_of("article .token") + len("The tower of")
+        wait_for(browser, f"{drawn} == {n_tokens}")
+        assert text_of("inside-title") == f"Inside {'/'.join(models[0].parts[-2:])}"
+        assert number_of("#heads button") == 4
+        assert number_of("#layers tbody tr") == 3, "the start and two blocks"
+        assert number_of("#layers tbody tr:last-child .guess") == 10
+        model = load_model(models[0])
+        ids = browser.execute_script("return inside.ids")
+        expected = trace_of(model, ids).attention[0, 0, -1]
+        row = browser.execute_script("return inside.found.matrix[inside.token]")
+        assert row == pytest.approx((10_000 * expected).tolist(), abs=1)
+        look(browser, "inside", 1200)
+
+        # The keys move the choice: to the token before, and from head 0.0 to head 1.0.
+        browser.find_element(By.CSS_SELECTOR, "#inside-tokens [aria-selected=true]").send_keys(
+            Keys.ARROW_LEFT
+        )
+        wait_for(browser, f"inside.found.rows[0][0].length == {n_tokens - 1}")
+        assert number_of(".guess.came") >= 1, "the token that came next is framed"
+        browser.find_element(By.CSS_SELECTOR, "#heads [aria-pressed=true]").send_keys(
+            Keys.ARROW_DOWN
+        )
+        wait_for(browser, "document.getElementById('attention-text').textContent.includes('1.0')")
+        focused = "return document.activeElement.getAttribute('aria-label')"
+        assert "block 1, head 0" in browser.execute_script(focused), "the focus stays"
+        browser.find_element(By.CSS_SELECTOR, "[name=view][value=lines]").click()
+        wait_for(browser, "document.querySelectorAll('#lines line.chosen').length > 0")
+        assert number_of("#lines text") == 2 * n_tokens
+        look(browser, "inside-375", 375, dark=True)
+
+        before = text_of("layers")
+        buttons = browser.find_elements(By.CSS_SELECTOR, "#switches button")
+        assert [button.text for button in buttons] == [
+            "Switch off head 1.0",
+            "Switch off attention 1",
+            "Switch off MLP 1",
+        ]
+        buttons[0].click()
+        wait_for(browser, "document.querySelectorAll('.head.off').length == 1")
+        assert text_of("layers") != before
+        browser.find_elements(By.CSS_SELECTOR, "#switches button")[2].click()
+        wait_for(browser, "document.getElementById('off').textContent.includes('MLP 1')")
+        browser.find_element(By.ID, "rewrite").click()
+        wait_for(browser, f"{is_idle} && document.querySelectorAll('article').length == 2")
+        wait_for(browser, "document.querySelectorAll('article:nth-child(2) .token').length > 0")
+        title = "document.querySelector('article:nth-child(2) h2 span').textContent"
+        assert "without head 1.0, MLP 1" in browser.execute_script(f"return {title}")
+        written = browser.execute_script(
+            "return [...document.querySelectorAll('article:nth-child(2) .token')]"
+            ".map(token => token.textContent).join('')"
+        )
+        smaller = without(model, [Part(1, "head", 0), Part(1, "mlp")])
+        prompt = Tokenizer.named("bytes").encode("The tower of")
+        [ids] = generate(smaller, [prompt], 28, stop=256, temperature=0)
+        assert written.removesuffix("end of text") == Tokenizer.named("bytes").decode(ids)
+        look(browser, "inside-without", 1200)
+        browser.find_element(By.ID, "inside-close").click()
+        assert not browser.find_element(By.ID, "inside").is_displayed()

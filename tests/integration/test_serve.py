@@ -16,17 +16,21 @@ import torch
 from torch import Tensor
 
 from anew import GPT, Tokenizer, generate
-from anew.serve.schemas import CompletionRequest
+from anew.checkpoint.huggingface import load_model
+from anew.inference.interpret import Part, logit_lens, trace_of, without
+from anew.serve.schemas import CompletionRequest, InsideRequest, PageRequest
 from tests.support.serving import models, post, request, served
 
 __all__ = ["models"]  # a fixture
 END_OF_TEXT = 256
 FIELDS = sorted(CompletionRequest.model_fields)
+PAGE_FIELDS = sorted({*PageRequest.model_fields, *InsideRequest.model_fields} - set(FIELDS))
+PATHS = ("/v1/completions", "/api/write", "/api/inside")
 
 
 @pytest.fixture(scope="module")
 def address(models: list[Path]) -> Iterator[str]:
-    with served(*map(str, models), "--waiting", "2") as found:
+    with served(*map(str, models), "--waiting", "1") as found:
         yield found
 
 
@@ -199,7 +203,7 @@ def hostile_body(generator: random.Random) -> bytes:
                 b'{"max_tokens": 1, "max_tokens": []}',
             ]
         )
-    names = sorted([*FIELDS, "n_tokens", "__proto__", "constructor"])
+    names = sorted([*FIELDS, *PAGE_FIELDS, "__proto__", "constructor"])
     chosen = generator.sample(names, generator.randrange(1, 5))
     body = {name: generator.choice(values) for name in chosen}
     if kind == 5:
@@ -212,7 +216,7 @@ def test_500_hostile_bodies_cause_no_server_error(address: str) -> None:
     statuses: dict[int, int] = {}
     for i in range(500):
         body = hostile_body(generator)
-        status, answer = post(address, ("/v1/completions", "/api/write")[i % 2], body)
+        status, answer = post(address, PATHS[i % 3], body)
         statuses[status] = statuses.get(status, 0) + 1
         assert status < 500, (status, body[:200], answer[:500])
         if status != 200:
@@ -224,12 +228,64 @@ def test_500_hostile_bodies_cause_no_server_error(address: str) -> None:
 
 def test_half_a_surrogate_pair_causes_no_server_error(address: str) -> None:
     for name in FIELDS:
-        for path in ("/v1/completions", "/api/write"):
+        for path in PATHS:
             for value in ("\ud800", ["\ud800"], {"\ud800": "\ud800"}):
                 body = completion_body(**{"n_tokens": 1, name: value})
                 status, answer = post(address, path, body)
                 assert status < 500, (name, value, path, answer[:300])
                 assert b"server_error" not in answer, (name, value, path, answer[:300])
+
+
+def test_inside_has_the_attention_of_the_model(address: str, models: list[Path]) -> None:
+    ids = list(b"The tower of the king")
+    parts = [{"block": 0, "kind": "head", "head": 1}, {"block": 1, "kind": "mlp"}]
+    model = load_model(models[0])
+    changed = without(model, [Part(0, "head", 1), Part(1, "mlp")])
+    for served_model, switched_off in ((model, []), (changed, parts)):
+        body = {"prompt": ids, "token": 6, "block": 1, "head": 1, "without": switched_off}
+        status, answer = post(address, "/api/inside", json.dumps(body).encode())
+        assert status == 200, answer
+        found = json.loads(answer)
+        trace = trace_of(served_model, ids)
+        for i, row in enumerate(found["matrix"]):
+            assert row == pytest.approx(
+                (10_000 * trace.attention[1, 1, i, : i + 1]).tolist(), abs=1
+            )
+        rows = torch.tensor(found["rows"])
+        assert rows.shape == (2, 2, 7)
+        assert (rows - 10_000 * trace.attention[:, :, 6, :7]).abs().max() <= 1
+        lens = logit_lens(served_model, trace.residual[:, 6])
+        for layer, expected in zip(found["layers"], lens, strict=True):
+            likeliest = [choice["id"] for choice in layer["likeliest"]]
+            assert likeliest == expected.topk(10).indices.tolist()
+        norm = trace.mlp_added[1, 6].norm().item()
+        assert found["layers"][2]["mlp_norm"] == pytest.approx(norm, abs=1e-6)
+        written = {"prompt": ids, "n_tokens": 12, "temperature": 0, "without": switched_off}
+        status, answer = post(address, "/api/write", json.dumps(written).encode())
+        lines = [json.loads(line[6:]) for line in answer.decode().split("\n\n") if line]
+        [expected_ids] = generate(served_model, [ids], 12, stop=256, temperature=0)
+        assert [line["id"] for line in lines[1:] if line["id"] != 256] == expected_ids
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": "x" * 257}, "257 tokens cannot be shown; the page shows 1 to 256"),
+        ({"prompt": [257]}, "a token id is outside 0 to 256"),
+        ({"token": 4}, "there is no token 4; the text has 4, from 0"),
+        ({"block": 2}, "there is no head 0 in a block 2"),
+        ({"head": -1}, "there is no head -1 in a block 0"),
+        ({"without": [{"block": 0, "kind": "head", "head": 2}]}, "there is no head 2 in a block 0"),
+        ({"without": [{"block": 0, "kind": "norm"}]}, "without: kind should be 'head', 'attention"),
+        ({"prompt": ["a", "b"]}, "the page shows one text at a time"),
+    ],
+)
+def test_impossible_look_inside_is_refused(
+    fields: dict[str, Any], words: str, address: str
+) -> None:
+    status, answer = post(address, "/api/inside", json.dumps({"prompt": "abcd", **fields}).encode())
+    assert status == 400
+    assert words in json.loads(answer)["error"]["message"]
 
 
 def test_other_hosts_and_forms_are_refused(address: str) -> None:
@@ -246,7 +302,7 @@ def test_page_loads_nothing_from_elsewhere(address: str) -> None:
     page = answer.body.decode()
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "http" not in page.replace("http-equiv", "")
-    for path in ("/page.css", "/page.js"):
+    for path in ("/page.css", "/page.js", "/inside.js"):
         assert request(address, "GET", path).status == 200
 
 

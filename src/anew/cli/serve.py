@@ -31,7 +31,7 @@ class ServeArgs:
     port: int = 8000
     """port to listen on; 0: any free port"""
     waiting: int = 8
-    """requests that may wait while one is answered; more are refused"""
+    """requests that may wait while two are answered; more are refused"""
     device: Device = "auto"
     """where to compute"""
     precision: Precision = "auto"

@@ -28,7 +28,13 @@ from starlette.exceptions import HTTPException
 from anew.errors import UserError
 from anew.serve.engine import POLL_SECONDS, Busy, Engine
 from anew.serve.openai_api import as_chat_answer, as_chat_chunk, chunks, joined
-from anew.serve.schemas import ChatRequest, CompletionRequest, PageRequest, error_sentence
+from anew.serve.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    InsideRequest,
+    PageRequest,
+    error_sentence,
+)
 
 log = logging.getLogger("anew")
 T = TypeVar("T")
@@ -39,6 +45,7 @@ PAGE_FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/inside.js": ("inside.js", "text/javascript"),
 }
 SAME_ORIGIN = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 HEADERS = {
@@ -96,6 +103,8 @@ def _add_models(api: FastAPI, engine: Engine) -> None:
             {
                 "name": served.name,
                 "positions": served.model.config.n_positions,
+                "blocks": served.model.config.n_layer,
+                "heads": served.model.config.n_head,
                 "is_chat": served.is_chat,
             }
             for served in engine.models.values()
@@ -155,6 +164,15 @@ def _add_generation(api: FastAPI, engine: Engine) -> None:
                 yield json.dumps(dataclasses.asdict(token))
 
         return _event_stream(lines())
+
+    @api.post("/api/inside")
+    def inside(body: InsideRequest) -> Response:
+        """Return attention and next tokens after each block while a text is read, for the page."""
+        place = engine.take_place()
+        try:
+            return JSONResponse(body.inside(engine))
+        finally:
+            place.free()
 
 
 def _add_error_handlers(api: FastAPI) -> None:

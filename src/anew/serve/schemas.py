@@ -8,12 +8,15 @@ A field that is null has its default. Values are not converted: "5" and true are
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from anew.errors import UserError
+from anew.inference.interpret import Part, without
 from anew.serve.engine import Engine, Job, Served
+from anew.serve.inside import look_inside
 from anew.tokenizer.chat import SYSTEM, Message, prompt_of
 
 SEED_LIMIT = 2**63
@@ -65,16 +68,15 @@ class Prompted(Sampling):
         description="a text, a list of token ids, or a list of these",
     )
 
-    def _job(self, engine: Engine, n_tokens: int, copies: int = 1) -> Job:
-        """Return the job of continuing each prompt `copies` times; UserError if not possible."""
-        served = engine.find(self.model)
+    def _rows(self, served: Served) -> list[list[int]]:
+        """Return the ids of each prompt; an empty one is end of text."""
         is_single = isinstance(self.prompt, str) or all(isinstance(i, int) for i in self.prompt)
         prompts: Sequence[Any] = [self.prompt] if is_single else self.prompt
         rows = []
         for prompt in prompts:
             ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            rows += [ids or [served.tokenizer.end_of_text]] * copies
-        return self._job_of(served, rows, n_tokens)
+            rows.append(ids or [served.tokenizer.end_of_text])
+        return rows
 
 
 class TextPart(BaseModel):
@@ -117,7 +119,56 @@ def ids_of_chat(
     return prompt_of(served.tokenizer, [message.message() for message in messages], most_ids)
 
 
-class PageRequest(Prompted):
+class PartOfModel(BaseModel):
+    """A part of one block that adds nothing: the attention, one head of it, or the MLP."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    block: int = Field(description="from 0")
+    kind: Literal["head", "attention", "mlp"]
+    head: int = Field(0, description="from 0, if the part is a head")
+
+
+class OfPage(Prompted):
+    """The fields of both requests of the page."""
+
+    without: list[PartOfModel] = Field(
+        [],
+        max_length=1000,
+        description='parts of the model that are switched off: {"block": 0, "kind": "mlp"}',
+    )
+
+    def served_by(self, engine: Engine) -> Served:
+        """Return the model without the parts that are switched off.
+
+        Raises UserError if the model has no such part.
+        """
+        served = engine.find(self.model)
+        if not self.without:
+            return served
+        parts = [Part(part.block, part.kind, part.head) for part in self.without]
+        return replace(served, model=without(served.model, parts))
+
+
+class InsideRequest(OfPage):
+    """A request to look inside a model while it reads a text."""
+
+    token: int = Field(-1, description="the token that is chosen, from 0; -1: the last one")
+    block: int = Field(0, description="the block that is chosen, from 0")
+    head: int = Field(0, description="the head that is chosen, from 0")
+
+    def inside(self, engine: Engine) -> dict[str, Any]:
+        """Return what `look_inside` does; raise UserError if it is impossible."""
+        served = self.served_by(engine)
+        rows = self._rows(served)
+        if len(rows) != 1:
+            raise UserError("the page shows one text at a time.")
+        token = self.token if self.token >= 0 else len(rows[0]) - 1
+        with engine.device:
+            return look_inside(served, rows[0], token, self.block, self.head)
+
+
+class PageRequest(OfPage):
     """A request of the page: a text, a conversation, or the ids of one whose end was changed."""
 
     n_tokens: int = Field(64, ge=0, le=1_000_000)
@@ -128,15 +179,15 @@ class PageRequest(Prompted):
 
         Raises UserError if it is impossible.
         """
+        served = self.served_by(engine)
         if self.messages:
-            served = engine.find(self.model)
             ids, n_left_out = ids_of_chat(served, self.messages, self.n_tokens)
             n_tokens = min(self.n_tokens, served.model.config.n_positions - len(ids))
             return self._job_of(served, [ids], n_tokens), n_left_out
-        job = self._job(engine, self.n_tokens)
-        if len(job.prompts) != 1:
+        rows = self._rows(served)
+        if len(rows) != 1:
             raise UserError("the page continues one text at a time.")
-        return job, 0
+        return self._job_of(served, rows, self.n_tokens), 0
 
 
 class StreamOptions(BaseModel):
@@ -202,7 +253,9 @@ class CompletionRequest(Streamed, Prompted):
 
     def job(self, engine: Engine) -> Job:
         """Return what the engine has to do; raise UserError if it is impossible."""
-        return self._job(engine, self.max_tokens, copies=self.n)
+        served = engine.find(self.model)
+        rows = [row for row in self._rows(served) for _ in range(self.n)]
+        return self._job_of(served, rows, self.max_tokens)
 
 
 class ChatRequest(Streamed):
@@ -248,6 +301,7 @@ def error_sentence(errors: Sequence[Any]) -> str:
     # A part of a list or of alternative types, or a list that is needed.
     if len(location) > 1 or errors[0]["type"] in ("missing", "too_short"):
         fields = CompletionRequest.model_fields | ChatRequest.model_fields
+        fields |= InsideRequest.model_fields
         return f"{name} should be {fields[name].description}."
     message = errors[0]["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{name} {message}."

@@ -35,6 +35,7 @@ const isChat = () => chatModels.has($("model").value);
 // Begin a new conversation, or an empty page for texts.
 function renew() {
   close();
+  closeInside();
   for (const text of running) text.leaving?.abort();
   running.clear();
   turns = [];
@@ -66,8 +67,11 @@ function send(names) {
 }
 
 class Text {
-  constructor(model, promptText, messages = []) {
+  // `without`: parts of the model that are switched off, as the inside view makes them.
+  constructor(model, promptText, messages = [], without = []) {
     this.model = model;
+    this.without = without;
+    this.name = brief(model) + (without.length ? ` without ${without.map(nameOf).join(", ")}` : "");
     this.promptText = promptText;
     this.messages = messages;
     this.unseen = "";
@@ -75,7 +79,9 @@ class Text {
     this.tokens = [];
     this.note = make("span");
     this.body = make("div", { className: "text" }, make("span", { className: "prompt", textContent: promptText }));
-    this.article = make("article", {}, make("h2", {}, make("span", { textContent: brief(model), title: model }), this.note), this.body);
+    this.look = make("button", { type: "button", className: "look", textContent: "Look inside", hidden: true });
+    this.look.addEventListener("click", () => openInside(this));
+    this.article = make("article", {}, make("h2", {}, make("span", { textContent: this.name, title: model }), this.note, this.look), this.body);
     $("texts").append(this.article);
   }
 
@@ -90,7 +96,7 @@ class Text {
     this.note.textContent = "waiting for its turn";
     try {
       const answer = await fetch("api/write", { method: "POST", signal: this.leaving.signal, headers: { "content-type": "application/json" },
-        body: JSON.stringify({ model: this.model, ...beginning, ...rules }) });
+        body: JSON.stringify({ model: this.model, ...beginning, ...rules, without: this.without }) });
       if (!answer.ok) throw new Error((await answer.json()).error.message);
       for await (const token of events(answer)) {
         if (token.error) throw new Error(token.error.message);
@@ -112,6 +118,7 @@ class Text {
   }
 
   add(token) {
+    this.look.hidden = false;
     const index = this.tokens.length;
     const span = make("span", { className: token.is_end_of_text ? "token end" : "token", tabIndex: 0, textContent: token.is_end_of_text ? "end of text" : token.text });
     span.title = `${percent(token.log_p)}`;
@@ -120,6 +127,11 @@ class Text {
     span.addEventListener("keydown", event => { if (event.key === "Enter") offer(this, index, span); });
     this.tokens.push({ ...token, span });
     this.body.append(span);
+  }
+
+  // The ids of the prompt and of the text.
+  ids() {
+    return [...this.promptIds, ...this.tokens.map(token => token.id)];
   }
 
   // The text that was generated, without the end of text.
@@ -200,4 +212,4 @@ $("prompt").addEventListener("keydown", event => {
 });
 document.addEventListener("keydown", event => { if (event.key === "Escape") close(); });
 document.addEventListener("click", event => { if (!event.target.closest("#choices, .token")) close(); });
-start();
+document.addEventListener("DOMContentLoaded", start);  // after inside.js
