@@ -300,6 +300,87 @@ assert abs(mine - theirs) < 1e-4
 # %% [markdown]
 # ## Exercises
 #
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** How many parameters has a GPT-2 with `n_layer` blocks of width `n_embd`, 50,257 tokens and 1,024 positions? Count matrices, biases and layer norms. The head is the
+# token embedding itself.
+
+
+# %%
+def n_parameters(n_layer: int, n_embd: int) -> int | None:
+    return None  # your answer
+
+
+# %%
+def check_1(n_parameters: Callable[[int, int], int | None]) -> str:
+    found = n_parameters(12, 768)
+    if found is None:
+        return "not answered yet"
+    missing = found - 124_439_808
+    if missing == 50257 * 768:
+        return "wrong: the head is counted, but it is the embedding table (tied)"
+    if missing == -12 * 13 * 768:
+        return "wrong: the 13 x 768 biases and layer norms of each block are missing"
+    if missing:
+        return f"wrong: {found:,} is {missing:+,} from GPT-2's 124,439,808"
+    if n_parameters(48, 1600) != 1_557_611_200:
+        return "wrong: right for 124M, but GPT-2 XL (48 blocks, 1600 wide) has 1,557,611,200"
+    return "right: the same formula gives all four sizes of GPT-2"
+
+
+print(check_1(n_parameters))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def n_parameters(n_layer: int, n_embd: int) -> int:
+#     C = n_embd
+#     attention = C * 3 * C + 3 * C + C * C + C
+#     mlp = C * 4 * C + 4 * C + 4 * C * C + C
+#     norms = 2 * 2 * C
+#     return 50257 * C + 1024 * C + n_layer * (attention + mlp + norms) + 2 * C
+# ```
+#
+# A block has 12 C² weights and 13 C small ones. The last 2 C are the final layer norm.
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** Which share of the parameters of GPT-2 124M is the token embedding?
+
+# %%
+share_of_embedding = None  # your answer, between 0 and 1
+
+
+# %%
+def check_2(share_of_embedding: float | None) -> str:
+    if share_of_embedding is None:
+        return "not answered yet"
+    if abs(share_of_embedding - 0.310) < 0.002:
+        return "right: 38.6 of 124.4 million, which is why tying it to the head pays"
+    if abs(share_of_embedding - 0.473) < 0.003:
+        return "wrong: this counts the table twice; the head is the same tensor"
+    if abs(share_of_embedding - 0.316) < 0.002:
+        return "wrong: this counts the position embedding too"
+    return "wrong: the table has 50,257 rows of 768 numbers"
+
+
+print(check_2(share_of_embedding))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# share_of_embedding = 50257 * 768 / 124_439_808
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
+#
 # 1. Leave out the warm-up at a rate of 3e-3. At which step does it show?
 # 2. Initialise `wpe` with 0.02, as many reproductions do. Can you see it after 40 steps? After 600?
 # 3. Replace the tanh GELU by the exact one and train again: is one better? Then load OpenAI's weights into both.

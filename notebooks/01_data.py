@@ -7,6 +7,7 @@
 # %%
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,6 +127,90 @@ print("targets", repr(tokenizer.decode(y[0, :12].tolist())))
 
 # %% [markdown]
 # ## Exercises
+#
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** A shard has `n` tokens. How many training sequences of `T` tokens can be cut from it, one behind the other, if each position needs the token that comes next?
+
+
+# %%
+def n_sequences(n: int, T: int) -> int | None:
+    return None  # your answer
+
+
+# %%
+def check_1(n_sequences: Callable[[int, int], int | None]) -> str:
+    if n_sequences(100, 10) is None:
+        return "not answered yet"
+    if n_sequences(100, 10) == 10:
+        return "wrong: the last position of the tenth sequence has no next token"
+    if n_sequences(110, 10) == 10 and n_sequences(101, 10) == 9:
+        return "wrong: neighbours share a token; the target of the last is the input of the next"
+    cases = {(100, 10): 9, (101, 10): 10, (110, 10): 10, (11, 10): 1, (10, 10): 0}
+    for (n, T), expected in cases.items():
+        if n_sequences(n, T) != expected:
+            return f"wrong: {n} tokens give {expected} sequences of {T}, not {n_sequences(n, T)}"
+    return "right: one token more than the sequences is needed, and only one"
+
+
+print(check_1(n_sequences))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def n_sequences(n: int, T: int) -> int:
+#     return (n - 1) // T
+# ```
+#
+# Inputs are the tokens 0 to n - 2, targets the tokens 1 to n - 1.
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** Write a function that says whether a document belongs to the tenth that is held out. It may depend on nothing but the document, so that the split is the
+# same in every process and order.
+
+
+# %%
+def is_held_out(document: bytes) -> bool | None:
+    return None  # your answer
+
+
+# %%
+def check_2(is_held_out: Callable[[bytes], bool | None]) -> str:
+    if is_held_out(b"a document") is None:
+        return "not answered yet"
+    documents = [f"document {number}".encode() for number in range(5000)]
+    first = [bool(is_held_out(document)) for document in documents]
+    if first != [bool(is_held_out(document)) for document in documents]:
+        return "wrong: the same document is once held out and once not"
+    if "hash" in is_held_out.__code__.co_names:
+        return "wrong: Python's hash of bytes is another one in each process; use hashlib"
+    share = sum(first) / len(documents)
+    if not 0.08 < share < 0.12:
+        return f"wrong: {share:.1%} of 5,000 documents are held out, not a tenth"
+    return f"right: {share:.1%} of 5,000 documents, the same ones everywhere"
+
+
+print(check_2(is_held_out))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def is_held_out(document: bytes) -> bool:
+#     from hashlib import blake2b
+#
+#     number = int.from_bytes(blake2b(document, digest_size=8).digest(), "little")
+#     return number < 2**64 // 10
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
 #
 # 1. Encode the same sentence in English and in another language. How many tokens does each take, and why does that matter?
 # 2. `anew prepare my.txt --tokenizer train:1000` learns a vocabulary. Compare its tokens with GPT-2's on your text.

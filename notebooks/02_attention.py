@@ -6,6 +6,7 @@
 
 # %%
 import math
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
@@ -146,6 +147,95 @@ torch.testing.assert_close(mine, module(x))
 
 # %% [markdown]
 # ## Exercises
+#
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** Write the weights of causal attention: `q` and `k` are (T, d), and row t of the result has the weights with which token t attends to the others.
+
+
+# %%
+def causal_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    return None  # your answer
+
+
+# %%
+def check_1(causal_weights: Callable[..., torch.Tensor | None]) -> str:
+    q, k = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(3))
+    found = causal_weights(q, k)
+    if found is None:
+        return "not answered yet"
+    if found.shape != (6, 6):
+        return f"wrong: the shape is {tuple(found.shape)}, not (6, 6)"
+    later = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    right = (q @ k.T / 4).masked_fill(later, -torch.inf).softmax(-1)
+    if torch.allclose(found, right, atol=1e-6):
+        return "right: each row sums to 1, and nothing is above the diagonal"
+    if found[later].abs().max() > 1e-6:
+        return "wrong: a token attends to later ones"
+    if (found.sum(-1) - 1).abs().max() > 1e-4:
+        return "wrong: the rows do not sum to 1; mask the scores before the softmax"
+    unscaled = (q @ k.T).masked_fill(later, -torch.inf).softmax(-1)
+    if torch.allclose(found, unscaled, atol=1e-6):
+        return "wrong: the scores are not divided by the square root of d"
+    return "wrong: the rows sum to 1, but the weights are others"
+
+
+print(check_1(causal_weights))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def causal_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+#     T, d = q.shape
+#     later = torch.ones(T, T, dtype=torch.bool).triu(1)
+#     return (q @ k.T / math.sqrt(d)).masked_fill(later, -torch.inf).softmax(-1)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** With a sliding window, a token sees itself and the `w` - 1 tokens before it. Write the mask (T, T): true where a row may look.
+
+
+# %%
+def window_mask(T: int, w: int) -> torch.Tensor | None:
+    return None  # your answer
+
+
+# %%
+def check_2(window_mask: Callable[[int, int], torch.Tensor | None]) -> str:
+    found = window_mask(6, 3)
+    if found is None:
+        return "not answered yet"
+    if found[0].sum() > 1:
+        return "wrong: the first token sees later ones"
+    counts = found.sum(-1).tolist()
+    if counts == [1, 2, 3, 4, 4, 4]:
+        return "wrong: the window is one too wide; it includes the token itself"
+    if counts != [1, 2, 3, 3, 3, 3] or not found.diagonal().all():
+        return f"wrong: with a window of 3, the rows see {counts} tokens"
+    return "right: T x w scores instead of T x T / 2"
+
+
+print(check_2(window_mask))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def window_mask(T: int, w: int) -> torch.Tensor:
+#     row, column = torch.arange(T)[:, None], torch.arange(T)
+#     return (column <= row) & (column > row - w)
+# ```
+#
+# Mistral's first model had such a window; GPT-2 sees everything.
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
 #
 # 1. Leave out `shrink` in `in_tiles`. Which queries go wrong, and why not the first tile's?
 # 2. Count how many numbers `in_tiles` holds at once for T = 4096, tile = 128, and compare with T x T.

@@ -5,6 +5,7 @@
 
 # %%
 import math
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
@@ -122,6 +123,80 @@ assert model.transformer.wte.weight.grad[50257:].abs().max() == 0
 # %% [markdown]
 # ## Exercises
 #
-# 1. A model says 0.9 for the right token half of the time and 0.001 otherwise. What is its loss? And one that always says 0.2?
-# 2. What loss has a model that knows only how often each token occurs (the unigram model)? Compute it on the text above.
-# 3. Label smoothing, dropout, weight decay: which of them can make the training loss higher than the validation loss?
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** One model gives the right token a probability of 0.9 half of the time and 0.001 otherwise. Another always gives it 0.2. What are their losses, in nats?
+
+# %%
+losses = None  # your answer: two numbers
+
+
+# %%
+def check_1(losses: tuple[float, float] | None) -> str:
+    if losses is None:
+        return "not answered yet"
+    first, second = losses
+    if abs(first + math.log(0.4505)) < 0.01:
+        return "wrong: this is the logarithm of the mean; the loss is the mean of the logarithms"
+    if abs(first - 5.059) < 0.01:
+        return "wrong: these are bits"
+    if abs(first - 3.507) > 0.01 or abs(second - 1.609) > 0.01:
+        return "wrong: take -log of each probability, then the mean"
+    return "right: the first is right far more often, and twice as bad; confident errors cost"
+
+
+print(check_1(losses))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# losses = (-(math.log(0.9) + math.log(0.001)) / 2, -math.log(0.2))
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** A model that knows only how often each token occurs gives each token its share in the text. What is its loss on that text, in nats a token?
+
+
+# %%
+def unigram_loss(ids: list[int]) -> float | None:
+    return None  # your answer
+
+
+# %%
+def check_2(unigram_loss: Callable[[list[int]], float | None]) -> str:
+    found = unigram_loss([1, 1, 1, 2])
+    if found is None:
+        return "not answered yet"
+    right = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    if abs(found - right / math.log(2)) < 1e-6:
+        return "wrong: these are bits"
+    if abs(found + (math.log(0.75) + math.log(0.25)) / 2) < 1e-6:
+        return "wrong: a token that occurs three times counts three times"
+    if abs(found - right) > 1e-6 or abs(unigram_loss([7] * 9)) > 1e-6:
+        return f"wrong: for [1, 1, 1, 2] it is {right:.4f}, not {found:.4f}"
+    return "right: the entropy of the counts, about 7.6 nats for GPT-2's tokens of web text"
+
+
+print(check_2(unigram_loss))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def unigram_loss(ids: list[int]) -> float:
+#     counts = torch.tensor(ids).unique(return_counts=True)[1].double()
+#     shares = counts / counts.sum()
+#     return -(shares * shares.log()).sum().item()
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
+#
+# 1. Label smoothing, dropout, weight decay: which of them can make the training loss higher than the validation loss?
+# 2. Compute the unigram loss on a text of yours with `anew.Tokenizer`. How far is an untrained model above it, and a trained one below?

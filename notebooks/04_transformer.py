@@ -9,6 +9,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -194,6 +195,94 @@ plt.show()
 
 # %% [markdown]
 # ## Exercises
+#
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** Write layer normalisation without `F.layer_norm`.
+
+
+# %%
+def my_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor | None:
+    return None  # your answer; eps is 1e-5
+
+
+# %%
+def check_1(my_norm: Callable[..., torch.Tensor | None]) -> str:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 8, generator=generator) * 0.01 + 2
+    weight, bias = torch.randn(2, 8, generator=generator)
+    found = my_norm(x, weight, bias)
+    if found is None:
+        return "not answered yet"
+    if torch.allclose(found, F.layer_norm(x, (8,), weight, bias), rtol=1e-3, atol=1e-4):
+        return "right"
+    deviation = x - x.mean(-1, keepdim=True)
+    mistakes = {
+        "torch.var divides by n - 1; layer norm divides by n": deviation
+        / (x.var(-1, keepdim=True) + 1e-5).sqrt(),
+        "eps belongs under the root, beside the variance": deviation
+        / (x.std(-1, keepdim=True, unbiased=False) + 1e-5),
+        "the mean is not subtracted (this is RMSNorm)": x
+        / ((x * x).mean(-1, keepdim=True) + 1e-5).sqrt(),
+    }
+    for reason, normed in mistakes.items():
+        if torch.allclose(found, normed * weight + bias, rtol=1e-3, atol=1e-4):
+            return f"wrong: {reason}"
+    return "wrong: the result differs from F.layer_norm"
+
+
+print(check_1(my_norm))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def my_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+#     deviation = x - x.mean(-1, keepdim=True)
+#     variance = (deviation**2).mean(-1, keepdim=True)
+#     return deviation / (variance + 1e-5).sqrt() * weight + bias
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** Each block adds twice to the residual stream. With which standard deviation are the two matrices initialised that write into it, if all others have 0.02?
+
+
+# %%
+def std_of_c_proj(n_layer: int) -> float | None:
+    return None  # your answer
+
+
+# %%
+def check_2(std_of_c_proj: Callable[[int], float | None]) -> str:
+    found = std_of_c_proj(12)
+    if found is None:
+        return "not answered yet"
+    if math.isclose(found, 0.02 / math.sqrt(12), rel_tol=1e-3):
+        return "wrong: a block adds twice, so 12 blocks add 24 times"
+    if math.isclose(found, 0.02 / 24, rel_tol=1e-3):
+        return "wrong: variances add up, not deviations; so it is a square root"
+    if not math.isclose(found, 0.02 / math.sqrt(24), rel_tol=1e-3):
+        return f"wrong: {found:.5f} for 12 blocks"
+    return "right: the sum of all 24 has the variance of one that is not scaled"
+
+
+print(check_2(std_of_c_proj))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def std_of_c_proj(n_layer: int) -> float:
+#     return 0.02 / math.sqrt(2 * n_layer)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
 #
 # 1. Replace `gelu` by `F.gelu` above: which assert fails, and by how much?
 # 2. Train both forms with 24 layers, with and without a warm-up. Which needs it?

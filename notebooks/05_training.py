@@ -6,6 +6,7 @@
 
 # %%
 import struct
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
@@ -176,6 +177,87 @@ assert rates[0] > 0
 
 # %% [markdown]
 # ## Exercises
+#
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** Micro-batches may have different numbers of targets, for instance because answers have different lengths. Given the mean loss of each and its number of
+# targets, what is the loss of the whole batch?
+
+
+# %%
+def loss_of_batch(means: list[float], counts: list[int]) -> float | None:
+    return None  # your answer
+
+
+# %%
+def check_1(loss_of_batch: Callable[..., float | None]) -> str:
+    found = loss_of_batch([2.0, 5.0], [30, 10])
+    if found is None:
+        return "not answered yet"
+    if abs(found - 3.5) < 1e-9:
+        return "wrong: the mean of the means gives a short micro-batch the weight of a long one"
+    if abs(found - 7.0) < 1e-9:
+        return "wrong: this is the sum; the loss of the batch is a mean over its targets"
+    if abs(found - 2.75) > 1e-9 or abs(loss_of_batch([1.0, 9.0], [5, 0]) - 1.0) > 1e-9:
+        return f"wrong: 30 targets of 2.0 and 10 of 5.0 have a mean of 2.75, not {found}"
+    return "right: each micro-batch is divided by the targets of the whole batch"
+
+
+print(check_1(loss_of_batch))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def loss_of_batch(means: list[float], counts: list[int]) -> float:
+#     return sum(mean * n for mean, n in zip(means, counts, strict=True)) / sum(counts)
+# ```
+#
+# transformers had the first mistake until 2024; with GPT-2's equal sequences both are the same.
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** Clip gradients: scale all of them by one factor so that their common norm is at most `most`.
+
+
+# %%
+def clipped(gradients: list[torch.Tensor], most: float) -> list[torch.Tensor] | None:
+    return None  # your answer
+
+
+# %%
+def check_2(clipped: Callable[..., list[torch.Tensor] | None]) -> str:
+    large = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]  # their common norm is 5
+    found = clipped(large, 1.0)
+    if found is None:
+        return "not answered yet"
+    if all(abs(part.norm() - 1) < 1e-4 for part in found):
+        return "wrong: each tensor is clipped by itself, which turns the direction of the step"
+    if not torch.allclose(torch.cat(found), torch.tensor([0.6, 0.0, 0.8]), atol=1e-4):
+        return f"wrong: {torch.cat(found).tolist()} instead of [0.6, 0, 0.8]"
+    small = [torch.tensor([0.3])]
+    if not torch.allclose(clipped(small, 1.0)[0], small[0], atol=1e-4):
+        return "wrong: a small gradient is made larger; clipping only shrinks"
+    return "right: the direction stays, the length is at most 1"
+
+
+print(check_2(clipped))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def clipped(gradients: list[torch.Tensor], most: float) -> list[torch.Tensor]:
+#     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+#     return [gradient * min(1.0, most / norm) for gradient in gradients]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
 #
 # 1. Forget the division by `parts` in `gradient`. What does clipping at 1.0 make of the mistake, and why is it easily overlooked?
 # 2. Why does fp16 need a GradScaler and bf16 not? Look at the smallest normal numbers above.

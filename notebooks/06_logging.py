@@ -8,6 +8,7 @@
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -100,6 +101,88 @@ assert "WARNING" in file.read_text()
 
 # %% [markdown]
 # ## Exercises
+#
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** Smooth a curve: the exponential mean keeps `beta` of the last value and adds (1 - `beta`) of the new one. It begins at 0, which pulls the first values down;
+# correct for that, as Adam does.
+
+
+# %%
+def smoothed(values: list[float], beta: float) -> list[float] | None:
+    return None  # your answer
+
+
+# %%
+def check_1(smoothed: Callable[..., list[float] | None]) -> str:
+    found = smoothed([4.0, 4.0, 4.0], 0.9)
+    if found is None:
+        return "not answered yet"
+    if abs(found[0] - 0.4) < 1e-9:
+        return "wrong: the curve begins near 0; divide by 1 - beta^(number of values)"
+    if any(abs(value - 4) > 1e-9 for value in found):
+        return f"wrong: a constant curve of 4 stays 4, and does not become {found}"
+    if abs(smoothed([0.0, 1.0], 0.5)[1] - 2 / 3) > 1e-9:
+        return "wrong: begin at 0 and correct, instead of beginning at the first value"
+    return "right: this is what TensorBoard's slider does"
+
+
+print(check_1(smoothed))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def smoothed(values: list[float], beta: float) -> list[float]:
+#     mean, result = 0.0, []
+#     for n, value in enumerate(values, start=1):
+#         mean = beta * mean + (1 - beta) * value
+#         result.append(mean / (1 - beta**n))
+#     return result
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** The model FLOPs utilisation (MFU) is the share of the hardware's peak that the model's own operations take. A token costs about 6 operations a parameter in training.
+# Compute it.
+
+
+# %%
+def mfu(tokens_a_second: float, parameters: float, peak_flops: float) -> float | None:
+    return None  # your answer, between 0 and 1
+
+
+# %%
+def check_2(mfu: Callable[..., float | None]) -> str:
+    found = mfu(180_000, 124.4e6, 312e12)  # the A100 of build-nanogpt
+    if found is None:
+        return "not answered yet"
+    right = 6 * 124.4e6 * 180_000 / 312e12
+    if math.isclose(found, right / 3, rel_tol=1e-3):
+        return "wrong: 2 operations a parameter are the forward pass; the backward pass takes 4"
+    if math.isclose(found, 100 * right, rel_tol=1e-3):
+        return "wrong: this is in percent"
+    if not math.isclose(found, right, rel_tol=1e-3):
+        return f"wrong: {found:.3f}"
+    return f"right: {found:.0%}; attention's own products come on top"
+
+
+print(check_2(mfu))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def mfu(tokens_a_second: float, parameters: float, peak_flops: float) -> float:
+#     return 6 * parameters * tokens_a_second / peak_flops
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
 #
 # 1. Smooth the training loss with a moving mean. How long must the window be until the curve is as smooth as the validation points?
 # 2. Which of the four curves would show first that the learning rate is too high?

@@ -82,6 +82,74 @@ for what, m in (("training, 4096 rows", 4096), ("writing, 1 row", 1)):
 # %% [markdown]
 # ## Exercises
 #
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** How many seconds does a training step of GPT-2 124M with 524,288 tokens take at least on an H100, whose peak in bf16 is 989 TFLOP/s?
+
+# %%
+seconds = None  # your answer
+
+
+# %%
+def check_1(seconds: float | None) -> str:
+    if seconds is None:
+        return "not answered yet"
+    if 0.39 <= seconds <= 0.48:
+        return "right: 0.40 s for the weights' products, 0.46 s with attention's"
+    if 0.12 <= seconds <= 0.16:
+        return "wrong: this is the forward pass; the backward pass takes twice as long again"
+    if 390 <= seconds <= 480:
+        return "wrong: this is in milliseconds"
+    return "wrong: 6 operations for each parameter and token, divided by the peak"
+
+
+print(check_1(seconds))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# seconds = 6 * 124.4e6 * 524_288 / 989e12
+# ```
+#
+# 19,073 steps are then 2.1 hours. Today's best records of this field reach about half of the peak.
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** Attention takes 30% of a step. A new kernel makes it 4 times as fast. By which factor does the step become faster?
+
+# %%
+speedup = None  # your answer
+
+
+# %%
+def check_2(speedup: float | None) -> str:
+    if speedup is None:
+        return "not answered yet"
+    if abs(speedup - 1 / 0.775) < 0.01:
+        return "right: 70% of the step stays as it was (Amdahl's law); 1.43 is the most it can be"
+    if abs(speedup - 1.225) < 0.005:
+        return "wrong: 22.5% of the time is saved, so the rate is 1 / 0.775 as high"
+    if speedup > 1.43:
+        return "wrong: even without any attention the step would take 70% of the time"
+    return "wrong: compute the new time as a share of the old, then its inverse"
+
+
+print(check_2(speedup))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# speedup = 1 / (0.7 + 0.3 / 4)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
+#
 # 1. Run `anew bench ladder gpt2-124m` and compare the shape of your ladder with the one above. Which rung matters most on your machine?
 # 2. On a CPU without bf16 instructions the rung "bf16" is slower than fp32. Why?
-# 3. Compute the least time of a step of GPT-2 124M with 524,288 tokens on an H100 (989 TFLOP/s in bf16). How long are 19,073 of them?

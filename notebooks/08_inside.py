@@ -5,12 +5,15 @@
 # would say after each layer.
 
 # %%
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import torch
 
 from anew import GPT, GPTConfig, generate
 from anew.config.schema import OptimConfig
 from anew.inference.generate import sample
+from anew.inference.interpret import Part, trace_of, without
 from anew.optim.build import build_optimizers, set_learning_rates
 from anew.optim.schedule import learning_rate_factor
 
@@ -94,27 +97,17 @@ with torch.no_grad():
         streams.append(x)
     logits = model(ids)
 
-# the attention recomputed here is the model's own: with it, the first block gives the same output
-block = model.transformer.h[0]
-with torch.no_grad():
-    v = (
-        block.attn.c_attn(block.ln_1(streams[0]))
-        .view(1, ids.size(1), 3, 2, 32)
-        .permute(2, 0, 3, 1, 4)[2]
-    )
-    mixed = streams[0] + block.attn.c_proj(
-        (maps[0][None] @ v).transpose(1, 2).reshape(1, ids.size(1), 64)
-    )
-    torch.testing.assert_close(
-        mixed + block.mlp(block.ln_2(mixed)), streams[1], rtol=1e-4, atol=1e-5
-    )
+# `trace_of` does the same for any model, and is tested against transformers
+trace = trace_of(model, test[:-1])
+torch.testing.assert_close(torch.stack(maps), trace.attention)
+torch.testing.assert_close(torch.cat(streams), trace.residual)
 
 figure, axes = plt.subplots(1, 4, figsize=(14, 3.6))
 letters = list(bytes(test[:-1]).decode())
 for n, axis in enumerate(axes):
     axis.imshow(maps[n // 2][n % 2])
     axis.set(
-        title=f"block {n // 2 + 1}, head {n % 2 + 1}",
+        title=f"block {n // 2}, head {n % 2}",  # counted from 0
         xticks=range(len(letters)),
         yticks=range(len(letters)),
     )
@@ -122,7 +115,7 @@ for n, axis in enumerate(axes):
     axis.set_yticklabels(letters, fontsize=7)
 plt.tight_layout()
 plt.show()
-# the induction diagonal: a head of block 2 looks at what followed the same letter last time, P - 1 back
+# the induction diagonal: a head of block 1 looks at what followed the same letter last time, P - 1 back
 rows = range(2 * P, T)
 strength = max(
     sum(maps[1][h][r, [c for c in range(r) if c % P == (r + 1) % P]].sum().item() for r in rows)
@@ -157,6 +150,38 @@ for depth, p in enumerate(probabilities):
 assert probabilities[-1][torch.arange(len(truth)), truth][P:].mean() > 0.5
 
 # %% [markdown]
+# ## Which parts are needed?
+#
+# A map shows where a head looks, not whether it matters. To learn that, switch it off: `without` gives the model in which a head, an attention or an MLP adds
+# nothing to the residual stream (Michel et al. 2019). `anew serve` does this on its page.
+
+
+# %%
+@torch.no_grad()
+def share_of_right(model: GPT) -> float:
+    """The mean probability of the right letter from the second round on."""
+    p = model(torch.tensor([test[:-1]]))[0].softmax(-1)
+    return p[torch.arange(len(truth)), truth][P:].mean().item()
+
+
+parts = {"nothing": []}
+for block in range(2):
+    for head in range(2):
+        parts[f"head {block}.{head}"] = [Part(block, "head", head)]
+    parts[f"MLP {block}"] = [Part(block, "mlp")]
+needed = {name: share_of_right(without(model, removed)) for name, removed in parts.items()}
+plt.figure(figsize=(6, 2.6))
+plt.bar(list(needed), list(needed.values()), color=["#1f5fbf"] + ["#9aa3b2"] * (len(needed) - 1))
+plt.ylabel("probability of\nthe right letter")
+plt.title("What is left of it if a part is switched off")
+plt.xticks(rotation=20)
+plt.tight_layout()
+plt.show()
+for name, share in needed.items():
+    print(f"without {name:<9} {share:.2f}")
+assert min(needed.values()) < 0.5 * needed["nothing"]
+
+# %% [markdown]
 # ## Sampling: temperature, top-k, top-p
 #
 # The model gives probabilities; how to choose is up to us. Temperature divides the logits, top-k keeps the k likeliest, top-p the likeliest that together
@@ -182,6 +207,95 @@ plt.show()
 # %% [markdown]
 # ## Exercises
 #
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** Top-p keeps the likeliest tokens until their probabilities sum to at least `p`. Which ids are kept?
+
+
+# %%
+def kept(probabilities: torch.Tensor, p: float) -> set[int] | None:
+    return None  # your answer
+
+
+# %%
+def check_1(kept: Callable[..., set[int] | None]) -> str:
+    probabilities = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    found = kept(probabilities, 0.7)
+    if found is None:
+        return "not answered yet"
+    if set(found) == {1}:
+        return "wrong: the token that crosses p belongs to those that are kept"
+    if set(found) == {0, 1}:
+        return "wrong: sort by probability first"
+    if set(found) != {1, 3} or set(kept(probabilities, 0.01)) != {1}:
+        return f"wrong: {found} are kept at p = 0.7, instead of 1 and 3"
+    if set(kept(probabilities, 1.0)) != {0, 1, 2, 3}:
+        return "wrong: with p = 1 all are kept"
+    return "right: at least one token is always kept"
+
+
+print(check_1(kept))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def kept(probabilities: torch.Tensor, p: float) -> set[int]:
+#     shares, order = probabilities.sort(descending=True)
+#     before = shares.cumsum(0) - shares
+#     return set(order[before < p].tolist())
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** In a text of period P, an induction head looks from a token to the one *behind* its last occurrence. `weights` (T, T) are a head's. What is its induction
+# score: the mean weight that goes there, from the second period on?
+
+
+# %%
+def induction_score(weights: torch.Tensor, P: int) -> float | None:
+    return None  # your answer
+
+
+# %%
+def check_2(induction_score: Callable[..., float | None]) -> str:
+    T, P = 12, 4
+    perfect, same = torch.zeros(2, T, T)
+    for t in range(P, T):
+        perfect[t, t - P + 1] = same[t, t - P] = 1
+    perfect[:P, 0] = same[:P, 0] = 1
+    found = induction_score(perfect, P)
+    if found is None:
+        return "not answered yet"
+    if induction_score(same, P) > 0.5:
+        return "wrong: this is the token itself, one period ago; what followed it is one further"
+    if 0 < found < 0.99:
+        return "wrong: the first period has no earlier occurrence; leave it out of the mean"
+    if abs(found - 1) > 1e-6 or abs(induction_score(same, P)) > 1e-6:
+        return f"wrong: {found:.2f} for a head that only looks there"
+    return "right: 1 for a perfect induction head"
+
+
+print(check_2(induction_score))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def induction_score(weights: torch.Tensor, P: int) -> float:
+#     t = torch.arange(P, len(weights))
+#     return weights[t, t - P + 1].mean().item()
+# ```
+#
+# Compute it for the four heads of the model above: `weights` are those of the attention maps.
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
+#
 # 1. Train with one block instead of two. Does it learn the pattern? Why must there be two?
 # 2. Ask it with a period of 14, which it has never seen. What does it write?
-# 3. `anew serve MODEL` shows the same choices token by token for a model of yours. Find a place where the second choice would have been better.
+# 3. `anew serve MODEL` shows the same inside a model of yours: press "Look inside", choose a head, and switch it off.

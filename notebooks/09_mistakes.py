@@ -214,6 +214,101 @@ assert min(copying["held out"][-1], seeing["held out"][-1]) > right["held out"][
 # %% [markdown]
 # ## Exercises
 #
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** Cut inputs and targets (both of length T) for training from `T` + 1 token ids.
+
+
+# %%
+def inputs_and_targets(ids: list[int]) -> tuple[list[int], list[int]] | None:
+    return None  # your answer
+
+
+# %%
+def check_1(inputs_and_targets: Callable[..., tuple[list[int], list[int]] | None]) -> str:
+    found = inputs_and_targets([5, 6, 7, 8])
+    if found is None:
+        return "not answered yet"
+    inputs, targets = (list(part) for part in found)
+    if inputs == targets:
+        return "wrong: the model would learn to copy; the target is the next token"
+    if (inputs, targets) == ([6, 7, 8], [5, 6, 7]):
+        return "wrong: the model would learn to write backwards"
+    if (inputs, targets) != ([5, 6, 7], [6, 7, 8]):
+        return f"wrong: {inputs} and {targets}"
+    return "right: from each token to the next"
+
+
+print(check_1(inputs_and_targets))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def inputs_and_targets(ids: list[int]) -> tuple[list[int], list[int]]:
+#     return ids[:-1], ids[1:]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** Write a test that finds a missing mask. `logits_of` maps ids (T,) to logits (T, V), and T is at least 8. Return whether any position sees later tokens.
+
+
+# %%
+def sees_the_future(logits_of: Callable[[torch.Tensor], torch.Tensor]) -> bool | None:
+    return None  # your answer
+
+
+# %%
+def check_2(sees_the_future: Callable[..., bool | None]) -> str:
+    table = torch.randn(257, 257, generator=torch.Generator().manual_seed(1))
+
+    def causal(ids: torch.Tensor) -> torch.Tensor:
+        return table[ids].cumsum(0)
+
+    def everywhere(ids: torch.Tensor) -> torch.Tensor:
+        return table[ids].sum(0).expand(len(ids), -1)
+
+    def one_ahead(ids: torch.Tensor) -> torch.Tensor:  # sees one token too far, except at the end
+        return torch.cat([table[ids].cumsum(0)[1:], table[ids].sum(0, keepdim=True)])
+
+    answers = [sees_the_future(f) for f in (causal, one_ahead, everywhere)]
+    if answers[0] is None:
+        return "not answered yet"
+    if answers[0]:
+        return "wrong: it accuses a model that sees earlier tokens only"
+    if not answers[2]:
+        return "wrong: it does not see a model that looks at the whole text"
+    if not answers[1]:
+        return "wrong: it does not see a model that looks one token ahead"
+    return "right: change a token, and nothing before it may change"
+
+
+print(check_2(sees_the_future))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def sees_the_future(logits_of: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+#     ids = torch.arange(8)
+#     for place in range(1, 8):
+#         changed = ids.clone()
+#         changed[place] = 200
+#         if not torch.equal(logits_of(ids)[:place], logits_of(changed)[:place]):
+#             return True
+#     return False
+# ```
+#
+# Run it on `right`'s model and on one without a mask. A compiled model may need `allclose`.
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
+#
 # 1. Evaluate on the training text instead of held-out text. How would you notice from a log that "validation" equals training?
 # 2. Leave out weight decay, then decay everything including norms and biases. Which of the two can you see at this size?
 # 3. Which of the mistakes above would `anew`'s checks have refused or logged, and which cannot be caught by any check?

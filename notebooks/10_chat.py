@@ -11,6 +11,7 @@ import random
 import re
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -238,6 +239,86 @@ assert on_text[-1] > on_text[0], "the model forgets a part of what it knew"
 
 # %% [markdown]
 # ## Exercises
+#
+# Write your answer into the cell below a question and run it. The cell behind it says whether the answer is right, and what is wrong with it
+# if it is not. A solution is folded below each.
+#
+# **Exercise 1.** Make the targets of a conversation: `ids` are its tokens, and `is_answer` says which of them the assistant wrote. A target that is not learnt is -100.
+
+
+# %%
+def targets_of(ids: list[int], is_answer: list[bool]) -> list[int] | None:
+    return None  # your answer: one for each token but the last
+
+
+# %%
+def check_1(targets_of: Callable[..., list[int] | None]) -> str:
+    found = targets_of([10, 11, 12, 13, 14], [False, False, True, True, False])
+    if found is None:
+        return "not answered yet"
+    if list(found) == [11, 12, 13, 14]:
+        return "wrong: the user's tokens are learnt too"
+    if list(found) in ([-100, -100, 12, 13], [-100, -100, 13, 14]):
+        return "wrong: one place off; the target of a position is the token behind it"
+    if list(found) != [-100, 12, 13, -100]:
+        return f"wrong: {found}"
+    return "right: the last token of the question predicts the first of the answer"
+
+
+print(check_1(targets_of))
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def targets_of(ids: list[int], is_answer: list[bool]) -> list[int]:
+#     return [
+#         token if learnt else -100 for token, learnt in zip(ids[1:], is_answer[1:], strict=True)
+#     ]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2.** A conversation has turns of these numbers of tokens, the oldest first, and the model has room for `room` tokens. How many of the oldest turns must be left
+# out?
+
+
+# %%
+def n_left_out(turns: list[int], room: int) -> int | None:
+    return None  # your answer
+
+
+# %%
+def check_2(n_left_out: Callable[..., int | None]) -> str:
+    found = n_left_out([30, 20, 40, 10], 60)
+    if found is None:
+        return "not answered yet"
+    cases = {60: 2, 100: 0, 50: 2, 49: 3, 70: 1, 10: 3}
+    for room, expected in cases.items():
+        answer = n_left_out([30, 20, 40, 10], room)
+        if answer != expected:
+            return f"wrong: with room for {room} tokens, {expected} are left out, not {answer}"
+    return "right: what was said last is kept"
+
+
+print(check_2(n_left_out))
+
+# %% [markdown]
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def n_left_out(turns: list[int], room: int) -> int:
+#     left_out = 0
+#     while sum(turns[left_out:]) > room:
+#         left_out += 1
+#     return left_out
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## To explore
 #
 # 1. Let the loss count the user's messages as well (all targets). What happens to the accuracy, and to the loss on the old text?
 # 2. Mix texts of the standard library into the training, one row of text for each conversation. How much less is forgotten?

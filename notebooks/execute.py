@@ -7,6 +7,7 @@
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jupytext
@@ -42,8 +43,10 @@ def main() -> None:
     wanted = sys.argv[1:]
     for path in sorted(HERE.glob("[0-9]*.py")):
         if not wanted or path.name[:2] in wanted:
+            start = time.monotonic()
             jupytext.write(execute(path), path.with_suffix(".ipynb"), fmt="ipynb")
-            print(path.with_suffix(".ipynb").name, flush=True)
+            seconds = time.monotonic() - start
+            print(f"{path.with_suffix('.ipynb').name}: {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
