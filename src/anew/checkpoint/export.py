@@ -1,8 +1,9 @@
-"""Export a model for other programs: a Hugging Face folder, a GGUF file or an ONNX graph.
+"""Export a model for other programs: a Hugging Face folder, a GGUF file, an ONNX graph, a web page.
 
     anew export runs/mine --to hf --out my-gpt2                 # transformers
     anew export gpt2 --to gguf --out gpt2-q8.gguf --dtype q8_0  # llama.cpp, ollama, LM Studio
     anew export runs/mine --to onnx --out model.onnx            # onnxruntime
+    anew export runs/demo --to web --out page --dtype int8      # a browser
 
 To add a format: write a module with a function that writes the file, as gguf.py does; add the name
 of the format to FORMATS here and to the flag `--to` in cli/export.py; add a branch to `export`.
@@ -11,6 +12,7 @@ of the format to FORMATS here and to the flag `--to` in cli/export.py; add a bra
 from importlib.util import find_spec
 from pathlib import Path
 
+from anew.checkpoint import web
 from anew.checkpoint.gguf import DTYPES, write_gguf
 from anew.checkpoint.huggingface import find_model, load_model, save_for_sharing
 from anew.checkpoint.onnx import write_onnx
@@ -31,14 +33,16 @@ FORMATS: dict[str, list[str]] = {
     "hf": [],
     "gguf": ["gguf"],
     "onnx": ["onnx", "onnxscript"],
+    "web": ["onnx", "onnxscript"],
 }
+DTYPES_OF = {"gguf": list(DTYPES), "web": list(web.GRAPHS)}  # the other formats keep fp32
 
 
 def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str = "") -> None:
     """Write a model to `out` in the format `to`; `out` appears only when it is complete.
 
-    `dtype` is the type of the matrices in a GGUF file; the other formats keep fp32. `readme` is the
-    README.md of a Hugging Face folder.
+    `dtype` is the type of the matrices in a GGUF file or a web page; the other formats keep fp32.
+    `readme` is the README.md of a Hugging Face folder.
     """
     _check(to, out, dtype)
     path = find_model(model).resolve()
@@ -57,6 +61,9 @@ def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str
             file.write_text(text, encoding="utf-8")
     elif to == "onnx":
         write_onnx(out, gpt)
+    elif to == "web":
+        with atomic_folder(out) as folder:
+            web.write_web(folder, gpt, tokenizer, dtype, out.resolve().name)
 
 
 def modelfile(out: Path) -> Path:
@@ -78,7 +85,7 @@ def _check(to: str, out: Path, dtype: str) -> None:
     """Raise UserError if the export cannot work."""
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
-    dtypes = list(DTYPES) if to == "gguf" else ["f32"]
+    dtypes = DTYPES_OF.get(to, ["f32"])
     if dtype not in dtypes:
         raise UserError(
             f"--dtype {dtype} cannot be exported to {to}, which supports {', '.join(dtypes)}."
@@ -86,5 +93,6 @@ def _check(to: str, out: Path, dtype: str) -> None:
     for path in [out, modelfile(out)] if to == "gguf" else [out]:
         if path.exists():
             raise UserError(f"{path} exists already; choose another --out or remove it.")
-    if not all(find_spec(package) for package in FORMATS[to]):
-        raise missing_packages(f"--to {to}", *FORMATS[to])
+    packages = FORMATS[to] + ["onnxruntime"] * (dtype == "int8")
+    if not all(find_spec(package) for package in packages):
+        raise missing_packages(f"--to {to}", *packages)

@@ -1,10 +1,11 @@
-"""`anew export MODEL --to hf|gguf|onnx --out PATH`: convert a model for another program.
+"""`anew export MODEL --to hf|gguf|onnx|web --out PATH`: convert a model for another program.
 
 anew export runs/mine --to hub --repo me/my-gpt2            # shows what would be uploaded
 anew export runs/mine --to hub --repo me/my-gpt2 --push     # uploads it
 """
 
 import json
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,14 @@ class ExportArgs:
 
     model: tyro.conf.Positional[str]
     """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
-    to: Literal["hf", "gguf", "onnx", "hub"]
+    to: Literal["hf", "gguf", "onnx", "web", "hub"]
     """hf: a folder for transformers; gguf: a file for llama.cpp; onnx: a file for ONNX Runtime;
-    hub: a repository on the Hugging Face hub"""
+    web: a folder with a page that runs the model in a browser; hub: a repository on the Hugging
+    Face hub"""
     out: str = ""
     """folder or file to write, which must not exist yet; hub: keep the uploaded folder here"""
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
-    """gguf: how matrices are stored"""
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "int8"] = "f32"
+    """how matrices are stored; gguf: f32, f16, bf16 or q8_0; web: f32 or int8"""
     repo: str = ""
     """hub: the repository, as OWNER/NAME"""
     push: bool = False
@@ -46,7 +48,7 @@ class ExportArgs:
 
 
 def run_export(argv: list[str]) -> None:
-    """Convert a model for transformers, llama.cpp or ONNX Runtime."""
+    """Convert a model for transformers, llama.cpp, ONNX Runtime or a browser."""
     args = parse(ExportArgs, argv, "export")
     if args.to == "hub":
         with tempfile.TemporaryDirectory() as temporary:
@@ -69,6 +71,9 @@ def _export_to_file(args: ExportArgs) -> dict[str, Any]:
     files = list(out.rglob("*")) if out.is_dir() else [out]
     size = sum(file.stat().st_size for file in files)
     print(f"{args.model} is now {out} ({args.to}, {size / 1e6:,.1f} MB)")
+    if args.to == "web":
+        command = f"python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(out))}"
+        print(f"to see it: {command}, then open http://127.0.0.1:8000")
     return {"out": args.out, "bytes": size}
 
 
