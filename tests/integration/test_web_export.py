@@ -63,6 +63,29 @@ def test_graph_with_a_cache_writes_the_same(models: list[Path], tmp_path: Path) 
     assert greedy_with_onnx(tmp_path / "model.onnx", ids, N_TOKENS) == expected
 
 
+def test_graph_in_fp16_is_half_as_large_and_computes_nearly_the_same(
+    models: list[Path], tmp_path: Path
+) -> None:
+    model = load_model(models[0])
+    ids = np.array([Tokenizer.named("bytes").encode(PROMPT)])
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.size)[None],
+    }
+    logits = {}
+    for dtype in (torch.float32, torch.float16):
+        path = tmp_path / f"{dtype}.onnx"
+        write_decoder_onnx(path, model, dtype)
+        session = onnxruntime.InferenceSession(path)
+        logits[dtype] = session.run(["logits"], {**feeds, **past_of(session)})[0]
+    sizes = [(tmp_path / f"{dtype}.onnx").stat().st_size for dtype in logits]
+    assert sizes[1] < 0.7 * sizes[0], "the graph itself has the same size in both"
+    differences = np.abs(logits[torch.float16] - logits[torch.float32])
+    assert 0 < differences.max() < 0.05 * np.abs(logits[torch.float32]).max()
+    assert model.compute_dtype == torch.float32, "the model is unchanged"
+
+
 def test_graph_hides_padding(models: list[Path], tmp_path: Path) -> None:
     model = load_model(models[0])
     write_decoder_onnx(tmp_path / "model.onnx", model)
@@ -108,7 +131,8 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "vocabulary"), [("f32", "bytes"), ("int8", "bytes"), ("f32", "gpt2")]
+    ("dtype", "vocabulary"),
+    [("f32", "bytes"), ("f16", "bytes"), ("int8", "bytes"), ("f32", "gpt2")],
 )
 def test_page_writes_in_a_browser_what_sample_writes(
     dtype: str,
@@ -156,7 +180,7 @@ def test_page_writes_in_a_browser_what_sample_writes(
     if dtype == "f32":
         [expected] = generate(load_model(source), [ids], N_TOKENS, end, temperature=0)
     else:
-        graph = tmp_path / "page" / "model" / "onnx" / "model_quantized.onnx"
+        [graph] = (tmp_path / "page" / "model" / "onnx").iterdir()
         expected = greedy_with_onnx(graph, ids, N_TOKENS)
     written = [int(token) for token in found.split() if int(token) != end]
     assert written == expected[: len(written)]

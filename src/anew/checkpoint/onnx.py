@@ -9,6 +9,7 @@ outputs that transformers.js and optimum expect: `input_ids`, `attention_mask`, 
 `past_key_values.LAYER.key` and `.value`; `logits` and `present.LAYER.key` and `.value`.
 """
 
+import copy
 import logging
 import tempfile
 import warnings
@@ -42,9 +43,15 @@ def write_onnx(path: Path, gpt: GPT) -> None:
     )
 
 
-def write_decoder_onnx(path: Path, gpt: GPT) -> None:
-    """Write the graph of one step with a key-value cache to `path`, as `write_onnx` does."""
+def write_decoder_onnx(path: Path, gpt: GPT, dtype: torch.dtype = torch.float32) -> None:
+    """Write the graph of one step with a key-value cache to `path`, as `write_onnx` does.
+
+    It stores the weights and computes in `dtype`; its inputs and outputs are fp32 in either case.
+    """
     config = gpt.config
+    if dtype != torch.float32:
+        gpt = copy.deepcopy(gpt).to(dtype)
+        gpt.compute_dtype = dtype
     B, T, used = 2, 3, 5
     ids = torch.zeros(B, T, dtype=torch.long)
     mask = torch.ones(B, used + T, dtype=torch.long)
@@ -94,10 +101,11 @@ class DecoderStep(nn.Module):
         visible = key_places <= query_places[:, None]  # (T, used + T)
         visible = visible & (attention_mask[:, None, None, :] > 0)  # (B, 1, T, used + T)
         x = transformer.wte(ids) + transformer.wpe(positions)  # (B, T, C)
-        cache = GraphCache(past)
+        cache = GraphCache([keys_or_values.to(x.dtype) for keys_or_values in past])
         for block in transformer.h:
             x = block(x, cache, visible)
-        return self.gpt.head(transformer.ln_f(x)), *cache.present
+        logits = self.gpt.head(transformer.ln_f(x))
+        return logits.float(), *(keys_or_values.float() for keys_or_values in cache.present)
 
 
 class GraphCache:

@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from anew.checkpoint.huggingface import save_for_sharing
 from anew.checkpoint.onnx import MAX_BYTES_IN_GRAPH, write_decoder_onnx
 from anew.errors import UserError
@@ -32,7 +34,11 @@ from anew.utils.files import atomic_folder, cache_folder
 
 PAGE = Path(__file__).parent / "web_page"
 # The name that transformers.js gives to the graph of each dtype, and its own name for the dtype.
-GRAPHS = {"f32": ("model.onnx", "fp32"), "int8": ("model_quantized.onnx", "q8")}
+GRAPHS = {
+    "f32": ("model.onnx", "fp32"),
+    "f16": ("model_fp16.onnx", "fp16"),
+    "int8": ("model_quantized.onnx", "q8"),
+}
 NOT_NEEDED = ("model.safetensors", "README.md")  # by transformers.js
 
 
@@ -67,7 +73,8 @@ RUNTIME = (
 def write_web(folder: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: str) -> None:
     """Write the page, the runtime and the model, under `name`, into an empty folder.
 
-    `dtype` is "f32" or "int8" (dynamic quantisation, a quarter of the size). Raises UserError if
+    `dtype` is "f32", "f16" (half the size, for GPUs) or "int8" (dynamic quantisation, a quarter of
+    the size). Raises UserError if
     the model is too large for one file, or if the runtime cannot be had.
     """
     if 4 * count_parameters(gpt.config) > MAX_BYTES_IN_GRAPH:
@@ -86,7 +93,7 @@ def write_web(folder: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: st
     file, dtype_there = GRAPHS[dtype]
     (model / "onnx").mkdir()
     graph = model / "onnx" / file
-    write_decoder_onnx(graph, gpt)
+    write_decoder_onnx(graph, gpt, torch.float16 if dtype == "f16" else torch.float32)
     if dtype == "int8":
         _quantise(graph)
     settings = {

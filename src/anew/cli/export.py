@@ -36,7 +36,7 @@ class ExportArgs:
     out: str = ""
     """folder or file to write, which must not exist yet; hub: keep the uploaded folder here"""
     dtype: Literal["f32", "f16", "bf16", "q8_0", "int8"] = "f32"
-    """how matrices are stored; gguf: f32, f16, bf16 or q8_0; web: f32 or int8"""
+    """how matrices are stored; gguf: f32, f16, bf16 or q8_0; web: f32, f16 or int8"""
     repo: str = ""
     """hub: the repository, as OWNER/NAME"""
     push: bool = False
