@@ -54,5 +54,9 @@ class Diverged(RuntimeError):
     """Training stopped, because too many steps in a row could not be applied (exit code 1)."""
 
 
+class ComputedWrongly(RuntimeError):
+    """Training stopped, because equal computations gave different bits (exit code 1)."""
+
+
 class LostRank(RuntimeError):
     """Training stopped, because another process ended or does not answer (exit code 1)."""

@@ -24,7 +24,7 @@ from loguru import logger
 
 import anew
 from anew.config.recipes import RECIPES
-from anew.errors import LostRank, Preempted, UserError, unknown_name
+from anew.errors import ComputedWrongly, LostRank, Preempted, UserError, unknown_name
 from anew.utils.disk_errors import is_disk_full, is_transient
 from anew.utils.ranks import is_rank_0
 
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         _end(75, str(error), quiet=not is_rank_0())
     except LostRank as error:
         _end(1, str(error))
+    except ComputedWrongly as error:  # raised by all ranks
+        _end(1, str(error), quiet=not is_rank_0())
     except KeyboardInterrupt:
         sys.exit(130)
     except UNUSABLE_FILE as error:

@@ -26,6 +26,7 @@ NEVER_NEGATIVE = (
     "sample_every",
     "sample_tokens",
     "profile",
+    "check_every",
 )
 
 

@@ -258,6 +258,12 @@ class RunConfig:
         "on CUDA, make a resumed run equal bit for bit, at some cost in speed; a CPU always "
         "computes this way",
     )
+    check_every: int = setting(
+        0,
+        "find hardware that computes wrongly: every so many steps, compute one micro-batch twice "
+        "and compare all bits, and before each save compare the ranks; 0: never",
+        may_change=True,
+    )
     init: str = setting(
         "",
         "start from the weights of this MODEL; its shape and tokenizer are used too",

@@ -16,6 +16,7 @@ from anew.checkpoint import folder as checkpoint
 from anew.config.schema import Config
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.run_log import RunState
+from anew.training.silent_errors import refuse_different_ranks
 from anew.training.train_state import Snapshot, TrainState
 from anew.utils.disk_errors import with_retries
 
@@ -50,9 +51,14 @@ class CheckpointWriter:
         return minutes > 0 and time.monotonic() - self.last_time > 60 * minutes
 
     def save(self, state: TrainState) -> None:
-        """Begin to write the checkpoint of this step, unless it exists or no step was taken yet."""
+        """Begin to write the checkpoint of this step, unless it exists or no step was taken yet.
+
+        Raises ComputedWrongly, and writes nothing, if --check-every is set and the ranks differ.
+        """
         if state.step in (0, self.last_step):
             return
+        if self.config.run.check_every:
+            refuse_different_ranks(state)
         self.wait()
         snapshot = state.snapshot()
         self.last_step = state.step

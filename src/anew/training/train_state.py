@@ -224,7 +224,7 @@ class TrainState:
         Every rank must call this, because sharded tensors are gathered.
         """
         weights = self._copies(self.model.named_parameters())
-        optimizer = self._copies(self._optimizer_state())
+        optimizer = self._copies(self.optimizer_state())
         if self.world.rank != 0:
             return None
         return Snapshot(self.step, weights, optimizer, self._trainer())
@@ -240,7 +240,7 @@ class TrainState:
                 )
         return copies
 
-    def _optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the optimizers' tensors with their names in a checkpoint."""
         names: dict[Tensor, str] = {
             parameter: name for name, parameter in self.model.named_parameters()

@@ -32,7 +32,9 @@ from anew.training.micro_batch import is_out_of_memory
 from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
 from anew.training.run_log import Row, step_row
 from anew.training.setup import Run, start_run
+from anew.training.silent_errors import refuse_wrong_gradients
 from anew.training.step import NO_LIMITS, MicroBatch, StepResult, train_step
+from anew.training.validation import is_multiple
 from anew.utils.disk_errors import out_of_space
 from anew.utils.signals import StopFlag
 
@@ -138,6 +140,8 @@ def training_loop(
         for batch in batches_of_steps(run, range(state.step, config.run.steps)):
             with stopwatch.paused():
                 run.validation.run_if_due(state.step)
+            if is_multiple(state.step, config.run.check_every):
+                refuse_wrong_gradients(run.loss_of, state, batch.micro_batches[0])
             rate = learning_rate_factor(state.step, config.run.steps, config.optim)
             result = train_step(
                 run.loss_of,

@@ -1,0 +1,130 @@
+"""Find hardware that computes wrongly without an error: equal computations must give equal bits.
+
+    refuse_wrong_gradients(loss_of, state, micro_batch)     # every `check_every` steps
+    refuse_different_ranks(state)                           # before each save
+
+The first check runs a forward and a backward pass of one micro-batch twice. The second compares the
+weights and the optimizer state of ranks that should have equal copies. Both compare sums over the
+bits of each tensor, which any single flipped bit changes; a sum is computed on the device and is
+one number, so nothing is copied. What a check finds is raised on every rank alike, before anything
+is saved, so the last checkpoint has not been affected by it.
+
+Not found: a bit that flips in the memory of a single process between two steps, and an error that
+occurs in both passes alike.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from anew.errors import ComputedWrongly, UserError
+from anew.training.step import LossFunction, MicroBatch, dropout_seed, release_gradients
+from anew.training.train_state import TrainState
+
+SHOWN_TENSORS = 3  # in an error
+
+BitSums = dict[str, int]  # by the name of a tensor
+
+
+def refuse_inexact_devices(state: TrainState) -> None:
+    """Raise UserError if equal computations need not give equal bits on this device."""
+    device = state.runtime.device.type
+    if device != "cpu" and not state.config.run.deterministic:
+        raise UserError(
+            f"--check-every compares bits, and on {device} they are equal only with "
+            "--deterministic; add it, or leave out --check-every."
+        )
+
+
+def refuse_wrong_gradients(
+    loss_of: LossFunction, state: TrainState, micro_batch: MicroBatch
+) -> None:
+    """Raise ComputedWrongly if two passes over a micro-batch differ in any bit on any rank.
+
+    The gradients are dropped afterwards. Every rank must call this.
+    """
+    first, second = (_bits_of_pass(loss_of, state, micro_batch) for _ in range(2))
+    changed = [name for name, value in first.items() if second[name] != value]
+    found = state.world.gather(changed)
+    for rank, names in enumerate(found):
+        if names:
+            raise ComputedWrongly(
+                f"step {state.step + 1:,}: rank {rank} has computed one micro-batch twice, and the "
+                f"results differ in {_listed(names)}. {_advice(state)}"
+            )
+
+
+def refuse_different_ranks(state: TrainState) -> None:
+    """Raise ComputedWrongly if the ranks' copies of weights or optimizer state differ in any bit.
+
+    Sharded weights have no copies, so they are not compared. Every rank must call this.
+    """
+    if state.world.size == 1 or state.is_sharded:
+        return
+    bits = bit_sums([*state.model.named_parameters(), *state.optimizer_state()])
+    of_ranks = state.world.gather(bits)
+    usual = {name: Counter(sums[name] for sums in of_ranks).most_common(1)[0][0] for name in bits}
+    for rank, sums in enumerate(of_ranks):
+        names = [name for name in bits if sums[name] != usual[name]]
+        if names:
+            # Of two ranks, nobody knows which one is right.
+            who = f"rank {rank} differs from the others"
+            if state.world.size == 2:
+                who = "ranks 0 and 1 differ"
+            raise ComputedWrongly(
+                f"step {state.step:,}: {who} in {_listed(names)}. {_advice(state)}"
+            )
+
+
+def _bits_of_pass(loss_of: LossFunction, state: TrainState, micro_batch: MicroBatch) -> BitSums:
+    """Return the bit sums of the loss and of each gradient of one pass."""
+    ids, targets = micro_batch
+    if state.buckets is not None:
+        state.buckets.start_step()
+    if state.config.model.dropout > 0:
+        run = state.config.run
+        torch.manual_seed(dropout_seed(run.seed, state.step, 0, state.world.rank))
+    # Copies of a model are not averaged here, so that the rank with the error is found. FSDP has
+    # gradients only after it has exchanged them.
+    state.prepare_backward(is_last=state.is_sharded)
+    loss = loss_of(ids, targets)
+    state.scaler.scale(loss).backward()
+    gradients = [
+        (f"the gradient of {name}", parameter.grad)
+        for name, parameter in state.model.named_parameters()
+        if parameter.grad is not None
+    ]
+    bits = bit_sums([("the loss", loss), *gradients])
+    release_gradients(state)
+    return bits
+
+
+def bit_sums(named: Iterable[tuple[str, Tensor]]) -> BitSums:
+    """Return the sum over the bits of each tensor, read as whole numbers of 32 bits.
+
+    Of a sharded tensor, it is the sum of the part on this rank.
+    """
+    names = []
+    sums = []
+    for name, tensor in named:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        bits = local.detach().float().contiguous().view(torch.int32)
+        names.append(name)
+        sums.append(bits.sum(dtype=torch.int64))
+    return dict(zip(names, torch.stack(sums).tolist(), strict=True))
+
+
+def _listed(names: list[str]) -> str:
+    others = len(names) - SHOWN_TENSORS
+    first = ", ".join(names[:SHOWN_TENSORS])
+    return f"{first} and {others} more tensors" if others > 0 else first
+
+
+def _advice(state: TrainState) -> str:
+    return (
+        "A machine of this run computes wrongly. Nothing was saved since the error was noticed; "
+        f"the same command continues {state.config.folder} from its last checkpoint, if possible "
+        "on another machine."
+    )

@@ -1,0 +1,173 @@
+"""`--check-every` notices flipped bits before anything is saved; without it they are saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from anew import Config, UserError
+from anew.checkpoint.folder import list_checkpoints, newest_valid
+from anew.errors import ComputedWrongly
+from anew.training import silent_errors, trainer
+from anew.training.step import train_step
+from anew.training.trainer import train
+from tests.faults.common import tiny
+from tests.support.ranks import run_ranks
+
+WEIGHT = "transformer.h.1.mlp.c_fc.weight"
+STEPS, SAVE_EVERY, CHECK_EVERY = 24, 8, 4
+
+
+def checked(out: Path, **settings: Any) -> Config:
+    fixed = {"steps": STEPS, "save_every": SAVE_EVERY, "evaluate_every": 0}
+    return tiny(out, **{**fixed, "check_every": CHECK_EVERY, **settings})
+
+
+def weights_of(config: Config) -> bytes:
+    folder, _ = newest_valid(config.folder)
+    assert folder is not None
+    return (folder / "model.safetensors").read_bytes()
+
+
+def flip(tensor: Tensor, bit: int = 20) -> None:
+    """Flip one bit of the fraction of the first number, which changes it by an eighth or less."""
+    with torch.no_grad():
+        tensor.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << bit)
+
+
+def trained_with_a_flip(config: Config, place: str, step: int, rank: int = 0) -> Any:
+    """Train, and flip one bit on one rank: in a weight or a moment after `step` steps, or in a
+    gradient, in the first pass over the micro-batch of the check at that step.
+    """
+
+    def weight_of(state: Any) -> Tensor:
+        return dict(state.model.named_parameters())[WEIGHT]
+
+    def step_with_flip(loss_of: Any, state: Any, *rest: Any, **more: Any) -> Any:
+        result = train_step(loss_of, state, *rest, **more)
+        if state.step + 1 == step and state.world.rank == rank:
+            weight = weight_of(state)
+            if place == "weight":
+                flip(weight)
+            elif place == "moment":
+                flip(state._optimizer_of(weight).state[weight]["exp_avg"])
+        return result
+
+    original = silent_errors._bits_of_pass
+    passes = []
+
+    def pass_with_flip(loss_of: Any, state: Any, micro_batch: Any) -> dict[str, int]:
+        passes.append(state.step)
+        is_first = passes.count(state.step) == 1
+        if place == "gradient" and state.step == step and is_first and state.world.rank == rank:
+            handle = weight_of(state).register_hook(_flipped)
+            bits = original(loss_of, state, micro_batch)
+            handle.remove()
+            return bits
+        return original(loss_of, state, micro_batch)
+
+    with (
+        patch.object(trainer, "train_step", step_with_flip),
+        patch.object(silent_errors, "_bits_of_pass", pass_with_flip),
+    ):
+        return train(config).step
+
+
+def _flipped(gradient: Tensor) -> Tensor:
+    changed = gradient.clone()
+    flip(changed)
+    return changed
+
+
+def test_checks_do_not_change_a_run(tmp_path: Path) -> None:
+    with_checks = checked(tmp_path / "checked", dropout=0.1)
+    without = checked(tmp_path / "plain", dropout=0.1, check_every=0)
+    assert train(with_checks).train_loss == train(without).train_loss
+    assert weights_of(with_checks) == weights_of(without)
+
+
+def test_flipped_gradient_is_noticed_and_the_run_continues(tmp_path: Path) -> None:
+    config = checked(tmp_path / "run")
+    with pytest.raises(ComputedWrongly) as caught:
+        trained_with_a_flip(config, "gradient", step=12)
+    assert "step 13: rank 0 has computed one micro-batch twice" in str(caught.value)
+    assert f"the gradient of {WEIGHT}." in str(caught.value)
+    assert [path.name for path in list_checkpoints(config.folder)] == ["step-00000008"]
+    assert train(config).step == STEPS
+    undisturbed = checked(tmp_path / "other")
+    train(undisturbed)
+    assert weights_of(config) == weights_of(undisturbed)
+
+
+@pytest.mark.parametrize("place", ["weight", "moment"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_flipped_bit_on_one_rank_is_noticed_before_a_save(
+    place: str, ranks: int, tmp_path: Path
+) -> None:
+    config = checked(tmp_path / "run", batch_tokens=16 * 4 * 6)
+    found = run_ranks(ranks, trained_with_a_flip, config, place, 14, ranks - 1)
+    assert [kind for kind, _ in found] == ["ComputedWrongly"] * ranks, found
+    name = WEIGHT if place == "weight" else f"exp_avg.{WEIGHT}"
+    who = "ranks 0 and 1 differ" if ranks == 2 else "rank 2 differs from the others"
+    for _, text in found:
+        assert text.startswith(f"step 16: {who} in ")
+        assert name in text
+    assert [path.name for path in list_checkpoints(config.folder)] == ["step-00000008"]
+
+
+def test_flipped_gradient_on_one_rank_is_named_on_all(tmp_path: Path) -> None:
+    config = checked(tmp_path / "run")
+    found = run_ranks(2, trained_with_a_flip, config, "gradient", 12, 1)
+    assert [kind for kind, _ in found] == ["ComputedWrongly"] * 2, found
+    assert all("step 13: rank 1 has computed" in text for _, text in found)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_checks_do_not_change_a_run_of_two_ranks(parallel: str, tmp_path: Path) -> None:
+    runs = [
+        checked(tmp_path / str(every), parallel=parallel, check_every=every) for every in (0, 4)
+    ]
+    for config in runs:
+        assert [kind for kind, _ in run_ranks(2, trained_with_a_flip, config, "nothing", 0)] == [
+            "ok"
+        ] * 2
+    assert weights_of(runs[0]) == weights_of(runs[1])
+
+
+@pytest.mark.parametrize("place", ["weight", "moment"])
+def test_without_checks_a_flipped_bit_is_saved(place: str, tmp_path: Path) -> None:
+    config = checked(tmp_path / "run", check_every=0)
+    found = run_ranks(2, trained_with_a_flip, config, place, 14, 0)
+    assert [kind for kind, _ in found] == ["ok"] * 2, found
+    undisturbed = checked(tmp_path / "other", check_every=0)
+    run_ranks(2, trained_with_a_flip, undisturbed, "nothing", 0)
+    assert weights_of(config) != weights_of(undisturbed)
+
+
+def test_every_single_flipped_bit_changes_the_sum() -> None:
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    before = silent_errors.bit_sums([("x", tensor)])
+    for bit in range(31):
+        changed = tensor.clone()
+        flip(changed, bit)
+        assert silent_errors.bit_sums([("x", changed)]) != before, bit
+    assert silent_errors.bit_sums([("x", tensor.clone())]) == before
+
+
+@pytest.mark.parametrize(("device", "deterministic"), [("cuda", True), ("cpu", False)])
+def test_gpu_needs_deterministic_kernels(device: str, deterministic: bool) -> None:
+    def state(device: str, deterministic: bool) -> Any:
+        run = SimpleNamespace(deterministic=deterministic)
+        return SimpleNamespace(
+            runtime=SimpleNamespace(device=torch.device(device)), config=SimpleNamespace(run=run)
+        )
+
+    check: Callable[[Any], None] = silent_errors.refuse_inexact_devices
+    check(state(device, deterministic))
+    with pytest.raises(UserError, match="on cuda they are equal only with --deterministic"):
+        check(state("cuda", False))
