@@ -184,9 +184,11 @@ def check_2(is_held_out: Callable[[bytes], bool | None]) -> str:
         return "not answered yet"
     documents = [f"document {number}".encode() for number in range(5000)]
     first = [bool(is_held_out(document)) for document in documents]
-    if first != [bool(is_held_out(document)) for document in documents]:
+    again = [bool(is_held_out(document)) for document in reversed(documents)]
+    if first != again[::-1]:
         return "wrong: the same document is once held out and once not"
-    if "hash" in is_held_out.__code__.co_names:
+    code = getattr(is_held_out, "__code__", None)
+    if code is not None and "hash" in code.co_names:
         return "wrong: Python's hash of bytes is another one in each process; use hashlib"
     share = sum(first) / len(documents)
     if not 0.08 < share < 0.12:

@@ -173,6 +173,8 @@ def check_1(causal_weights: Callable[..., torch.Tensor | None]) -> str:
         return "right: each row sums to 1, and nothing is above the diagonal"
     if found[later].abs().max() > 1e-6:
         return "wrong: a token attends to later ones"
+    if torch.allclose(found.sum(0), torch.ones(6)):
+        return "wrong: the columns sum to 1; the softmax goes along the last axis"
     if (found.sum(-1) - 1).abs().max() > 1e-4:
         return "wrong: the rows do not sum to 1; mask the scores before the softmax"
     unscaled = (q @ k.T).masked_fill(later, -torch.inf).softmax(-1)
@@ -214,8 +216,10 @@ def check_2(window_mask: Callable[[int, int], torch.Tensor | None]) -> str:
     counts = found.sum(-1).tolist()
     if counts == [1, 2, 3, 4, 4, 4]:
         return "wrong: the window is one too wide; it includes the token itself"
-    if counts != [1, 2, 3, 3, 3, 3] or not found.diagonal().all():
-        return f"wrong: with a window of 3, the rows see {counts} tokens"
+    places = torch.arange(6)
+    distance = places[:, None] - places
+    if not torch.equal(found.bool(), (distance >= 0) & (distance < 3)):
+        return f"wrong: with a window of 3, the rows see {counts} tokens, or the wrong ones"
     return "right: T x w scores instead of T x T / 2"
 
 

@@ -143,7 +143,9 @@ def check_1(losses: tuple[float, float] | None) -> str:
         return "wrong: these are bits"
     if abs(first - 3.507) > 0.01 or abs(second - 1.609) > 0.01:
         return "wrong: take -log of each probability, then the mean"
-    return "right: the first is right far more often, and twice as bad; confident errors cost"
+    return (
+        "right: the first has the higher mean probability and twice the loss; confident errors cost"
+    )
 
 
 print(check_1(losses))

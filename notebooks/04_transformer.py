@@ -264,8 +264,9 @@ def check_2(std_of_c_proj: Callable[[int], float | None]) -> str:
         return "wrong: a block adds twice, so 12 blocks add 24 times"
     if math.isclose(found, 0.02 / 24, rel_tol=1e-3):
         return "wrong: variances add up, not deviations; so it is a square root"
-    if not math.isclose(found, 0.02 / math.sqrt(24), rel_tol=1e-3):
-        return f"wrong: {found:.5f} for 12 blocks"
+    for n_layer in (12, 48):
+        if not math.isclose(std_of_c_proj(n_layer), 0.02 / math.sqrt(2 * n_layer), rel_tol=1e-3):
+            return f"wrong: {std_of_c_proj(n_layer):.5f} for {n_layer} blocks"
     return "right: the sum of all 24 has the variance of one that is not scaled"
 
 

@@ -232,6 +232,8 @@ def check_1(kept: Callable[..., set[int] | None]) -> str:
         return f"wrong: {found} are kept at p = 0.7, instead of 1 and 3"
     if set(kept(probabilities, 1.0)) != {0, 1, 2, 3}:
         return "wrong: with p = 1 all are kept"
+    if set(kept(torch.tensor([0.5, 0.25, 0.25]), 0.5)) != {0}:
+        return "wrong: at a sum of exactly p nothing more is needed"
     return "right: at least one token is always kept"
 
 
@@ -273,8 +275,10 @@ def check_2(induction_score: Callable[..., float | None]) -> str:
         return "wrong: this is the token itself, one period ago; what followed it is one further"
     if 0 < found < 0.99:
         return "wrong: the first period has no earlier occurrence; leave it out of the mean"
-    if abs(found - 1) > 1e-6 or abs(induction_score(same, P)) > 1e-6:
-        return f"wrong: {found:.2f} for a head that only looks there"
+    half = perfect.clone()
+    half[2 * P :] /= 2
+    if abs(found - 1) > 1e-6 or abs(induction_score(half, P) - 0.75) > 1e-6:
+        return f"wrong: {found:.2f} for a head that only looks there, or no mean over the tokens"
     return "right: 1 for a perfect induction head"
 
 

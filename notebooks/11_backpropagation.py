@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 11. Back-propagation by hand
 #
-# `loss.backward()` hides the part of training that looks most like magic. Here it is written from nothing but NumPy: sixty lines that give the same
-# gradients as PyTorch, first for one product, then for a bigram model, then for a whole block of GPT-2 with its tied head.
+# `loss.backward()` hides the part of training that looks most like magic. Here it is written from nothing but NumPy: sixty lines for the rules of
+# sums and products, as many again for GPT-2's own layers, and the gradients are PyTorch's: first for one product, then for a bigram model, then for a block of GPT-2
+# with its tied head.
 
 # %%
 from __future__ import annotations
@@ -262,7 +263,7 @@ plt.plot(range(12, 12 + len(mean)), mean, color="#1f5fbf", label="mean of 25")
 plt.axhline(math.log(V), color="#9aa3b2", linestyle=":", label="all letters equally likely")
 plt.xlabel("step")
 plt.ylabel("loss, nats a letter")
-plt.title("A block of GPT-2, trained by sixty lines of NumPy")
+plt.title("A block of GPT-2, trained with NumPy alone")
 plt.legend()
 plt.tight_layout()
 plt.show()
@@ -273,7 +274,7 @@ assert mean[-1] < mean[0] - 0.8
 # ## What the gradient of a token depends on
 #
 # The gradient that reaches the input shows which letters the prediction at the end depends on. It is zero for what comes later than the token whose loss is
-# taken: causal attention lets nothing through, in neither direction.
+# taken: causal attention takes nothing from later tokens, so no gradient goes to them.
 
 # %%
 w = weights
@@ -322,8 +323,9 @@ def check_1(gradient_of_logits: Callable[..., np.ndarray | None]) -> str:
     if np.allclose(found, np.eye(4)[2] - p):
         return "wrong: the sign is turned; this would make the loss larger"
     if not np.allclose(found, p - np.eye(4)[2]):
-        return f"wrong: {np.round(found, 3)}"
-    if np.isnan(gradient_of_logits(np.array([1000.0, 0.0]), 0)).any():
+        return f"wrong: {np.round(found, 3)} instead of {np.round(p - np.eye(4)[2], 3)}"
+    large = gradient_of_logits(np.array([1000.0, 0.0, 0.0, 0.0]), 1)
+    if np.isnan(large).any() or not np.allclose(large, [1, -1, 0, 0]):
         return "wrong: exp(1000) is too large for a float; subtract the largest logit first"
     return "right: it sums to 0, since only differences of logits matter"
 
@@ -361,6 +363,8 @@ def check_2(gradients: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray] |
     found = gradients(x, W, g)
     if found is None:
         return "not answered yet"
+    if len(found) != 3:
+        return "wrong: there are three gradients, those of x, W and b"
     expected = {"x": g @ W.T, "W": x.T @ g, "b": g.sum(0)}
     for part, (name, right) in zip(found, expected.items(), strict=True):
         if np.shape(part) != right.shape:

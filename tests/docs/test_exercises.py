@@ -52,6 +52,10 @@ MISTAKES = {
             "once held out and once not",
         ),
         ("def is_held_out(document): return document[-1] % 2 == 0", "not a tenth"),
+        (
+            "n = [0]\ndef is_held_out(document):\n    n[0] += 1\n    return n[0] % 10 == 0",
+            "once held out and once not",
+        ),
     ],
     ("02_attention", 1): [
         ("def causal_weights(q, k): return (q @ k.T / 4).softmax(-1)", "attends to later ones"),
@@ -72,6 +76,11 @@ MISTAKES = {
             "def window_mask(T, w):\n    row, column = torch.arange(T)[:, None], torch.arange(T)\n"
             "    return (column - row).abs() < w",
             "sees later ones",
+        ),
+        (
+            "def window_mask(T, w):\n    row, column = torch.arange(T)[:, None], torch.arange(T)\n"
+            "    return (column == row) | ((column < row) & (column < w - 1))",
+            "or the wrong ones",
         ),
     ],
     ("03_loss", 1): [
@@ -114,6 +123,7 @@ MISTAKES = {
         ("def std_of_c_proj(n): return 0.02 / math.sqrt(n)", "add 24 times"),
         ("def std_of_c_proj(n): return 0.02 / (2 * n)", "square root"),
         ("def std_of_c_proj(n): return 0.02", "0.02000 for 12 blocks"),
+        ("def std_of_c_proj(n): return 0.02 / math.sqrt(24)", "for 48 blocks"),
     ],
     ("05_training", 1): [
         (
@@ -164,6 +174,11 @@ MISTAKES = {
     ("08_inside", 1): [
         (
             "def kept(probabilities, p):\n    shares, order = probabilities.sort(descending=True)\n"
+            "    return set(order[shares.cumsum(0) - shares <= p].tolist())",
+            "nothing more is needed",
+        ),
+        (
+            "def kept(probabilities, p):\n    shares, order = probabilities.sort(descending=True)\n"
             "    return set(order[shares.cumsum(0) <= p].tolist())",
             "the token that crosses p",
         ),
@@ -174,6 +189,11 @@ MISTAKES = {
         ),
     ],
     ("08_inside", 2): [
+        (
+            "def induction_score(weights, P):\n    t = torch.arange(P, len(weights))\n"
+            "    return weights[t, t - P + 1].max().item()",
+            "no mean over the tokens",
+        ),
         (
             "def induction_score(weights, P):\n    t = torch.arange(P, len(weights))\n"
             "    return weights[t, t - P].mean().item()",
@@ -235,6 +255,10 @@ MISTAKES = {
     ("12_kv_cache", 2): [
         ("def tokens_read(p, n, cached): return p + n", "never read"),
         ("def tokens_read(p, n, cached): return p + n - 1", "10 + 11 + 12 = 33"),
+        (
+            "def tokens_read(p, n, cached): return p + 2 if cached else 33",
+            "each token is read once",
+        ),
     ],
     ("13_muon", 1): [
         (
@@ -246,6 +270,11 @@ MISTAKES = {
         ("def nearest_orthogonal(g): return torch.eye(4, 6)", "not the nearest"),
     ],
     ("13_muon", 2): [
+        (
+            "def driven_to(s, steps):\n    for _ in range(max(1, steps - 1)):\n"
+            "        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5\n    return s",
+            "again and again",
+        ),
         (
             "def driven_to(s, steps): return 3.4445 * s - 4.7750 * s**2 + 2.0315 * s**3",
             "the powers are 1, 3 and 5",
