@@ -1,5 +1,6 @@
 """Attention, residual stream and removed parts are equal to those of transformers."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,22 @@ def test_removed_parts_equal_the_same_surgery_in_transformers(
     assert generate(smaller, [IDS], 20, temperature=0) != generate(model, [IDS], 20, temperature=0)
 
 
+def test_trace_of_a_model_in_training_drops_nothing(folder: Path) -> None:
+    model = GPT(dataclasses.replace(CONFIG, dropout=0.5), seed=3).train()
+    trace = trace_of(model, IDS)
+    assert model.training, "the mode is left as it was"
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([IDS]))[0]
+    assert torch.equal(logit_lens(model, trace.residual[-1]), logits.log_softmax(-1))
+
+
 def test_part_that_the_model_does_not_have_is_refused(model: GPT) -> None:
     with pytest.raises(UserError, match=r"no head 4 in a block 0; .* heads 0 to 3"):
         without(model, [Part(0, "head", 4)])
     with pytest.raises(UserError, match="blocks 0 to 2"):
         without(model, [Part(3, "mlp")])
+    ids = torch.tensor([IDS])
+    with torch.no_grad():  # the head of an MLP has no meaning
+        assert torch.equal(
+            without(model, [Part(1, "mlp", head=99)])(ids), without(model, [Part(1, "mlp")])(ids)
+        )

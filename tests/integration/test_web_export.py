@@ -166,7 +166,7 @@ def test_page_writes_in_a_browser_what_sample_writes(
     assert len(list((tmp_path / "page" / "runtime").iterdir())) == len(list(runtime.iterdir()))
     browser.get(f"{served}/page/?device=wasm")
     wait_for(browser, "document.getElementById('write').disabled == false", 60)
-    assert browser.execute_script("return document.title") == "page"
+    assert browser.execute_script("return document.title") == source.name
     browser.find_element(By.ID, "prompt").send_keys(PROMPT)
     for name, value in (("n_tokens", str(N_TOKENS)), ("temperature", "0")):
         element = browser.find_element(By.ID, name)

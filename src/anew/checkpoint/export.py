@@ -63,7 +63,7 @@ def export_model(model: str, to: str, out: Path, dtype: str = "f32", readme: str
         write_onnx(out, gpt)
     elif to == "web":
         with atomic_folder(out) as folder:
-            web.write_web(folder, gpt, tokenizer, dtype, out.resolve().name)
+            web.write_web(folder, gpt, tokenizer, dtype, Path(model).resolve().name)
 
 
 def modelfile(out: Path) -> Path:

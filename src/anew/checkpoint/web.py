@@ -15,6 +15,7 @@ archives are verified by their SHA-512, and is kept in the cache folder.
 import base64
 import hashlib
 import json
+import logging
 import shutil
 import subprocess
 import tarfile
@@ -112,7 +113,13 @@ def _quantise(graph: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "whole.onnx"
         shutil.move(graph, whole)
-        quantize_dynamic(whole, graph, weight_type=QuantType.QUInt8)
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)  # it would advise to prepare the graph first
+        try:
+            quantize_dynamic(whole, graph, weight_type=QuantType.QUInt8)
+        finally:
+            root.setLevel(level)
 
 
 def fetch_runtime() -> Path:
@@ -140,18 +147,19 @@ def fetch_runtime() -> Path:
 def _fetch_package(package: Package, folder: Path) -> Path:
     """Return the archive of a package, which npm downloads. Raises UserError if it is another."""
     wanted = f"{package.name}@{package.version}"
-    if shutil.which("npm") is None:
+    npm = shutil.which("npm")
+    if npm is None:
         raise UserError(
             "--to web needs npm, which comes with Node.js, to fetch transformers.js once; install "
             "Node.js and run the same command again."
         )
-    done = subprocess.run(
-        ["npm", "pack", "--silent", wanted], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        last_line = (done.stderr.strip().splitlines() or ["npm gave no reason"])[-1]
-        raise UserError(f"npm could not fetch {wanted} ({last_line}); run the same command again.")
-    archive = folder / done.stdout.strip().splitlines()[-1]
+    command = [npm, "pack", "--loglevel=error", wanted]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    name = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode != 0 or not name:
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[0]
+        raise UserError(f"npm could not fetch {wanted} ({reason}); run the same command again.")
+    archive = folder / name
     found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != package.sha512:
         raise UserError(

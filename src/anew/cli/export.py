@@ -74,6 +74,7 @@ def _export_to_file(args: ExportArgs) -> dict[str, Any]:
     if args.to == "web":
         command = f"python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(out))}"
         print(f"to see it: {command}, then open http://127.0.0.1:8000")
+        print("to share it: put the folder on any server of files, such as GitHub Pages")
     return {"out": args.out, "bytes": size}
 
 

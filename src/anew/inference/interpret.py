@@ -36,8 +36,18 @@ class Trace:
 def trace_of(model: GPT, ids: Sequence[int]) -> Trace:
     """Return what `model` computes for the token ids of one text, at most n_positions of them.
 
-    `model.head(ln_f(trace.residual[-1]))` are the logits of the model, without dropout.
+    `model.head(ln_f(trace.residual[-1]))` are the logits of the model. The model is in evaluation
+    mode meanwhile, so nothing is dropped.
     """
+    was_training = model.training
+    model.eval()
+    try:
+        return _trace(model, ids)
+    finally:
+        model.train(was_training)
+
+
+def _trace(model: GPT, ids: Sequence[int]) -> Trace:
     transformer = model.transformer
     device = transformer.wte.weight.device
     positions = torch.arange(len(ids), device=device)
@@ -109,19 +119,24 @@ def without(model: GPT, parts: Iterable[Part]) -> GPT:
     changed = copy.deepcopy(model, shared)
     for part in parts:
         is_head = part.kind == "head"
-        if not 0 <= part.block < config.n_layer or not 0 <= part.head < config.n_head:
+        has_head = not is_head or 0 <= part.head < config.n_head
+        if not 0 <= part.block < config.n_layer or not has_head:
+            name = f"head {part.head}" if is_head else part.kind
             raise UserError(
-                f"there is no head {part.head} in a block {part.block}; this model has blocks 0 to "
+                f"there is no {name} in a block {part.block}; this model has blocks 0 to "
                 f"{config.n_layer - 1} with heads 0 to {config.n_head - 1}."
             )
         block = cast(Block, changed.transformer.h[part.block])
         projection = block.mlp.c_proj if part.kind == "mlp" else block.attn.c_proj
-        weight = projection.weight.detach().clone()
-        begin = part.head * config.head_dim
-        rows = slice(begin, begin + config.head_dim) if is_head else slice(None)
-        weight[rows] = 0
-        projection.weight = nn.Parameter(weight, requires_grad=False)
-        if not is_head:
-            bias = torch.zeros_like(projection.bias)
-            projection.bias = nn.Parameter(bias, requires_grad=False)
+        for name in ("weight", "bias"):
+            parameter = projection.get_parameter(name)
+            if id(parameter) in shared:  # not copied yet for another head
+                copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                setattr(projection, name, copied)
+        if is_head:
+            begin = part.head * config.head_dim
+            projection.weight.data[begin : begin + config.head_dim] = 0
+        else:
+            projection.weight.data.zero_()
+            projection.bias.data.zero_()
     return changed

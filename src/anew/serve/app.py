@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
@@ -103,8 +104,6 @@ def _add_models(api: FastAPI, engine: Engine) -> None:
             {
                 "name": served.name,
                 "positions": served.model.config.n_positions,
-                "blocks": served.model.config.n_layer,
-                "heads": served.model.config.n_head,
                 "is_chat": served.is_chat,
             }
             for served in engine.models.values()
@@ -154,7 +153,8 @@ def _add_generation(api: FastAPI, engine: Engine) -> None:
     @api.post("/api/write")
     async def write(body: PageRequest, request: Request) -> Response:
         """Continue one text or conversation, with alternatives of each token, for the page."""
-        job, n_left_out = body.job(engine)
+        # In a thread, because it copies the matrices of parts that are switched off.
+        job, n_left_out = await run_in_threadpool(body.job, engine)
         stop = threading.Event()
         tokens = engine.write(engine.take_place(), job, stop)
 

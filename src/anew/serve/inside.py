@@ -42,8 +42,9 @@ def look_inside(
         raise UserError(f"there is no head {head} in a block {block} of {served.name}.")
     trace = trace_of(served.model, ids)
     attention = trace.attention
-    visible = slice(token + 1)
     lens = logit_lens(served.model, trace.residual[:, token]).cpu()  # (layers + 1, 50257)
+    if not lens.isfinite().all():
+        raise UserError(f"{served.name} computes infinite numbers; its weights are damaged.")
     likeliest = lens.topk(min(ALTERNATIVES, config.vocab_size))
     attention_norms = trace.attention_added[:, token].float().norm(dim=-1).tolist()
     mlp_norms = trace.mlp_added[:, token].float().norm(dim=-1).tolist()
@@ -61,9 +62,8 @@ def look_inside(
     matrix = in_ten_thousandths(attention[block, head])
     return {
         "tokens": [served.tokenizer.decode([token]) for token in ids],
-        "heads": config.n_head,
         "matrix": [row[: i + 1] for i, row in enumerate(matrix)],
-        "rows": in_ten_thousandths(attention[:, :, token, visible]),
+        "rows": in_ten_thousandths(attention[:, :, token, : token + 1]),
         "layers": layers,
     }
 

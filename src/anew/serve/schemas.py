@@ -134,7 +134,7 @@ class OfPage(Prompted):
 
     without: list[PartOfModel] = Field(
         [],
-        max_length=1000,
+        max_length=2000,
         description='parts of the model that are switched off: {"block": 0, "kind": "mlp"}',
     )
 
@@ -146,14 +146,14 @@ class OfPage(Prompted):
         served = engine.find(self.model)
         if not self.without:
             return served
-        parts = [Part(part.block, part.kind, part.head) for part in self.without]
+        parts = {Part(part.block, part.kind, part.head) for part in self.without}
         return replace(served, model=without(served.model, parts))
 
 
 class InsideRequest(OfPage):
     """A request to look inside a model while it reads a text."""
 
-    token: int = Field(-1, description="the token that is chosen, from 0; -1: the last one")
+    token: int = Field(-1, ge=-1, description="the token that is chosen, from 0; -1: the last one")
     block: int = Field(0, description="the block that is chosen, from 0")
     head: int = Field(0, description="the head that is chosen, from 0")
 
@@ -187,7 +187,9 @@ class PageRequest(OfPage):
         rows = self._rows(served)
         if len(rows) != 1:
             raise UserError("the page continues one text at a time.")
-        return self._job_of(served, rows, self.n_tokens), 0
+        # The page does not know how many tokens its prompt has.
+        n_tokens = min(self.n_tokens, max(1, served.model.config.n_positions - len(rows[0])))
+        return self._job_of(served, rows, n_tokens), 0
 
 
 class StreamOptions(BaseModel):

@@ -15,9 +15,11 @@ const interrupt = new InterruptableStoppingCriteria();
 let settings, tokenizer, model;
 
 async function load() {
+  $("status").textContent = "loading the model";
   settings = await (await fetch("settings.json")).json();
   $("name").textContent = document.title = settings.name;
   $("n_tokens").max = settings.positions - 1;
+  $("n_tokens").value = Math.min($("n_tokens").value, $("n_tokens").max);
   // ?device=wasm computes on the processor even where the browser has WebGPU.
   const wanted = new URLSearchParams(location.search).get("device");
   const hasGpu = Boolean(await navigator.gpu?.requestAdapter());
@@ -32,8 +34,9 @@ async function write() {
   const prompt = $("prompt").value;
   const ids = tokenizer.encode(prompt, { add_special_tokens: false });
   if (!ids.length) ids.push(settings.end_of_text);
+  $("text").replaceChildren();
   const room = settings.positions - ids.length;
-  if (room < 1) throw new Error(`the prompt has ${ids.length} tokens, and the model reads at most ${settings.positions}.`);
+  if (room < 1) throw new Error(`The prompt has ${ids.length.toLocaleString("en")} tokens, and the model reads at most ${settings.positions}.`);
   const shape = [1, ids.length];
   const inputs = {
     input_ids: new Tensor("int64", BigInt64Array.from(ids, BigInt), shape),
@@ -55,15 +58,17 @@ async function write() {
   });
   const temperature = Number($("temperature").value);
   interrupt.reset();
+  const wanted = Number($("n_tokens").value), n_tokens = Math.min(wanted, room);
   const output = await model.generate({
     ...inputs,
-    max_new_tokens: Math.min(Number($("n_tokens").value), room),
+    max_new_tokens: n_tokens,
     do_sample: temperature > 0,
     temperature: temperature || 1,
     top_k: Number($("top_k").value),
     streamer,
     stopping_criteria: interrupt,
   });
+  if (n_tokens < wanted && count === n_tokens) $("status").textContent += `; the model reads at most ${settings.positions} tokens`;
   $("text").dataset.ids = output.tolist()[0].slice(ids.length).join(" ");  // for tests
 }
 
@@ -76,7 +81,10 @@ async function attempt(work) {
 $("ask").addEventListener("submit", async event => {
   event.preventDefault();
   $("write").disabled = true; $("stop").disabled = false;
+  $("status").ariaLive = "off";  // a screen reader would read every count
   await attempt(write);
+  $("status").ariaLive = "polite";
+  $("status").append(" ");  // read the last one
   $("write").disabled = false; $("stop").disabled = true;
 });
 $("stop").addEventListener("click", () => interrupt.interrupt());

@@ -5,60 +5,77 @@ const MOST_TOKENS = 256;  // the server shows no more
 const NAMES = { head: part => `head ${part.block}.${part.head}`, attention: part => `attention ${part.block}`, mlp: part => `MLP ${part.block}` };
 const nameOf = part => NAMES[part.kind](part);
 const share = weight => `${(weight / 100).toFixed(weight < 1000 ? 1 : 0)}%`;  // the server sends ten-thousandths
-const inside = { text: null, ids: [], token: 0, block: 0, head: 0, off: [], found: null, asked: 0 };
+const inside = { text: null, ids: [], token: 0, block: 0, head: 0, off: [], found: null, isAsking: false, wasAsked: false };
 
 function openInside(text) {
   Object.assign(inside, { text, ids: text.ids().slice(0, MOST_TOKENS), block: 0, head: 0, off: [...text.without], found: null });
   inside.token = inside.ids.length - 1;
   const cut = text.ids().length > MOST_TOKENS ? `, its first ${MOST_TOKENS} tokens` : "";
   $("inside-title").textContent = `Inside ${text.name}${cut}`;
+  for (const name of ["inside-tokens", "heads", "lines", "layers", "switches", "attention-text", "layers-text", "off"]) $(name).replaceChildren();
+  $("matrix").width = 0;
   $("inside").hidden = false;
   ask();
-  $("inside").scrollIntoView({ behavior: "smooth", block: "start" });
+  scrollToward($("inside"), "start");
+  $("inside-title").focus({ preventScroll: true });
 }
 
-function closeInside() { $("inside").hidden = true; inside.asked++; }
+function closeInside() {
+  const hadFocus = $("inside").contains(document.activeElement);
+  $("inside").hidden = true;
+  if (hadFocus) inside.text?.look.focus();
+}
 
-// Ask the server for what the chosen token, block and head show, and draw it.
+// Ask the server for what the chosen token, block and head show, and draw it. One request is under way at a time;
+// what is chosen meanwhile is asked for when it is answered, and only the last choice.
 async function ask() {
-  const number = ++inside.asked;
-  const { text, ids, token, block, head, off } = inside;
-  $("inside-status").textContent = inside.found ? "" : "reading the text";
-  try {
-    const answer = await fetch("api/inside", { method: "POST", headers: { "content-type": "application/json" },
-      body: JSON.stringify({ model: text.model, prompt: ids, token, block, head, without: off }) });
-    const found = await answer.json();
-    if (number !== inside.asked) return;  // something else was chosen meanwhile
-    if (!answer.ok) throw new Error(found.error.message);
-    inside.found = found;
-    $("inside-status").textContent = "";
-    drawInside();
-  } catch (error) {
-    if (number === inside.asked) $("inside-status").replaceChildren(make("span", { className: "error", textContent: error.message }));
+  inside.wasAsked = true;
+  if (inside.isAsking) return;
+  inside.isAsking = true;
+  while (inside.wasAsked && !$("inside").hidden) {
+    inside.wasAsked = false;
+    const { text, ids, token, block, head, off } = inside;
+    $("inside-status").textContent = inside.found ? "" : "reading the text";
+    try {
+      const answer = await fetch("api/inside", { method: "POST", headers: { "content-type": "application/json" },
+        body: JSON.stringify({ model: text.model, prompt: ids, token, block, head, without: off }) });
+      const found = await answer.json();
+      if (!answer.ok) throw new Error(found.error.message);
+      if (inside.wasAsked) continue;
+      inside.found = found;
+      $("inside-status").textContent = "";
+      drawInside();
+    } catch (error) {
+      $("inside-status").replaceChildren(make("span", { className: "error", textContent: error.message }));
+    }
   }
+  inside.isAsking = false;
 }
 
 function choose(changes) { Object.assign(inside, changes); ask(); }
 
 function drawInside() {
-  const focused = document.activeElement?.dataset.roving;  // which group had the focus, before its elements are replaced
+  // Which group, or which switch, had the focus before its elements are replaced.
+  const focused = document.activeElement?.dataset.roving;
+  const pressed = [...$("switches").children].indexOf(document.activeElement);
   drawTokens();
   drawHeads();
   drawAttention();
   drawLayers();
   drawSwitches();
+  if (pressed >= 0) $("switches").children[pressed].focus({ preventScroll: true });
   if (focused) document.querySelector(`[data-roving=${focused}][tabindex="0"]`).focus({ preventScroll: true });
 }
 
-// Each token is shaded by how much the chosen token attends to it.
+// Each token is shaded by how much the chosen token attends to it, compared with the strongest.
 function drawTokens() {
   const { tokens, matrix } = inside.found;
-  const row = matrix[inside.token];
+  const row = matrix[inside.token], largest = Math.max(...row);
   const options = tokens.map((label, i) => {
     const option = make("span", { textContent: visible(label), className: "option" });
     option.setAttribute("role", "option");
     option.setAttribute("aria-selected", i === inside.token);
-    option.style.setProperty("--weight", ((row[i] ?? 0) / 10000).toFixed(3));
+    option.style.setProperty("--weight", ((row[i] ?? 0) / largest).toFixed(3));
     option.title = i <= inside.token ? `receives ${share(row[i])}` : "comes later, so it is not seen";
     return option;
   });
@@ -66,7 +83,7 @@ function drawTokens() {
   $("inside-tokens").replaceChildren(...options);
 }
 
-// A table of blocks and heads, shaded by the weight that the chosen token gives to any but the first token.
+// A table of blocks and heads, shaded by the largest weight that the chosen token gives to any token but the first.
 function drawHeads() {
   const { rows, tokens } = inside.found;
   const buttons = [];
@@ -78,7 +95,7 @@ function drawHeads() {
       const button = make("button", { type: "button", title: label, className: isOff ? "head off" : "head", textContent: isOff ? "\u00d7" : "" });
       button.setAttribute("aria-label", isOff ? `${label}, switched off` : label);
       button.setAttribute("aria-pressed", block === inside.block && head === inside.head);
-      button.style.setProperty("--weight", (1 - weights[0] / 10000).toFixed(3));
+      button.style.setProperty("--weight", (Math.max(0, ...weights.slice(1)) / 10000).toFixed(3));
       buttons.push(button);
       return make("td", {}, button);
     });
@@ -91,6 +108,7 @@ function drawHeads() {
 }
 
 function drawAttention() {
+  if (!inside.found) return;
   const { tokens, matrix } = inside.found;
   const isMatrix = document.querySelector("[name=view]:checked").value === "matrix";
   $("matrix").hidden = !isMatrix;
@@ -126,7 +144,7 @@ function drawLines() {
     return element;
   };
   const step = 17, width = 420, left = 140, right = 280;
-  const brief = label => { const text = visible(label); return text.length > 14 ? `${text.slice(0, 13)}\u2026` : text; };
+  const shortened = label => { const text = visible(label); return text.length > 14 ? `${text.slice(0, 13)}\u2026` : text; };
   const lines = [], strong = [], labels = [];
   matrix.forEach((row, i) => row.forEach((weight, j) => {
     const isChosen = i === inside.token;
@@ -136,13 +154,15 @@ function drawLines() {
     (isChosen ? strong : lines).push(line);
   }));
   tokens.forEach((label, i) => {
-    const query = svg("text", { x: left - 6, y: (i + 0.85) * step, "text-anchor": "end" }, brief(label));
+    const query = svg("text", { x: left - 6, y: (i + 0.85) * step, "text-anchor": "end" }, shortened(label));
     if (i === inside.token) query.classList.add("chosen");
     query.addEventListener("click", () => choose({ token: i }));
-    labels.push(query, svg("text", { x: right + 6, y: (i + 0.85) * step }, brief(label)));
+    labels.push(query, svg("text", { x: right + 6, y: (i + 0.85) * step }, shortened(label)));
   });
   $("lines").setAttribute("viewBox", `0 0 ${width} ${tokens.length * step + 6}`);
   $("lines").replaceChildren(...lines, ...strong, ...labels);
+  const view = $("lines").parentElement;
+  view.scrollTop = (inside.token + 1) / tokens.length * view.scrollHeight - view.clientHeight / 2;
 }
 
 // What the attention and the MLP of each block add, and what the model would say after the block.
@@ -164,10 +184,10 @@ function drawLayers() {
     const added = i ? [bar(layer.attention_norm), bar(layer.mlp_norm)] : [make("td"), make("td")];
     return make("tr", {}, make("th", { scope: "row", textContent: i ? `block ${i - 1}` : "start" }), ...added, make("td", {}, ...guesses));
   });
-  const head = ["after", "attention adds", "MLP adds", "likeliest next tokens"].map(text => make("th", { scope: "col", textContent: text }));
+  const head = ["after", "norm: attention", "norm: MLP", "likeliest next tokens"].map(text => make("th", { scope: "col", textContent: text }));
   $("layers").replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
   const came = next === undefined ? "" : ` The token that came next, \u201c${visible(tokens[inside.token + 1])}\u201d, is framed.`;
-  $("layers-text").textContent = `After \u201c${visible(tokens[inside.token])}\u201d: what the final layer norm and the head make of the residual stream after each block. The last row is the model's own answer.${came}`;
+  $("layers-text").textContent = `After \u201c${visible(tokens[inside.token])}\u201d: what the final layer norm and the head make of the residual stream at the start and after each block, and the norms of what the attention and the MLP of the block added to it. The last row is the model's own answer.${came}`;
 }
 
 function drawSwitches() {
@@ -199,21 +219,28 @@ function roving(group, elements, chosen, columns, onChoose) {
   });
 }
 
+function scrollToward(element, block) {
+  const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  element.scrollIntoView({ behavior: isCalm ? "auto" : "smooth", block });
+}
+
 $("inside-close").addEventListener("click", closeInside);
 $("rewrite").addEventListener("click", () => {
   const { text, off } = inside;
   const again = new Text(text.model, text.promptText, text.messages, off);
   again.promptIds = text.promptIds;
-  again.article.scrollIntoView({ behavior: "smooth", block: "center" });
+  scrollToward(again.article, "center");
   run([again]);
 });
 for (const choice of document.querySelectorAll("[name=view]")) choice.addEventListener("change", drawAttention);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (inside.found) drawAttention(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAttention);
 $("matrix").addEventListener("click", event => {
+  if (!inside.found) return;
   const box = $("matrix").getBoundingClientRect(), n = inside.found.matrix.length;
   choose({ token: Math.min(n - 1, Math.max(0, Math.floor(n * (event.clientY - box.top) / box.height))) });
 });
 $("matrix").addEventListener("pointermove", event => {
+  if (!inside.found) return;
   const box = $("matrix").getBoundingClientRect(), { matrix, tokens } = inside.found, n = matrix.length;
   const [i, j] = [event.clientY - box.top, event.clientX - box.left].map(at => Math.floor(n * at / box.width));
   const weight = matrix[i]?.[j];

@@ -91,11 +91,12 @@ class Text {
     rules.n_tokens = Math.max(1, rules.n_tokens - this.tokens.length);
     const beginning = this.promptIds ? { prompt: [...this.promptIds, ...this.tokens.map(t => t.id)] }
       : this.messages.length ? { messages: this.messages } : { prompt: this.promptText };
-    this.leaving = new AbortController();
+    const leaving = this.leaving = new AbortController();
+    const note = content => { if (this.leaving === leaving) this.note.replaceChildren(content); };  // not those of an older request
     let began = 0, count = 0;  // The clock starts with the first token, since texts are generated one after the other.
-    this.note.textContent = "waiting for its turn";
+    note("waiting for its turn");
     try {
-      const answer = await fetch("api/write", { method: "POST", signal: this.leaving.signal, headers: { "content-type": "application/json" },
+      const answer = await fetch("api/write", { method: "POST", signal: leaving.signal, headers: { "content-type": "application/json" },
         body: JSON.stringify({ model: this.model, ...beginning, ...rules, without: this.without }) });
       if (!answer.ok) throw new Error((await answer.json()).error.message);
       for await (const token of events(answer)) {
@@ -108,12 +109,11 @@ class Text {
         this.add(token);
         began ||= performance.now();
         const speed = count++ ? `, ${(1000 * (count - 1) / (performance.now() - began)).toFixed(0)} a second` : "";
-        this.note.textContent = `${count} token${count === 1 ? "" : "s"}${speed}${this.unseen}`;
+        note(`${count} token${count === 1 ? "" : "s"}${speed}${this.unseen}`);
       }
     } catch (error) {
-      this.leaving.abort();
-      if (error.name !== "AbortError") this.note.replaceChildren(make("span", { className: "error", textContent: error.message }));
-      else this.note.textContent = "stopped";
+      leaving.abort();
+      note(error.name === "AbortError" ? "stopped" : make("span", { className: "error", role: "alert", textContent: error.message }));
     }
   }
 
@@ -124,7 +124,12 @@ class Text {
     span.title = `${percent(token.log_p)}`;
     span.style.setProperty("--doubt", Math.min(1, -token.log_p / 6).toFixed(3));
     span.addEventListener("click", () => offer(this, index, span));
-    span.addEventListener("keydown", event => { if (event.key === "Enter") offer(this, index, span); });
+    span.setAttribute("role", "button");
+    span.addEventListener("keydown", event => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();  // else the same key would press the first alternative, which gets the focus
+      offer(this, index, span);
+    });
     this.tokens.push({ ...token, span });
     this.body.append(span);
   }
@@ -162,7 +167,10 @@ async function* events(answer) {
   }
 }
 
+let offered = null;  // the token whose alternatives are shown
+
 function offer(text, index, span) {
+  offered = span;
   const token = text.tokens[index], box = $("choices");
   const best = Math.max(...token.alternatives.map(a => a.log_p));
   const rows = token.alternatives.map(choice => {
@@ -175,13 +183,24 @@ function offer(text, index, span) {
   const said = token.is_end_of_text ? "The text ended here" : `Taken: “${visible(token.text)}”, ${percent(token.log_p)}`;
   box.replaceChildren(make("p", { textContent: `${said}. The ten likeliest; choose one to go on from it:` }), ...rows);
   box.hidden = false;
-  const at = span.getBoundingClientRect();
-  box.style.left = `${Math.max(12, Math.min(at.left, innerWidth - box.offsetWidth - 12)) + scrollX}px`;
-  box.style.top = `${at.bottom + scrollY + 6}px`;
+  place();
   rows[0]?.focus({ preventScroll: true });
 }
 
-function close() { $("choices").hidden = true; }
+// Put the alternatives under their token.
+function place() {
+  const box = $("choices");
+  if (box.hidden) return;
+  const at = offered.getBoundingClientRect();
+  box.style.left = `${Math.max(12, Math.min(at.left, innerWidth - box.offsetWidth - 12)) + scrollX}px`;
+  box.style.top = `${at.bottom + scrollY + 6}px`;
+}
+
+function close() {
+  const hadFocus = $("choices").contains(document.activeElement);
+  $("choices").hidden = true;
+  if (hadFocus) offered?.focus({ preventScroll: true });
+}
 
 async function run(texts) {
   await Promise.all(texts.map(async text => {
@@ -211,5 +230,6 @@ $("prompt").addEventListener("keydown", event => {
   if (event.key === "Enter" && sends) { event.preventDefault(); $("ask").requestSubmit(); }
 });
 document.addEventListener("keydown", event => { if (event.key === "Escape") close(); });
+addEventListener("resize", place);
 document.addEventListener("click", event => { if (!event.target.closest("#choices, .token")) close(); });
 document.addEventListener("DOMContentLoaded", start);  // after inside.js
