@@ -1,6 +1,6 @@
 """Write a moving picture of a model that writes: tokens, attention, predictions, the next token.
 
-python tools/forward_pass.py MODEL docs/pictures/forward-pass.gif ["PROMPT"]
+python tools/forward_pass.py MODEL docs/pictures/forward_pass.gif ["PROMPT"]
 
 Each new token is shown in stages. In each block, a line from the last token to an earlier one is as
 strong as the largest weight of any head; beside the block stand the tokens that would come next if
@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 import anew
+from anew import Tokenizer
 from anew.inference.interpret import Trace, logit_lens, trace_of
 from anew.model.gpt import GPT
 
@@ -39,13 +40,16 @@ def shown(text: str) -> str:
     return "".join(letter if letter.isprintable() else "□" for letter in letters)
 
 
-def draw(axes: Any, model: GPT, labels: list[str], trace: Trace, stage: int) -> None:
-    """Draw one frame: the tokens, and the first `stage` blocks."""
+def draw(
+    axes: Any, model: GPT, tokenizer: Tokenizer, ids: list[int], room: int, trace: Trace, stage: int
+) -> None:
+    """Draw one frame: the tokens, with `room` for that many, and the first `stage` blocks."""
+    labels = [tokenizer.decode([token]) for token in ids]
     n_layer = model.config.n_layer
     axes.clear()
     axes.set(xlim=(0, 1), ylim=(-0.6, n_layer + 1.0))
     axes.axis("off")
-    step = (RIGHT - LEFT) / max(len(labels), len(PROMPT) + NEW_TOKENS)
+    step = (RIGHT - LEFT) / room
     places = [LEFT + step * (i + 0.5) for i in range(len(labels))]
     last = places[-1]
     for layer in range(n_layer + 1):
@@ -67,7 +71,6 @@ def draw(axes: Any, model: GPT, labels: list[str], trace: Trace, stage: int) -> 
                     line = [place, last], [layer - 0.86, layer - 0.14]
                     axes.plot(*line, color=WARM, alpha=min(1.0, share), linewidth=1 + 2 * share)
         lens = logit_lens(model, trace.residual[layer, -1]).exp().topk(SHOWN)
-        tokenizer = anew.Tokenizer.named("bytes")
         for rank, (token, p) in enumerate(zip(lens.indices.tolist(), lens.values, strict=True)):
             x = 0.81 + 0.05 * rank
             axes.add_patch(plt.Rectangle((x - 0.02, layer - 0.25), 0.04, 0.5 * p, color=WARM))
@@ -86,17 +89,17 @@ def draw(axes: Any, model: GPT, labels: list[str], trace: Trace, stage: int) -> 
 def main(path: str, output: str, prompt: str = PROMPT) -> None:
     """Write the picture."""
     model = anew.load(path).eval()
-    tokenizer = anew.Tokenizer.named("bytes")
+    tokenizer = Tokenizer.from_pretrained(path)
     ids = tokenizer.encode(prompt)
+    room = len(ids) + NEW_TOKENS
     plt.rcParams["font.family"] = "DejaVu Sans Mono"
     figure, axes = plt.subplots(figsize=SIZE)
     figure.subplots_adjust(0, 0, 1, 1)
     frames, times = [], []
     for _ in range(NEW_TOKENS):
         trace = trace_of(model, ids)
-        labels = [tokenizer.decode([token]) for token in ids]
         for stage in range(model.config.n_layer + 1):
-            draw(axes, model, labels, trace, stage)
+            draw(axes, model, tokenizer, ids, room, trace, stage)
             file = io.BytesIO()
             figure.savefig(file, dpi=DPI, format="png")
             frames.append(Image.open(file).convert("RGB").quantize(COLOURS))

@@ -182,7 +182,10 @@ def _training_command(folder: DataFolder) -> str:
     """Return a command that trains on a data folder: a small model, or one for conversations."""
     path = shlex.quote(str(folder.path))
     if folder.conversations:
-        return f"anew train chat --init MODEL --data {path}"
+        return (
+            f"anew train chat --init MODEL --data {path}, with a model that has the tokenizer "
+            f"{folder.tokenizer}"
+        )
     tokenizer = folder.tokenizer if folder.tokenizer in TOKENIZERS else path
     return f"anew train gpt2-5m --data {path} --tokenizer {tokenizer}"
 

@@ -79,16 +79,18 @@ def _messages_of_row(row: Any, column: str) -> Any:
     """Return the messages of a row, which `parse` checks. Raises ValueError if it has none."""
     if not isinstance(row, dict):
         raise ValueError("not a row of JSON")
-    if column in row:
+    if row.get(column) is not None:  # a row of parquet has every column, some of them null
         return row[column]
     if isinstance(row.get(SHAREGPT), list):
         return [_message_of_sharegpt(turn) for turn in row[SHAREGPT]]
     for question, answer in PAIRS:
-        if question in row and answer in row:
+        if row.get(question) is not None and answer in row:
             asked = row[question]
             if isinstance(asked, str) and isinstance(row.get("input"), str):
                 asked = f"{asked}\n\n{row['input']}".strip()
             return [{"role": USER, "content": asked}, {"role": ASSISTANT, "content": row[answer]}]
+    if column in row:
+        return row[column]
     names = ", ".join(str(name) for name in row)
     raise ValueError(f"no messages among {names[:60]}")
 
@@ -97,7 +99,9 @@ def _message_of_sharegpt(turn: Any) -> Any:
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     role = turn["from"]
-    return {"role": SHAREGPT_ROLES.get(role, role), "content": turn.get("value")}
+    if isinstance(role, str):
+        role = SHAREGPT_ROLES.get(role, role)
+    return {"role": role, "content": turn.get("value")}
 
 
 def _messages_of_text(text: str) -> Any:

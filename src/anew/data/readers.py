@@ -85,7 +85,7 @@ def why_not_text(path: Path, encoding: str = "") -> str:
         return ""  # the reader reports what is wrong with the compressed file
     codec = _codec_of(start, encoding)
     if b"\0" in start and not codec.lower().startswith(("utf-16", "utf-32", "utf16", "utf32")):
-        return f"binary (UTF-16 without a byte-order mark needs its encoding: {ENCODING_EXAMPLE})"
+        return "binary (UTF-16 without a byte-order mark needs --encoding utf-16-le)"
     try:
         _decode_start(start, codec)
     except UnicodeDecodeError:
@@ -204,7 +204,7 @@ def _check_encoding(path: Path, number: int, line: str) -> None:
 def _json_of(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -328,9 +328,15 @@ def _text_of_line(path: Path, number: int, line: str, column: str) -> str | None
 
 def _why_no_text(path: Path, line: str, column: str) -> str:
     """Return the sentence that refuses a .jsonl file whose first line has no text."""
-    names: list[str] = []
-    with contextlib.suppress(ValueError, AttributeError):
-        names = [name for name, value in json.loads(line).items() if isinstance(value, str)]
+    row = _json_of(line)
+    if not isinstance(row, dict):
+        row = {}
+    names = [name for name, value in row.items() if isinstance(value, str)]
+    if isinstance(row.get("messages"), list) or isinstance(row.get("conversations"), list):
+        return (
+            f"{path} has conversations; prepare it with --conversations, or train on it with "
+            "anew train chat."
+        )
     if names:
         return (
             f"{path} has no text '{column}'; choose one of its keys ({', '.join(names)}): "

@@ -19,6 +19,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import FileIO
@@ -39,6 +40,8 @@ log = logging.getLogger("anew")
 
 Row = dict[str, Any]
 RUN_STATE_FORMAT = 1  # of run_state.json
+# A slow run has a line for the reader before `log_every` steps are done.
+MOST_SECONDS_WITHOUT_LINE = 20.0
 
 
 def read_metrics(run: Path) -> list[Row]:
@@ -115,6 +118,7 @@ class RunLog:
         self.first_step = step
         self.last_train_loss = last_train_loss(run) if writes else math.nan
         self.skipped_in_a_row = 0
+        self.last_line = time.monotonic()
         self.tensorboard: Any = None
         self.tracker: Tracker | None = None
         self.run_state = RunState(run, writes)
@@ -235,7 +239,9 @@ class RunLog:
         else:
             self.skipped_in_a_row += 1
             log.warning(skipped_step_message(row, sequences))
-        if step % config.log_every == 0 or step in (1, config.steps):
+        is_late = time.monotonic() - self.last_line > MOST_SECONDS_WITHOUT_LINE
+        if step % config.log_every == 0 or step in (1, config.steps) or is_late:
+            self.last_line = time.monotonic()
             log.info(console_line(row, config.steps))
             self.run_state.update(step=step)
         if self.skipped_in_a_row >= config.bad_steps:

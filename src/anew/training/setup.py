@@ -37,6 +37,7 @@ from anew.tokenizer.bpe import Tokenizer
 from anew.training.async_checkpoint import CheckpointWriter
 from anew.training.micro_batch import choose_micro_batch
 from anew.training.run_log import RunLog, describe_conversations, describe_data, describe_run
+from anew.training.silent_errors import refuse_inexact_devices
 from anew.training.train_state import TrainState
 from anew.training.validation import Validation
 from anew.utils import device
@@ -99,6 +100,8 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
     batches = training_sequences(config, data, tokenizer, stop)
     general = open_general_data(config, tokenizer, world, stack)
     state = TrainState(config, runtime, data.identity, world)
+    if config.run.check_every:
+        refuse_inexact_devices(state)
     messages = state.load(config.folder)
     if state.step >= config.run.steps:
         messages.append(f"the run is complete: it has taken all {counted(state.step, 'step')}")
@@ -154,7 +157,10 @@ def resolve_config(config: Config) -> Config:
         refuse_other_files(config.folder)
     if config.run.init:
         if existing is not None and existing.run.init == config.run.init:
+            typed = config.run.batch_tokens
             config = with_shape(config, existing.model, existing.data.tokenizer)
+            if typed == existing.run.batch_tokens:  # also in a run of an earlier version
+                config = config.override(batch_tokens=typed)
         else:
             config, tokenizer = read_init(config)
             tokenizer.keep(config.folder)
@@ -283,15 +289,24 @@ def read_init(config: Config) -> tuple[Config, Tokenizer]:
 
 
 def with_shape(config: Config, shape: GPTConfig, tokenizer: str) -> Config:
-    """Return `config` for a model of this shape and tokenizer, which bounds `seq_len`."""
-    seq_len = min(config.data.seq_len, shape.n_positions)
-    if seq_len < config.data.seq_len:
-        log.info(
-            f"seq_len lowered from {config.data.seq_len} to the {seq_len} positions of "
-            f"{config.run.init}"
-        )
+    """Return `config` for a model of this shape and tokenizer, which bounds `seq_len`.
+
+    The recipe's own batch is made smaller with it, so that a step has as many sequences.
+    """
+    usual = config.data.seq_len
+    seq_len = min(usual, shape.n_positions)
+    batch_tokens = config.run.batch_tokens
+    if seq_len < usual:
+        line = f"seq_len lowered from {usual} to the {seq_len} positions of {config.run.init}"
+        recipe = read_recipe(config.recipe) if config.recipe in RECIPES else Config()
+        if batch_tokens == recipe.run.batch_tokens and batch_tokens % usual == 0:
+            batch_tokens = batch_tokens // usual * seq_len
+            line += f", and batch_tokens to {batch_tokens:,}"
+        log.info(line)
     settings = {name: getattr(shape, name) for name in SHAPE}
-    return config.override(**settings, tokenizer=tokenizer, seq_len=seq_len)
+    return config.override(
+        **settings, tokenizer=tokenizer, seq_len=seq_len, batch_tokens=batch_tokens
+    )
 
 
 def lock_run_folder(run: Path, stack: contextlib.ExitStack) -> None:
@@ -427,6 +442,7 @@ def log_start(
             config, train_tokens, val_tokens, batches.epoch_sequences, batches.dropped_tokens
         )
     lines = [
+        f"run:   recipe {config.recipe} in {config.folder}",
         *state.runtime.reasons,
         *describe_run(config, state.world.size),
         *described,

@@ -132,6 +132,38 @@ def test_rows_of_sharegpt_are_read(tmp_path: Path) -> None:
     assert from_json(line) == TALK
 
 
+def test_null_columns_of_other_forms_are_ignored(tmp_path: Path) -> None:
+    rows = [
+        {"messages": None, "conversations": None, "prompt": "Hello", "response": "Hi!"},
+        {"messages": as_dicts(TALK), "conversations": None, "prompt": None, "response": None},
+    ]
+    path = write_rows(tmp_path / "talks.jsonl", rows)
+    assert [from_json(line) for line in conversations_in(path)] == [TALK, TALK]
+
+
+@pytest.mark.parametrize("name", [["human"], {"a": 1}, 3, None])
+def test_name_of_a_speaker_that_is_no_text_is_left_out_and_counted(
+    name: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"conversations": [{"from": name, "value": "x"}]}
+    path = write_rows(tmp_path / "talks.jsonl", [row, {"messages": as_dicts(TALK)}])
+    assert len(list(conversations_in(path))) == 1
+    assert "left out 1 conversation (1: a message without a role)" in caplog.text
+
+
+def test_line_that_is_nested_too_deeply_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "talks.jsonl"
+    good = json.dumps({"messages": as_dicts(TALK)})
+    path.write_text("[" * 200_000 + "\n" + good + "\n")
+    assert len(list(conversations_in(path))) == 1
+
+
+def test_conversations_that_are_read_as_texts_are_named(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "talks.jsonl", [{"messages": as_dicts(TALK)}])
+    with pytest.raises(UserError, match="has conversations; prepare it with --conversations"):
+        list(sources.find(str(path)).documents())
+
+
 def test_folder_may_have_files_without_conversations(tmp_path: Path) -> None:
     folder = tmp_path / "talks"
     folder.mkdir()

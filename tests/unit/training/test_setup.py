@@ -143,3 +143,26 @@ def test_finetune_needs_a_text(tmp_path: Path) -> None:
     config = read_recipe("finetune").override(init=str(tmp_path), out=str(tmp_path / "run"))
     with pytest.raises(UserError, match="no text to train on is named: add --data"):
         config.check()
+
+
+def test_batch_of_a_recipe_keeps_its_sequences_for_a_model_with_fewer_positions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(tmp_path / "model")
+    train(model)
+    recipe = read_recipe("finetune").override(init=str(model.folder), data=model.data.data)
+    with caplog.at_level("INFO", "anew"):
+        config = resolve_config(recipe.override(out=str(tmp_path / "run")))
+    sequences = recipe.run.batch_tokens // recipe.data.seq_len
+    assert config.data.seq_len == 16
+    assert config.run.batch_tokens == 16 * sequences
+    assert f"and batch_tokens to {16 * sequences:,}" in caplog.text
+    typed = resolve_config(recipe.override(out=str(tmp_path / "typed"), batch_tokens=4096))
+    assert typed.run.batch_tokens == 4096
+    # A run of an earlier version keeps the batch that it began with.
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    old = config.override(out=str(earlier), batch_tokens=recipe.run.batch_tokens)
+    (earlier / "config.json").write_text(old.to_json())
+    resumed = resolve_config(recipe.override(out=str(earlier)))
+    assert resumed.run.batch_tokens == recipe.run.batch_tokens
