@@ -157,6 +157,13 @@ def _step_title(config: Config, device: str) -> str:
     return f"{config.recipe}, {tokens}, on {device}"
 
 
+def _short(number: float) -> str:
+    """Return a number with three digits, in at most seven characters."""
+    if number >= 1000:
+        return f"{number:.0f}"
+    return f"{number:.3g}" if number >= 0.001 else f"{number:.1e}"
+
+
 def time_ladder(config: Config, device: str, arguments: Any) -> Figures:
     """Time a training step on every rung of the ladder."""
     print(f"{_step_title(config, device)}\n")
@@ -173,7 +180,7 @@ def time_ladder(config: Config, device: str, arguments: Any) -> Figures:
         before = done[max(0, len(done) - 2)][1]
         print(
             f"{rung.name:<18} {1e3 * found.seconds:>7,.0f} {found.tokens_per_second:>9,.0f} "
-            f"{found.tflops:>7.3g} {found.memory_bytes / 1e6:>6,.0f} "
+            f"{_short(found.tflops):>7} {found.memory_bytes / 1e6:>6,.0f} "
             f"{before.seconds / found.seconds:>9.2f} {done[0][1].seconds / found.seconds:>8.2f} "
             f"{found.first_seconds:>7.1f} s",
             flush=True,

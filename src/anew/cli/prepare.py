@@ -281,7 +281,8 @@ def _show(folder: DataFolder) -> dict[str, Any]:
         facts[split] = {"tokens": tokens, "shards": shards}
     steps = folder.n_tokens("train") / STEP_TOKENS
     epochs = GPT2_STEPS / max(steps, 1e-9)
-    print(f"an epoch is {steps:,.1f} steps of {STEP_TOKENS:,} tokens;")
+    amount = f"{steps:,.1f} steps" if steps >= 0.1 else "less than a tenth of a step"
+    print(f"an epoch is {amount} of {STEP_TOKENS:,} tokens;")
     if epochs < 100:
         print(f"10B tokens are {GPT2_STEPS:,} steps, {epochs:,.1f} epochs")
     facts["steps_an_epoch"] = steps
