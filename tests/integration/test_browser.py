@@ -78,6 +78,14 @@ def wait_for(browser: Any, script: str, seconds: float = 30) -> Any:
     return found
 
 
+def fill(browser: Any, **fields: str) -> None:
+    """Type a text into each field of a page, by its id."""
+    for name, value in fields.items():
+        element = browser.find_element("id", name)
+        element.clear()
+        element.send_keys(value)
+
+
 def test_report_fits_phone_and_desktop_and_shows_values_under_the_pointer(
     browser: Any, tmp_path: Path
 ) -> None:
@@ -124,11 +132,7 @@ def test_playground_generates_branches_compares_and_stops(browser: Any, models: 
     with served(*map(str, models)) as address:
         browser.get(address)
         wait_for(browser, "document.querySelectorAll('#model option').length == 2")
-        browser.find_element(By.ID, "prompt").send_keys("The tower <b>")
-        for name, value in (("n_tokens", "30"), ("seed", "5")):
-            element = browser.find_element(By.ID, name)
-            element.clear()
-            element.send_keys(value)
+        fill(browser, prompt="The tower <b>", n_tokens="30", seed="5")
         browser.find_element(By.ID, "write").click()
         wait_for(browser, f"{is_idle} && {tokens(1)}.length > 20 && {tokens(2)}.length > 20")
         prompt = browser.execute_script("return document.querySelector('.prompt').textContent")
@@ -173,10 +177,7 @@ def test_conversation_on_the_page(browser: Any, chat_model: Path, models: list[P
         browser.get(address)
         wait_for(browser, "document.getElementById('write').textContent == 'Send'")
         Select(browser.find_element(By.ID, "beside")).select_by_value("")
-        for name, value in (("n_tokens", "20"), ("temperature", "0")):
-            element = browser.find_element(By.ID, name)
-            element.clear()
-            element.send_keys(value)
+        fill(browser, n_tokens="20", temperature="0")
         prompt = browser.find_element(By.ID, "prompt")
         prompt.send_keys("Hello <b>", Keys.ENTER)
         wait_for(browser, f"{is_idle} && {answers} > 10")
@@ -225,11 +226,7 @@ def test_inside_view_shows_and_removes_heads(browser: Any, models: list[Path]) -
     with served(str(models[0])) as address:
         browser.get(address)
         wait_for(browser, "document.querySelectorAll('#model option').length == 1")
-        browser.find_element(By.ID, "prompt").send_keys("The tower of")
-        for name, value in (("n_tokens", "28"), ("temperature", "0")):
-            element = browser.find_element(By.ID, name)
-            element.clear()
-            element.send_keys(value)
+        fill(browser, prompt="The tower of", n_tokens="28", temperature="0")
         browser.find_element(By.ID, "write").click()
         wait_for(browser, f"{is_idle} && document.querySelectorAll('article .token').length > 0")
         browser.find_element(By.CLASS_NAME, "look").click()

@@ -20,7 +20,7 @@ from anew import GPT, GPTConfig, Tokenizer, UserError, generate
 from anew.checkpoint import web
 from anew.checkpoint.huggingface import load_model, save_model
 from anew.checkpoint.onnx import write_decoder_onnx
-from tests.integration.test_browser import browser, look, wait_for
+from tests.integration.test_browser import browser, fill, look, wait_for
 from tests.support.commands import run
 from tests.support.serving import models
 
@@ -167,11 +167,7 @@ def test_page_writes_in_a_browser_what_sample_writes(
     browser.get(f"{served}/page/?device=wasm")
     wait_for(browser, "document.getElementById('write').disabled == false", 60)
     assert browser.execute_script("return document.title") == source.name
-    browser.find_element(By.ID, "prompt").send_keys(PROMPT)
-    for name, value in (("n_tokens", str(N_TOKENS)), ("temperature", "0")):
-        element = browser.find_element(By.ID, name)
-        element.clear()
-        element.send_keys(value)
+    fill(browser, prompt=PROMPT, n_tokens=str(N_TOKENS), temperature="0")
     browser.find_element(By.ID, "write").click()
     wait_for(browser, "document.getElementById('text').dataset.ids", 60)
     found = browser.execute_script("return document.getElementById('text').dataset.ids")

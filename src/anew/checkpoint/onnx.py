@@ -52,29 +52,36 @@ def write_decoder_onnx(path: Path, gpt: GPT, dtype: torch.dtype = torch.float32)
     if dtype != torch.float32:
         gpt = copy.deepcopy(gpt).to(dtype)
         gpt.compute_dtype = dtype
+    inputs = ["input_ids", "attention_mask", "position_ids"]
+    outputs = ["logits"]
+    for layer in range(config.n_layer):
+        for kind in ("key", "value"):
+            inputs.append(f"past_key_values.{layer}.{kind}")
+            outputs.append(f"present.{layer}.{kind}")
+    # The graph is recorded with an example: 3 new tokens behind 5 others, in 2 texts.
     B, T, used = 2, 3, 5
     ids = torch.zeros(B, T, dtype=torch.long)
     mask = torch.ones(B, used + T, dtype=torch.long)
     positions = torch.arange(used, used + T).expand(B, T)
-    past = [torch.zeros(B, config.n_head, used, config.head_dim)] * (2 * config.n_layer)
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
-    past_length, total = torch.export.Dim("past_length"), torch.export.Dim("total_length")
-    names = [f"{layer}.{kind}" for layer in range(config.n_layer) for kind in ("key", "value")]
+    keys_or_values = torch.zeros(B, config.n_head, used, config.head_dim)
+    past = [keys_or_values] * (2 * config.n_layer)
+    batch = torch.export.Dim("batch")
+    tokens = torch.export.Dim("tokens")
+    past_length = torch.export.Dim("past_length")
+    total_length = torch.export.Dim("total_length")
+    shapes_of_past = [{0: batch, 2: past_length} for _ in past]
     _write(
         path,
         gpt,
         DecoderStep(gpt),
         (ids, mask, positions, past),
-        input_names=[
-            *("input_ids", "attention_mask", "position_ids"),
-            *(f"past_key_values.{name}" for name in names),
-        ],
-        output_names=["logits", *(f"present.{name}" for name in names)],
+        input_names=inputs,
+        output_names=outputs,
         dynamic_shapes=(
             {0: batch, 1: tokens},
-            {0: batch, 1: total},
+            {0: batch, 1: total_length},
             {0: batch, 1: tokens},
-            [{0: batch, 2: past_length} for _ in past],
+            shapes_of_past,
         ),
     )
 
@@ -95,7 +102,8 @@ class DecoderStep(nn.Module):
         `attention_mask` (B, used + T) is 0 for tokens that are padding.
         """
         transformer = self.gpt.transformer
-        T, used = ids.size(1), past[0].size(2)
+        T = ids.size(1)
+        used = past[0].size(2)
         key_places = torch.arange(used + T, device=ids.device)
         query_places = used + torch.arange(T, device=ids.device)
         visible = key_places <= query_places[:, None]  # (T, used + T)

@@ -75,8 +75,8 @@ def write_web(folder: Path, gpt: GPT, tokenizer: Tokenizer, dtype: str, name: st
     """Write the page, the runtime and the model, under `name`, into an empty folder.
 
     `dtype` is "f32", "f16" (half the size, for GPUs) or "int8" (dynamic quantisation, a quarter of
-    the size). Raises UserError if
-    the model is too large for one file, or if the runtime cannot be had.
+    the size). Raises UserError if the model is too large for one file, or if the runtime cannot
+    be had.
     """
     if 4 * count_parameters(gpt.config) > MAX_BYTES_IN_GRAPH:
         raise UserError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anew.errors import UserError
-from anew.inference.interpret import logit_lens, trace_of
+from anew.inference.interpret import Trace, logit_lens, trace_of
 from anew.serve.engine import ALTERNATIVES, Served, alternatives_of
 
 MOST_TOKENS = 256  # of a text, since a matrix has the square of this number of weights
@@ -30,6 +30,20 @@ def look_inside(
     the norm of what the block added for `token` and the likeliest next tokens. Raises UserError if
     there is no such token, block or head, or if the text is too long.
     """
+    _check(served, ids, token, block, head)
+    trace = trace_of(served.model, ids)
+    matrix = in_ten_thousandths(trace.attention[block, head])
+    rows = trace.attention[:, :, token, : token + 1]
+    return {
+        "tokens": [served.tokenizer.decode([token]) for token in ids],
+        "matrix": [row[: i + 1] for i, row in enumerate(matrix)],
+        "rows": in_ten_thousandths(rows),
+        "layers": _layers(served, trace, token),
+    }
+
+
+def _check(served: Served, ids: Sequence[int], token: int, block: int, head: int) -> None:
+    """Raise UserError for what cannot be shown."""
     config = served.model.config
     longest = min(MOST_TOKENS, config.n_positions)
     if not 0 < len(ids) <= longest:
@@ -40,32 +54,33 @@ def look_inside(
         raise UserError(f"there is no token {token}; the text has {len(ids)}, from 0.")
     if not (0 <= block < config.n_layer and 0 <= head < config.n_head):
         raise UserError(f"there is no head {head} in a block {block} of {served.name}.")
-    trace = trace_of(served.model, ids)
-    attention = trace.attention
+
+
+def _layers(served: Served, trace: Trace, token: int) -> list[dict[str, Any]]:
+    """Return what is shown of `token` before the first block and after each."""
     lens = logit_lens(served.model, trace.residual[:, token]).cpu()  # (layers + 1, 50257)
     if not lens.isfinite().all():
         raise UserError(f"{served.name} computes infinite numbers; its weights are damaged.")
-    likeliest = lens.topk(min(ALTERNATIVES, config.vocab_size))
-    attention_norms = trace.attention_added[:, token].float().norm(dim=-1).tolist()
-    mlp_norms = trace.mlp_added[:, token].float().norm(dim=-1).tolist()
+    likeliest = lens.topk(min(ALTERNATIVES, lens.size(-1)))
+    # Nothing is added before the first block.
+    attention_norms = [0.0, *_norms(trace.attention_added[:, token])]
+    mlp_norms = [0.0, *_norms(trace.mlp_added[:, token])]
     layers = []
-    for layer, (top_ids, log_p) in enumerate(zip(likeliest.indices, likeliest.values, strict=True)):
-        choices = alternatives_of(served.tokenizer, top_ids, log_p)
+    for layer, top_ids in enumerate(likeliest.indices):
+        choices = alternatives_of(served.tokenizer, top_ids, likeliest.values[layer])
         layers.append(
             {
-                # Nothing is added before the first block.
-                "attention_norm": attention_norms[layer - 1] if layer else 0.0,
-                "mlp_norm": mlp_norms[layer - 1] if layer else 0.0,
+                "attention_norm": attention_norms[layer],
+                "mlp_norm": mlp_norms[layer],
                 "likeliest": [asdict(choice) for choice in choices],
             }
         )
-    matrix = in_ten_thousandths(attention[block, head])
-    return {
-        "tokens": [served.tokenizer.decode([token]) for token in ids],
-        "matrix": [row[: i + 1] for i, row in enumerate(matrix)],
-        "rows": in_ten_thousandths(attention[:, :, token, : token + 1]),
-        "layers": layers,
-    }
+    return layers
+
+
+def _norms(vectors: Tensor) -> list[float]:
+    """Return the length of each row."""
+    return vectors.float().norm(dim=-1).tolist()
 
 
 def in_ten_thousandths(weights: Tensor) -> Any:
