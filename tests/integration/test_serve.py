@@ -18,14 +18,11 @@ from torch import Tensor
 from anew import GPT, Tokenizer, generate
 from anew.checkpoint.huggingface import load_model
 from anew.inference.interpret import Part, logit_lens, trace_of, without
-from anew.serve.schemas import CompletionRequest, InsideRequest, PageRequest
+from tests.support.hostile import FIELDS, PATHS, hostile_body
 from tests.support.serving import models, post, request, served
 
 __all__ = ["models"]  # a fixture
 END_OF_TEXT = 256
-FIELDS = sorted(CompletionRequest.model_fields)
-PAGE_FIELDS = sorted({*PageRequest.model_fields, *InsideRequest.model_fields} - set(FIELDS))
-PATHS = ("/v1/completions", "/api/write", "/api/inside")
 
 
 @pytest.fixture(scope="module")
@@ -178,37 +175,6 @@ def test_too_long_request_is_refused(address: str) -> None:
     status, answer = post(address, "/v1/completions", completion_body(prompt="x" * 300_000))
     assert status == 400
     assert json.loads(answer)["error"]["message"] == "the request has more than 262,144 bytes."
-
-
-def hostile_body(generator: random.Random) -> bytes:
-    """Return what an attacker or a faulty program might send."""
-    values: list[Any] = [
-        *(None, True, -1, 10**400, 1e308, -0.0, "", "\ud800", "x" * 3000, "\x00", "<script>"),
-        *([], [[]], [1, "a"], [[1, 2], "b"], [2**70], [None], ["a"] * 40),
-        *({}, {"a": {}}, {"$ref": "#"}),
-    ]
-    kind = generator.randrange(6)
-    if kind == 0:
-        return bytes(generator.randrange(256) for _ in range(generator.randrange(200)))
-    if kind == 1:
-        return (generator.choice("[{") * generator.choice([10, 1000, 100_000])).encode()
-    if kind == 2:
-        long = json.dumps({"prompt": "x" * generator.choice([10, 300_000])}).encode()
-        return long[: generator.choice([5, 100, 400_000])]
-    if kind == 3:
-        return generator.choice(
-            [
-                *(b"NaN", b"Infinity", b'{"temperature": NaN}', b'{"n": 1e999}', b'"text"', b"[]"),
-                *(b"null", b"9" * 5000, b'{"prompt": "\\ud83d"}', b"\xef\xbb\xbf{}"),
-                b'{"max_tokens": 1, "max_tokens": []}',
-            ]
-        )
-    names = sorted([*FIELDS, *PAGE_FIELDS, "__proto__", "constructor"])
-    chosen = generator.sample(names, generator.randrange(1, 5))
-    body = {name: generator.choice(values) for name in chosen}
-    if kind == 5:
-        body |= {"prompt": generator.choice(values), "max_tokens": 2, "n_tokens": 2}
-    return json.dumps(body).encode()
 
 
 def test_500_hostile_bodies_cause_no_server_error(address: str) -> None:

@@ -45,9 +45,12 @@ def chat_model(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @contextlib.contextmanager
-def served(*arguments: str) -> Iterator[str]:
-    """Run `anew serve` in a process of its own, and give its address."""
-    command = [sys.executable, "-m", "anew", "serve", *arguments]
+def served(*arguments: str, module: str = "anew") -> Iterator[str]:
+    """Run `anew serve` in a process of its own, and give its address.
+
+    Another `module` is another command line, such as one with a fault.
+    """
+    command = [sys.executable, "-m", module, "serve", *arguments]
     command += ["--port", "0", "--precision", "fp32", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -68,6 +68,8 @@ def _listen(application: Any, host: str, port: int) -> None:
     """Answer requests until Ctrl-C or SIGTERM; answers that have begun are finished first."""
     import uvicorn
 
+    from anew.serve.connections import MAX_HEADER_BYTES, MOST_CONNECTIONS, BoundedConnection
+
     is_ipv6 = ":" in host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     with socket.socket(family) as listener:
@@ -84,9 +86,11 @@ def _listen(application: Any, host: str, port: int) -> None:
         print(f"http://{address}:{listener.getsockname()[1]}", flush=True)
         config = uvicorn.Config(
             application,
-            log_level="warning",
+            log_level="error",
+            http=BoundedConnection,
+            ws="none",
             timeout_graceful_shutdown=5,
-            h11_max_incomplete_event_size=64 * 1024,
-            limit_concurrency=200,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            limit_concurrency=2 * MOST_CONNECTIONS,
         )
         uvicorn.Server(config).run([listener])
