@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import disk_errors, files, runs, torchrun, untrusted
+from tests.faults import disk_errors, downloads, files, runs, server, torchrun, untrusted
 from tests.faults.common import Fault, FaultResult
 from tests.support import ROOT
 
@@ -105,6 +105,14 @@ PROGRAMME = {
         "error that stays and a full quota end the run in one sentence, with the previous "
         "checkpoint intact",
     ),
+    "cut-downloads": Row(
+        downloads.cut_downloads,
+        20,
+        200,
+        "Connection closed at a random byte of a download, with and without an announced length",
+        "the download continues; every prepared file has the bytes of an undisturbed preparation; "
+        "as a control, one attempt is not enough",
+    ),
     "damaged-files": Row(
         files.damaged_files,
         200,
@@ -126,6 +134,16 @@ PROGRAMME = {
         "Malicious pickles and archives (`.pt`, DCP metadata, `.npy`, paths that lead outside, "
         "decompression bombs)",
         "every file is refused; nothing is executed or written outside",
+    ),
+    "hostile-requests": Row(
+        server.hostile_requests,
+        500,
+        10_000,
+        "Hostile requests to `anew serve`: random bodies, half a request, a byte at a time, "
+        "headers of 10 MB, other hosts and paths, clients that leave or do not read",
+        "no server error; the page can be used meanwhile; connections and threads are released, "
+        "and memory grows by less than 20 MB from the middle to the end; as a control, uvicorn's "
+        "own connections make the page unusable",
     ),
     "fuzzed-headers": Row(
         untrusted.fuzzed_headers,

@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
 
     `faults[path]` lists what goes wrong in the next downloads of a file: an HTTP status, "cut", "no
     length" (cut without a Content-Length), "error page" (with status 200) or "flipped" (one bit).
+    "cut:0.9" sends nine tenths of what was asked for, "cut" one half.
     `gets` lists the downloads as (path, value of the Range header).
     """
 
@@ -75,6 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.gets.append((name, byte_range))
             if self.server.faults.get(name):
                 fault = self.server.faults[name].pop(0)
+        fault, _, share = fault.partition(":")
         if fault.isdigit():
             self.send_empty(int(fault), {"Retry-After": "0"})
             return
@@ -98,8 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(raw) - 1}/{len(raw)}"
         self.send_head(206 if start else 200, headers)
         if with_body:
-            end = start + (len(raw) - start) // 2 if is_cut else len(raw)
-            self.wfile.write(raw[start:end])
+            rest = raw[start:]
+            self.wfile.write(rest[: int(float(share or 0.5) * len(rest))] if is_cut else rest)
             self.close_connection = is_cut
 
     def send_json(self, content: object) -> None:
