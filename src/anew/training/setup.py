@@ -38,6 +38,7 @@ from anew.training.async_checkpoint import CheckpointWriter
 from anew.training.micro_batch import choose_micro_batch
 from anew.training.run_log import RunLog, describe_conversations, describe_data, describe_run
 from anew.training.silent_errors import refuse_inexact_devices
+from anew.training.slow_ranks import SlowRanks, names_of_ranks
 from anew.training.train_state import TrainState
 from anew.training.validation import Validation
 from anew.utils import device
@@ -77,6 +78,7 @@ class Run:
     validation: Validation
     log: RunLog
     checkpoints: CheckpointWriter
+    slow_ranks: SlowRanks
     loss_of: Callable[[Tensor, Tensor], Tensor]  # the model, compiled or not
     peak_flops: float  # of all ranks together
 
@@ -139,6 +141,7 @@ def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Ru
         validation=validation,
         log=run_log,
         checkpoints=checkpoints,
+        slow_ranks=SlowRanks(names_of_ranks(world, runtime.device)),
         loss_of=training_loss(state),
         peak_flops=peak_flops * world.size,
     )

@@ -35,6 +35,8 @@ class StepResult:
     applied: bool  # False if weights and optimizer state were left unchanged
     stop: bool = False  # a rank was asked to stop, so the step was not applied
     save: bool = False  # a rank asks for a checkpoint
+    # Seconds of each rank's own work in the step before, 0 if unknown; empty for one rank.
+    rank_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class RankSums:
     loss: Tensor  # mean over the ranks
     stop_requests: Tensor  # number of ranks that were asked to stop
     save_requests: Tensor  # number of ranks that ask for a checkpoint
+    rank_seconds: Tensor  # (ranks,) of the step before; empty for one rank
 
 
 def train_step(
@@ -114,6 +117,9 @@ def accumulate_gradients(
             torch.manual_seed(seed)
         state.prepare_backward(is_last=index == len(micro_batches) - 1)
         loss = loss_of(ids, targets) / divisor
+        # FSDP exchanges parameters in the forward pass, so the ranks wait for each other there.
+        if index == len(micro_batches) - 1 and not state.is_sharded:
+            state.timer.stop()
         state.scaler.scale(loss).backward()
         loss_sum += loss.detach()
         if index == 0 and while_device_works is not None:
@@ -122,17 +128,27 @@ def accumulate_gradients(
 
 
 def all_reduce_gradients(state: TrainState, loss: Tensor, stop: bool, save: bool) -> RankSums:
-    """Average gradients and loss over all ranks, and count the requests to stop and to save."""
+    """Average gradients and loss over all ranks, count the requests to stop and to save, and
+    collect the ranks' times.
+    """
     # Sharded gradients have no buckets: FSDP has averaged them in the backward pass.
     if state.buckets is not None:
         state.buckets.all_reduce()
-    # One exchange of three values takes less time than three exchanges.
-    shared = torch.zeros(3, device=loss.device)
+    world = state.world
+    # One exchange of all values takes less time than an exchange of each.
+    shared = torch.zeros(3 + world.size * (world.size > 1), device=loss.device)
     shared[0] = loss
     shared[1] = float(stop)
     shared[2] = float(save)
-    state.world.all_reduce(shared)
-    return RankSums(shared[0] / state.world.size, stop_requests=shared[1], save_requests=shared[2])
+    if world.size > 1:
+        shared[3 + world.rank] = state.timer.seconds  # to which the others add zero
+    world.all_reduce(shared)
+    return RankSums(
+        loss=shared[0] / world.size,
+        stop_requests=shared[1],
+        save_requests=shared[2],
+        rank_seconds=shared[3:],
+    )
 
 
 def must_end_before_update(state: TrainState, stop_here: bool, stop_requests: Tensor) -> bool:
@@ -191,13 +207,15 @@ def release_gradients(state: TrainState) -> None:
 def read_result(sums: RankSums, grad_norm: Tensor, skip: Tensor) -> StepResult:
     """Copy the values of a step to the host. Only here does the host always wait for the device."""
     values = [sums.loss, grad_norm, skip.float(), sums.stop_requests, sums.save_requests]
-    loss, norm, skipped, stop_requests, save_requests = torch.stack(values).tolist()
+    on_host = torch.cat([torch.stack(values), sums.rank_seconds]).tolist()
+    loss, norm, skipped, stop_requests, save_requests, *rank_seconds = on_host
     return StepResult(
         loss,
         norm,
         applied=not skipped,
         stop=stop_requests > 0,
         save=save_requests > 0,
+        rank_seconds=tuple(rank_seconds),
     )
 
 

@@ -33,6 +33,7 @@ from anew.model.gpt import GPT
 from anew.optim.build import build_optimizers
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.outlier_detector import OutlierDetector
+from anew.training.slow_ranks import RankTimer
 from anew.utils.device import Runtime
 from anew.utils.files import read_json, write_json
 
@@ -84,6 +85,7 @@ class TrainState:
         self.buckets: GradientBuckets | None = None
         if self.world.size > 1 and not self.is_sharded:
             self.buckets = GradientBuckets(gradient_groups(self.model), self.world)
+        self.timer = RankTimer(device)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -138,8 +138,10 @@ def training_loop(
     with stack:
         stopwatch = Stopwatch()
         for batch in batches_of_steps(run, range(state.step, config.run.steps)):
-            with stopwatch.paused():
-                run.validation.run_if_due(state.step)
+            if run.validation.is_due(state.step):
+                with stopwatch.paused():
+                    run.validation.run(state.step)
+                state.timer.start()
             if is_multiple(state.step, config.run.check_every):
                 refuse_wrong_gradients(run.loss_of, state, batch.micro_batches[0])
             rate = learning_rate_factor(state.step, config.run.steps, config.optim)
@@ -163,6 +165,7 @@ def training_loop(
                 state.outliers.add(result.loss, result.grad_norm)
             save = result.save or saves_at(run, state.step)
             row = row_of_step(run, result, rate, seconds, batch.n_tokens)
+            row |= run.slow_ranks.add(result.rank_seconds)
             # The rows of a validation and the files of a checkpoint follow the row of their step.
             is_urgent = save or run.validation.is_due(state.step) or not result.applied
             rows.add(row, result.applied, is_urgent)
@@ -171,6 +174,7 @@ def training_loop(
                 run.checkpoints.save(state)
                 remove_used_shards(run)
             stopwatch.restart()
+            state.timer.start()
 
 
 class Batch(NamedTuple):

@@ -82,13 +82,8 @@ class Validation:
         """Return whether `step` is validated or a text is sampled there."""
         return self.validates_at(step) or self.samples_at(step)
 
-    def run_if_due(self, step: int) -> None:
-        """Validate and sample if they are due at `step`.
-
-        The checkpoint of the step is saved first.
-        """
-        if not self.is_due(step):
-            return
+    def run(self, step: int) -> None:
+        """Validate and sample, whichever is due at `step`. The checkpoint of it is saved first."""
         self.checkpoints.save(self.state)
         precision = self.state.runtime.precision
         with whole_model(self.state.model) as model:
