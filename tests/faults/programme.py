@@ -78,6 +78,15 @@ PROGRAMME = {
         "all ranks end within 6 s (after a stopped rank: 44 s, the timeout and torchrun's grace "
         "period); the run continues; no process is left over",
     ),
+    "crash-rank": Row(
+        torchrun.crash_rank,
+        4,
+        40,
+        "Rank with a segmentation fault, an abort, an exception raised by another thread, or the "
+        "interpreter's lock held for a minute",
+        "all ranks end within 6 s (after a held lock: 44 s); a crash below Python shows its stack; "
+        "the run continues; no process is left over",
+    ),
     "signals": Row(
         runs.signals,
         12,

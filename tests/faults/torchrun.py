@@ -1,4 +1,4 @@
-"""Faults of a torchrun job with two ranks: killed and stopped ranks, errors, a killed agent."""
+"""Faults of a torchrun job with two ranks: killed, stopped and crashed ranks, a killed agent."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from anew import Config
 from anew.checkpoint.folder import list_checkpoints, newest_valid
 from tests.faults.common import FaultResult, check_same_run, flags, saved_step, tiny, train_run
+from tests.faults.faulty_rank import FAULTS
 from tests.support.ranks import run_ranks
 
 MARK = "ANEW_FAULT_RUN"  # an environment variable that all processes of one job inherit
@@ -159,21 +160,44 @@ class Case:
     rank: int
 
 
-# The limits of the time until all ranks have ended. A stopped rank (SIGSTOP) is noticed after the
-# run's timeout of 4 s, and torchrun then waits 30 s for its answer to SIGTERM.
-SECONDS_UNTIL_GONE = {
-    "stopped rank": 4.0 + 30.0 + 10.0,
+# The limits of the time until all ranks have ended. A rank that does not answer is noticed after
+# the run's timeout of 4 s, and torchrun then waits 30 s for its answer to SIGTERM.
+SECONDS_WITHOUT_ANSWER = 4.0 + 30.0 + 10.0
+LOST_RANKS = {
+    "stopped rank": SECONDS_WITHOUT_ANSWER,
     "killed rank": 6.0,
     "raising rank": 6.0,
     "killed agent": 6.0,
+}
+CRASHES = {
+    "held lock": SECONDS_WITHOUT_ANSWER,
+    "segmentation fault": 6.0,
+    "abort": 6.0,
+    "asynchronous exception": 6.0,
+}
+# In the output of a job, for the crashes below Python.
+STACKS = {
+    "segmentation fault": "Fatal Python error: Segmentation fault",
+    "abort": "Fatal Python error: Aborted",
 }
 
 
 def lose_rank(injections: int, rng: random.Random, scratch: Path) -> FaultResult:
     """Lose a rank or the agent at a random step: the other ranks end, and the run continues."""
+    return _lose_ranks(LOST_RANKS, injections, rng, scratch)
+
+
+def crash_rank(injections: int, rng: random.Random, scratch: Path) -> FaultResult:
+    """Crash a rank at a random step: the other rank ends, and the run continues."""
+    return _lose_ranks(CRASHES, injections, rng, scratch)
+
+
+def _lose_ranks(
+    limits: dict[str, float], injections: int, rng: random.Random, scratch: Path
+) -> FaultResult:
     result = FaultResult()
     reference = _reference(scratch)
-    kinds = list(SECONDS_UNTIL_GONE)
+    kinds = list(limits)
     cases = [
         Case(i, kinds[i % len(kinds)], rng.randint(10, 60), rng.randrange(2))
         for i in range(injections)
@@ -181,7 +205,7 @@ def lose_rank(injections: int, rng: random.Random, scratch: Path) -> FaultResult
     slowest: dict[str, float] = {}
     # Two jobs at a time: a job with a stopped rank does nothing for 30 s.
     with ThreadPoolExecutor(2) as pool:
-        times = pool.map(lambda case: _lose(result, reference, case), cases)
+        times = pool.map(lambda case: _lose(result, reference, case, limits[case.kind]), cases)
         for case, seconds in zip(cases, times, strict=True):
             slowest[case.kind] = max(slowest.get(case.kind, 0.0), seconds)
     measured = [f"{kind} {seconds:.1f} s" for kind, seconds in slowest.items()]
@@ -189,14 +213,15 @@ def lose_rank(injections: int, rng: random.Random, scratch: Path) -> FaultResult
     return result
 
 
-def _lose(result: FaultResult, reference: Config, case: Case) -> float:
+def _lose(result: FaultResult, reference: Config, case: Case, limit: float) -> float:
     """Inject one loss. Return the seconds until the ranks that were running had ended."""
     scratch = reference.folder.parent
     config = reference.override(out=str(scratch / f"run-{case.number}"), timeout_seconds=4.0)
-    if case.kind == "raising rank":
-        marker = scratch / f"raised-{case.number}"
-        plan = f"1:{case.step}:{marker}"
-        job = Job(config, restarts=2, module="tests.faults.raise_once", ANEW_FAULT=plan)
+    is_planned = case.kind in FAULTS
+    if is_planned:
+        marker = scratch / f"fault-{case.number}"
+        plan = f"{case.kind}:{case.rank}:{case.step}:{marker}"
+        job = Job(config, restarts=2, module="tests.faults.faulty_rank", ANEW_FAULT=plan)
         job.wait_for_step(case.step - 1)
     else:
         job = Job(config, restarts=0 if case.kind == "killed agent" else 2)
@@ -205,10 +230,9 @@ def _lose(result: FaultResult, reference: Config, case: Case) -> float:
     if case.kind == "killed agent":
         os.kill(job.agent.pid, signal.SIGKILL)
         job.agent.wait()
-    elif case.kind != "raising rank" and ranks:
+    elif not is_planned and ranks:
         number = signal.SIGSTOP if case.kind == "stopped rank" else signal.SIGKILL
         os.kill(ranks[case.rank % len(ranks)], number)
-    limit = SECONDS_UNTIL_GONE[case.kind]
     seconds = _seconds_until_gone(ranks, limit)
     result.check(seconds < limit, f"{case.kind}: ranks are still alive after {limit} s")
     if case.kind == "killed agent":
@@ -219,6 +243,8 @@ def _lose(result: FaultResult, reference: Config, case: Case) -> float:
         exit_code = job.end(120)
         output = job.log.read_text()[-1500:]
         result.check(exit_code == 0, f"{case.kind}: torchrun did not finish the run: {output}")
+        has_stack = STACKS.get(case.kind, "") in job.log.read_text()
+        result.check(has_stack, f"{case.kind}: the crash is not described")
     result.check(not job.processes(), f"{case.kind}: processes are left over")
     check_same_run(result, config, reference, case.kind)
     result.injections += 1

@@ -9,6 +9,7 @@ save; 1 anything else.
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -56,6 +57,7 @@ UNUSABLE_FILE = (
 def main(argv: list[str] | None = None) -> None:
     """Run one command and end the process with its exit code."""
     _use_utf8()
+    _show_stack_of_crashes()
     try:
         with console():
             _run(sys.argv[1:] if argv is None else argv)
@@ -95,6 +97,12 @@ def _use_utf8() -> None:
     ):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def _show_stack_of_crashes() -> None:
+    """Let a crash below Python, such as a segmentation fault, show the lines that led to it."""
+    with contextlib.suppress(OSError, AttributeError):  # standard error may not be a file
+        faulthandler.enable()
 
 
 def _run(argv: list[str]) -> None:
