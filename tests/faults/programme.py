@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import disk_errors, downloads, files, runs, server, torchrun, untrusted
+from tests.faults import disk_errors, downloads, files, network, runs, server, torchrun, untrusted
 from tests.faults.common import Fault, FaultResult
 from tests.support import ROOT
 
@@ -86,6 +86,15 @@ PROGRAMME = {
         "interpreter's lock held for a minute",
         "all ranks end within 6 s (after a held lock: 44 s); a crash below Python shows its stack; "
         "the run continues; no process is left over",
+    ),
+    "network": Row(
+        network.disturb_network,
+        3,
+        15,
+        "Network between two machines with a rank each: 3% of the frames lost and 5 ms delay; "
+        "cut for 3 s; cut for 10 s, longer than the run's timeout",
+        "the run continues, after a long cut from its last checkpoint; losses and weights are "
+        "identical",
     ),
     "signals": Row(
         runs.signals,
