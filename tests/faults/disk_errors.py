@@ -63,7 +63,7 @@ def transient_errors(injections: int, rng: random.Random, scratch: Path) -> Faul
     The controls are runs with one attempt, with more failures than attempts, and with a full quota.
     """
     result = FaultResult()
-    library = _compile(scratch)
+    library = compiled("fail_calls.c", scratch)
     if library is None:
         result.skip_reason = "there is no C compiler"
         return result
@@ -86,13 +86,13 @@ def transient_errors(injections: int, rng: random.Random, scratch: Path) -> Faul
     return result
 
 
-def _compile(scratch: Path) -> Path | None:
-    """Compile the library; None if there is no C compiler."""
+def compiled(name: str, scratch: Path) -> Path | None:
+    """Return the library of a C file of this folder; None if there is no C compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
         return None
-    library = scratch / "fail_calls.so"
-    source = Path(__file__).with_name("fail_calls.c")
+    source = Path(__file__).with_name(name)
+    library = scratch / source.with_suffix(".so").name
     flags_of_library = ["-shared", "-fPIC", "-pthread", "-Wall", "-Werror"]
     subprocess.run(
         [compiler, *flags_of_library, "-o", str(library), str(source), "-ldl"], check=True

@@ -15,7 +15,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import disk_errors, downloads, files, network, runs, server, torchrun, untrusted
+from tests.faults import (
+    disk_errors,
+    downloads,
+    files,
+    network,
+    runs,
+    server,
+    timing,
+    torchrun,
+    untrusted,
+)
 from tests.faults.common import Fault, FaultResult
 from tests.support import ROOT
 
@@ -95,6 +105,21 @@ PROGRAMME = {
         "cut for 3 s; cut for 10 s, longer than the run's timeout",
         "the run continues, after a long cut from its last checkpoint; losses and weights are "
         "identical",
+    ),
+    "slow-rank": Row(
+        timing.slow_rank,
+        1,
+        10,
+        "Rank whose forward passes take ten times as long",
+        "the log names the rank and its machine; losses and weights are identical; as a control, "
+        "equally slow ranks are not named",
+    ),
+    "jumping-clock": Row(
+        timing.jump_clock,
+        1,
+        20,
+        "Wall clock that jumps by up to ten years, three times a second",
+        "durations and saves follow the monotonic clock; losses and weights are identical",
     ),
     "signals": Row(
         runs.signals,
