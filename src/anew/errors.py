@@ -55,7 +55,14 @@ class Diverged(RuntimeError):
 
 
 class ComputedWrongly(RuntimeError):
-    """Training stopped, because equal computations gave different bits (exit code 1)."""
+    """Training stopped, because equal computations gave different bits (exit code 1).
+
+    `step` is the number of the step that was computed.
+    """
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 class LostRank(RuntimeError):

@@ -61,7 +61,7 @@ PROGRAMME = {
     "kill-torchrun": Row(
         torchrun.kill_torchrun,
         5,
-        60,
+        200,
         "SIGKILL of all processes or of one rank; torchrun with 2 processes",
         "no step before the last checkpoint is lost; the repeated losses are equal in every bit",
     ),

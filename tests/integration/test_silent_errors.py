@@ -40,21 +40,32 @@ def flip(tensor: Tensor, bit: int = 20) -> None:
         tensor.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << bit)
 
 
-def trained_with_a_flip(config: Config, place: str, step: int, rank: int = 0) -> Any:
+def trained_with_a_flip(
+    config: Config, place: str, step: int, rank: int = 0, times: int = 1
+) -> Any:
     """Train, and flip one bit on one rank: in a weight or a moment after `step` steps, or in a
     gradient, in the first pass over the micro-batch of the check at that step.
+
+    A run that comes to this step again has another flip there, up to `times` in all.
     """
+    flips: list[int] = []
+
+    def is_due(state: Any) -> bool:
+        if state.world.rank != rank or len(flips) == times:
+            return False
+        flips.append(state.step)
+        return True
 
     def weight_of(state: Any) -> Tensor:
         return dict(state.model.named_parameters())[WEIGHT]
 
     def step_with_flip(loss_of: Any, state: Any, *rest: Any, **more: Any) -> Any:
         result = train_step(loss_of, state, *rest, **more)
-        if state.step + 1 == step and state.world.rank == rank:
+        if place in ("weight", "moment") and state.step + 1 == step and is_due(state):
             weight = weight_of(state)
             if place == "weight":
                 flip(weight)
-            elif place == "moment":
+            else:
                 flip(state._optimizer_of(weight).state[weight]["exp_avg"])
         return result
 
@@ -63,8 +74,8 @@ def trained_with_a_flip(config: Config, place: str, step: int, rank: int = 0) ->
 
     def pass_with_flip(loss_of: Any, state: Any, micro_batch: Any) -> dict[str, int]:
         passes.append(state.step)
-        is_first = passes.count(state.step) == 1
-        if place == "gradient" and state.step == step and is_first and state.world.rank == rank:
+        is_first = passes.count(state.step) % 2 == 1
+        if place == "gradient" and state.step == step and is_first and is_due(state):
             handle = weight_of(state).register_hook(_flipped)
             bits = original(loss_of, state, micro_batch)
             handle.remove()
@@ -125,6 +136,30 @@ def test_flipped_gradient_on_one_rank_is_named_on_all(tmp_path: Path) -> None:
     found = run_ranks(2, trained_with_a_flip, config, "gradient", 12, 1)
     assert [kind for kind, _ in found] == ["ComputedWrongly"] * 2, found
     assert all("step 13: rank 1 has computed" in text for _, text in found)
+
+
+@pytest.mark.parametrize(("place", "ranks"), [("gradient", 1), ("gradient", 2), ("weight", 2)])
+def test_rollback_continues_with_the_weights_of_an_undisturbed_run(
+    place: str, ranks: int, tmp_path: Path
+) -> None:
+    config = checked(tmp_path / "run", on_corruption="rollback")
+    step = 12 if place == "gradient" else 14
+    found = run_ranks(ranks, trained_with_a_flip, config, place, step, ranks - 1)
+    assert found == [("ok", STEPS)] * ranks
+    log = (config.folder / "log.txt").read_text()
+    assert "ERROR stopped: step " in log
+    assert "resumed from step-00000008" in log
+    undisturbed = checked(tmp_path / "other")
+    run_ranks(ranks, trained_with_a_flip, undisturbed, "nothing", 0)
+    assert weights_of(config) == weights_of(undisturbed)
+
+
+def test_rollback_ends_if_the_same_step_is_wrong_again(tmp_path: Path) -> None:
+    config = checked(tmp_path / "run", on_corruption="rollback")
+    with pytest.raises(ComputedWrongly) as caught:
+        trained_with_a_flip(config, "gradient", step=12, times=2)
+    assert caught.value.step == 13
+    assert (config.folder / "log.txt").read_text().count("resumed from step-00000008") == 1
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

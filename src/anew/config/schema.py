@@ -264,6 +264,12 @@ class RunConfig:
         "and compare all bits, and before each save compare the ranks; 0: never",
         may_change=True,
     )
+    on_corruption: Literal["stop", "rollback"] = setting(
+        "stop",
+        "when --check-every finds a difference: end the run, or go on from its last checkpoint; a "
+        "step with a second difference ends the run",
+        may_change=True,
+    )
     init: str = setting(
         "",
         "start from the weights of this MODEL; its shape and tokenizer are used too",

@@ -52,7 +52,8 @@ def refuse_wrong_gradients(
         if names:
             raise ComputedWrongly(
                 f"step {state.step + 1:,}: rank {rank} has computed one micro-batch twice, and the "
-                f"results differ in {_listed(names)}. {_advice(state)}"
+                f"results differ in {_listed(names)}. {_advice(state)}",
+                step=state.step + 1,
             )
 
 
@@ -74,7 +75,8 @@ def refuse_different_ranks(state: TrainState) -> None:
             if state.world.size == 2:
                 who = "ranks 0 and 1 differ"
             raise ComputedWrongly(
-                f"step {state.step:,}: {who} in {_listed(names)}. {_advice(state)}"
+                f"step {state.step:,}: {who} in {_listed(names)}. {_advice(state)}",
+                step=state.step,
             )
 
 

@@ -11,6 +11,7 @@ for bit as if it had not been stopped.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from anew.data.conversations import Conversations
 from anew.data.dataloader import NOT_SCORED, DataLoader
 from anew.data.dataset import Stopped, remove_used
 from anew.data.read_ahead import prefetch
-from anew.errors import Preempted, UserError
+from anew.errors import ComputedWrongly, Preempted, UserError
 from anew.optim.schedule import learning_rate_factor
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
@@ -37,6 +38,8 @@ from anew.training.step import NO_LIMITS, MicroBatch, StepResult, train_step
 from anew.training.validation import is_multiple
 from anew.utils.disk_errors import out_of_space
 from anew.utils.signals import StopFlag
+
+log = logging.getLogger("anew")
 
 ProgressCallback = Callable[[Row], None]
 
@@ -63,8 +66,7 @@ def train(config: Config, progress: ProgressCallback | None = None) -> TrainResu
     if not isinstance(config, Config):
         raise UserError('train takes a config, such as anew.train(anew.recipe("shakespeare")).')
     try:
-        with contextlib.ExitStack() as stack:
-            return run_training(config, progress, stack)
+        return run_with_rollbacks(config, progress)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -80,6 +82,24 @@ def train(config: Config, progress: ProgressCallback | None = None) -> TrainResu
             f"{problem}; the checkpoints in it are complete. "
             "Free some space and run the same command again."
         ) from error
+
+
+def run_with_rollbacks(config: Config, progress: ProgressCallback | None) -> TrainResult:
+    """Train to the last step; with `on_corruption` "rollback", through wrong results.
+
+    When a check finds one, the run is started again in the same processes, which loads its last
+    checkpoint. Raises ComputedWrongly if the run does not get past that step.
+    """
+    furthest = 0  # step at which a check has found a difference
+    while True:
+        try:
+            with contextlib.ExitStack() as stack:
+                return run_training(config, progress, stack)
+        except ComputedWrongly as error:  # raised by all ranks
+            if config.run.on_corruption == "stop" or error.step <= furthest:
+                raise
+            furthest = error.step
+            log.warning(f"going back to the last checkpoint: {error}")
 
 
 def run_training(
