@@ -10,7 +10,7 @@ BIN := .venv/bin
 endif
 READY := .venv/.ready
 
-.PHONY: setup lock demo quick test faults lint types check docs notebooks clean
+.PHONY: setup lock demo quick test faults lint types audit bill check docs notebooks clean
 
 setup: $(READY)
 
@@ -43,11 +43,20 @@ lint: setup
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python tools/guarantees.py --check
+	$(BIN)/python tools/supply_chain.py licences --check
 
 types: setup
 	$(BIN)/python -m mypy
 
-check: lint types test
+# Known vulnerabilities of the pinned packages. Where the database cannot be reached, this says so.
+audit: setup
+	$(BIN)/python tools/supply_chain.py audit
+
+# The bill of materials of a release.
+bill: setup
+	$(BIN)/python tools/supply_chain.py bill > anew.cdx.json
+
+check: lint types audit test
 
 # While you work: linters and the unit tests.
 quick: lint

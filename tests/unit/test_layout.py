@@ -43,7 +43,7 @@ IMPORTERS: dict[str, set[str]] = {
     "transformers": {"bench.competitors", "verify.model"},
     "triton": {"model.kernels.cross_entropy"},
     "tyro": CLI,
-    "uvicorn": {"cli.serve"},
+    "uvicorn": {"cli.serve", "serve.connections"},
 }
 
 
