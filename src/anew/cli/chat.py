@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from anew.checkpoint.huggingface import find_model
-from anew.cli.parse import parse
+from anew.cli.parse import ModelArgument, parse
 from anew.cli.sample import Device, Precision, open_model
 from anew.errors import UserError
 from anew.inference.generate import check_options, stream, until_end_of_text
@@ -37,7 +35,7 @@ class ChatArgs:
     Between messages, /reset begins a new conversation, and /save NAME.jsonl keeps this one.
     """
 
-    model: tyro.conf.Positional[str]
+    model: ModelArgument
     """a run, a checkpoint, a Hugging Face folder or a hub name"""
     system: str = ""
     """a message before the conversation that says how to answer"""

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from anew.checkpoint import huggingface
-from anew.cli.parse import parse
+from anew.cli.parse import ModelArgument, parse
 from anew.cli.progress import progress_bar
 from anew.cli.sample import Device, Precision, open_model
 from anew.config.schema import Config
@@ -46,7 +45,7 @@ class EvaluateArgs:
     Example: anew evaluate gpt2 --task hellaswag,lambada --precision bf16
     """
 
-    model: tyro.conf.Positional[str]
+    model: ModelArgument
     """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
     task: str = "all"
     """all, or some of val, hellaswag, hellaswag_harness, lambada, wikitext2, wikitext103, core,

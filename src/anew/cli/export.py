@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from anew.checkpoint import hub
 from anew.checkpoint.export import export_model
-from anew.cli.parse import parse
+from anew.cli.parse import ModelArgument, parse
 from anew.errors import UserError
 from anew.report.model_card import model_card
 
@@ -27,7 +25,7 @@ class ExportArgs:
     Example: anew export runs/mine --to gguf --out mine.gguf --dtype q8_0
     """
 
-    model: tyro.conf.Positional[str]
+    model: ModelArgument
     """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
     to: Literal["hf", "gguf", "onnx", "web", "hub"]
     """hf: a folder for transformers; gguf: a file for llama.cpp; onnx: a file for ONNX Runtime;

@@ -5,12 +5,15 @@ args = parse(PrepareArgs, argv, "prepare")  # --limit-tokens 1.5M is 1,500,000
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from anew.errors import UserError
+
+# The model of a command, as help and messages name it.
+ModelArgument = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
 
 FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 WHOLE_NUMBERS = ConstructorRegistry()

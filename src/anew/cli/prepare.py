@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -51,7 +51,7 @@ class PrepareArgs:
     Example: anew prepare fineweb-edu --out data/edu --limit-tokens 1000000000
     """
 
-    source: tyro.conf.Positional[str] = ""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
     """a file, folder, glob, the name of a source, or repo:config:split:column"""
     out: str = ""
     """data folder to write or to continue"""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,7 +17,7 @@ from anew.report.run import Run
 class ReportArgs:
     """Write a page about a run. Example: anew report runs/gpt2-124m --price 2.5"""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")]
     """run folders; the curves of several share their charts"""
     out: str = ""
     """the page to write; by default RUN/report.html, or ./report.html for several runs"""

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from anew.checkpoint.huggingface import find_model, load_model
-from anew.cli.parse import parse, refuse_other_names
+from anew.cli.parse import ModelArgument, parse, refuse_other_names
 from anew.errors import UserError
 from anew.inference.generate import check_options, stream, until_end_of_text
 from anew.model.gpt import GPT
@@ -29,7 +28,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 class SampleArgs:
     """Generate text with a model. Example: anew sample runs/demo --prompt "def " --tokens 200"""
 
-    model: tyro.conf.Positional[str]
+    model: ModelArgument
     """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
     prompt: str = ""
     """text to continue; without one, a new document begins"""

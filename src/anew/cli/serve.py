@@ -6,7 +6,7 @@ anew serve runs/demo gpt2
 import logging
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,7 +24,7 @@ OWN_NAMES = {"127.0.0.1", "localhost", "::1"}
 class ServeArgs:
     """Serve models to a browser and to programs. Example: anew serve runs/demo gpt2"""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")]
     """runs, checkpoints, Hugging Face folders or hub names"""
     host: str = "127.0.0.1"
     """address to listen on; the default is reachable from this machine only"""

@@ -12,9 +12,7 @@ import tempfile
 import textwrap
 from dataclasses import dataclass
 
-import tyro
-
-from anew.cli.parse import parse
+from anew.cli.parse import ModelArgument, parse
 from anew.errors import UserError
 from anew.report import verifications
 from anew.verify.checks import Subject, all_checks, conclusion, find_subject
@@ -34,7 +32,7 @@ class VerifyArgs:
     taken again in a temporary copy. Nothing is changed, but a run keeps the result for its page.
     """
 
-    model: tyro.conf.Positional[str]
+    model: ModelArgument
     """a run, a checkpoint, a Hugging Face folder, a .pt file or a hub name"""
     json: bool = False
     """the last line of standard output is one JSON object"""

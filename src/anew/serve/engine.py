@@ -132,9 +132,9 @@ class Alternative:
 class Token:
     """A token of a text, its log-probability in nats, and the likeliest tokens in its place.
 
-    `text` is what the token adds to the text; it is empty while a character is incomplete, and at
-    end of text. Probabilities are the model's own, before temperature, top-k and top-p. The first
-    token of a prompt has none.
+    `text` is what the token adds to the text; it is empty while a character is incomplete. At the
+    end, an incomplete character becomes U+FFFD. Probabilities are the model's own, before
+    temperature, top-k and top-p. The first token of a prompt has none.
     """
 
     id: int
@@ -216,7 +216,7 @@ class Engine:
             seed=job.seed,
             int8=self.int8 and len(job.prompts) == 1,
         )
-        for _ in range(job.n_tokens):
+        for n_left in reversed(range(job.n_tokens)):
             with self.device:
                 ids, logits = next(steps)
                 log_p = logits.float().cpu().log_softmax(-1)  # (B, 50257)
@@ -224,11 +224,12 @@ class Engine:
             for row in sorted(unfinished):
                 is_end = ids[row] == tokenizer.end_of_text
                 content = b"" if is_end else tokenizer.decode_bytes([ids[row]])
+                is_last = is_end or n_left == 0
                 yield (
                     row,
                     Token(
                         id=ids[row],
-                        text=decoders[row].decode(content),
+                        text=decoders[row].decode(content, final=is_last),
                         is_end_of_text=is_end,
                         log_p=log_p[row, ids[row]].item(),
                         alternatives=alternatives_of(tokenizer, top.indices[row], top.values[row]),

@@ -68,7 +68,23 @@ def chunks(
     request: CompletionRequest | ChatRequest,
     stop: threading.Event,
 ) -> Iterator[Chunk]:
-    """Yield the answer in pieces, each with the index of its choice; then the counts, if wanted."""
+    """Yield the answer in pieces, each with the index of its choice; then the counts, if wanted.
+
+    `place` is given back at the end.
+    """
+    try:
+        yield from _chunks(engine, place, job, request, stop)
+    finally:
+        place.free()
+
+
+def _chunks(
+    engine: Engine,
+    place: Place,
+    job: Job,
+    request: CompletionRequest | ChatRequest,
+    stop: threading.Event,
+) -> Iterator[Chunk]:
     tokenizer = job.served.tokenizer
     texts = [Text() for _ in job.prompts]
     finish_reason = "length" if job.n_tokens == 0 else None
@@ -86,9 +102,7 @@ def chunks(
                 scored = engine.score(job.served, prompt, n_alternatives)
                 logprobs = _logprobs(tokenizer, scored, offset=0)
             yield _chunk(row, echoed, logprobs, finish_reason)
-    if job.n_tokens == 0:
-        place.free()
-    else:
+    if job.n_tokens > 0:
         yield from _generated(engine, place, job, request.stops, n_alternatives, stop, texts)
     if request.stream_options.include_usage or not request.stream:
         n_prompt = sum(map(len, job.prompts))

@@ -5,10 +5,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from anew import GPT, Tokenizer
 from anew.errors import UserError
 from anew.serve.engine import Busy, Engine, Job, Served, Token, Turns
+from anew.serve.openai_api import chunks
+from anew.serve.schemas import CompletionRequest
 from tests.support.serving import CONFIG
 
 
@@ -122,3 +125,33 @@ def test_last_part_of_a_name_names_a_model_if_only_one_has_it() -> None:
         engine.find("bard")
     with pytest.raises(UserError, match="did you mean runs/demo"):
         engine.find("run/demo")
+
+
+@pytest.mark.parametrize(
+    ("ids", "texts"),
+    [([195, 169], ["", "é"]), ([65, 195], ["A", "\ufffd"]), ([195, 256], ["", "\ufffd"])],
+)
+def test_incomplete_character_at_the_end_is_not_lost(
+    ids: list[int], texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of_two_places()
+    steps = [([token], torch.zeros(1, 257)) for token in ids]
+    monkeypatch.setattr("anew.serve.engine.stream_with_logits", lambda *_, **__: iter(steps))
+    written = engine.write(engine.take_place(), job(engine, 2), threading.Event())
+    assert [token.text for _, token in written] == texts
+
+
+def test_failed_echo_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> list[Token]:
+        raise RuntimeError("the device has failed")
+
+    engine = engine_of_two_places()
+    monkeypatch.setattr(engine, "score", fail)
+    body = CompletionRequest.model_validate(
+        {"prompt": "A", "echo": True, "logprobs": 1, "max_tokens": 2}
+    )
+    place = engine.take_place()
+    parts = chunks(engine, place, body.job(engine), body, threading.Event())
+    with pytest.raises(RuntimeError, match="device"):
+        next(parts)
+    assert_all_places_are_free(engine)
