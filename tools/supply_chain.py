@@ -8,9 +8,10 @@
 All of them are about the versions in constraints.txt. A licence is the one that a package states in
 its metadata. For packages that are not installed here, such as those for GPUs, docs/licences.md
 keeps its line. The bill of materials is in the format CycloneDX, with the hashes of constraints.txt
-and without addresses.
+and without the addresses of files.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ UNKNOWN = "unknown"
 LONGEST_LICENCE = 100  # characters; some packages state the whole text
 # A program that is linked with such a package must have the same licence.
 REFUSED = re.compile(r"\b(A?GPL|GNU (Affero )?General Public License)", re.IGNORECASE)
+NETWORK_ERRORS = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "ServiceError", "SSLError")
 ACCEPTED = {"docutils": "its parts under the GPL are a tool for Emacs, which is not used"}
 INTRODUCTION = """\
 # Licences of the packages
@@ -50,16 +52,17 @@ class Package(NamedTuple):
 
 
 def main() -> None:
-    """Do what the command line says."""
-    command, *options = sys.argv[1:] or [""]
-    if command == "licences":
-        sys.exit(licences(is_check=options == ["--check"]))
-    if command == "audit":
-        sys.exit(audit())
-    if command == "bill":
+    """Run one of the commands that the module docstring describes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=["licences", "audit", "bill"])
+    parser.add_argument("--check", action="store_true", help="licences: compare, do not write")
+    arguments = parser.parse_args()
+    if arguments.command == "bill":
         print(bill_of_materials())
-        return
-    sys.exit(__doc__)
+    elif arguments.command == "audit":
+        sys.exit(audit())
+    else:
+        sys.exit(licences(is_check=arguments.check))
 
 
 def locked_packages() -> list[Package]:
@@ -93,10 +96,11 @@ def licences(is_check: bool) -> int:
 
 
 def known_licences() -> dict[str, str]:
-    """Return the licences of pinned packages: of those not installed here, what the page has."""
+    """Return the licences of the pinned packages; of those not installed here, the page's."""
     found = {}
     if PAGE.exists():
-        for name, text in re.findall(r"^\| ([\w.-]+) \| [^|]+ \| (.+) \|$", PAGE.read_text(), re.M):
+        page = PAGE.read_text(encoding="utf-8")
+        for name, text in re.findall(r"^\| ([\w.-]+) \| [^|]+ \| (.+) \|$", page, re.M):
             found[normalised(name)] = text
     versions = {normalised(package.name): package.version for package in locked_packages()}
     for distribution in metadata.distributions():
@@ -132,12 +136,12 @@ def audit() -> int:
     command = [sys.executable, "-m", "pip_audit", "--requirement", "constraints.txt"]
     command += ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    try:
-        entries = json.loads(done.stdout)["dependencies"]
-    except (ValueError, KeyError):
+    if not done.stdout:
         last_line = (done.stderr.strip().splitlines() or [""])[-1]
-        print(f"not audited: the database of vulnerabilities gave no answer ({last_line})")
-        return 0
+        is_network_error = any(words in last_line for words in NETWORK_ERRORS)
+        print(f"not audited: pip-audit has ended with an error ({last_line})")
+        return 0 if is_network_error else 1
+    entries = json.loads(done.stdout)["dependencies"]
     audited = [entry for entry in entries if "vulns" in entry]
     if not audited:
         print("not audited: no package was found in the database of vulnerabilities from here")

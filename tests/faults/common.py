@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,3 +127,17 @@ def check_same_run(result: FaultResult, config: Config, reference: Config, what:
     result.check(has_same_losses, f"{what}: the losses differ")
     has_same_state = final(config.folder) == final(reference.folder)
     result.check(has_same_state, f"{what}: the final weights or optimizer states differ")
+
+
+def compiled(name: str, scratch: Path) -> Path | None:
+    """Return the library of a C file of this folder; None if there is no C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    source = Path(__file__).with_name(name)
+    library = scratch / source.with_suffix(".so").name
+    flags_of_library = ["-shared", "-fPIC", "-pthread", "-Wall", "-Werror"]
+    subprocess.run(
+        [compiler, *flags_of_library, "-o", str(library), str(source), "-ldl"], check=True
+    )
+    return library

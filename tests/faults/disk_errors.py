@@ -7,7 +7,6 @@ open, read, write, fsync and rename of the C library.
 import errno
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,15 @@ from pathlib import Path
 from anew import Config
 from anew.checkpoint.folder import newest_valid
 from anew.data.dataset import open_data
-from tests.faults.common import FaultResult, check_same_run, flags, saved_step, tiny, train_run
+from tests.faults.common import (
+    FaultResult,
+    check_same_run,
+    compiled,
+    flags,
+    saved_step,
+    tiny,
+    train_run,
+)
 from tests.support import ROOT
 from tests.support.ranks import run_ranks
 
@@ -84,20 +91,6 @@ def transient_errors(injections: int, rng: random.Random, scratch: Path) -> Faul
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run_control, controls))  # raises an error of a thread
     return result
-
-
-def compiled(name: str, scratch: Path) -> Path | None:
-    """Return the library of a C file of this folder; None if there is no C compiler."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        return None
-    source = Path(__file__).with_name(name)
-    library = scratch / source.with_suffix(".so").name
-    flags_of_library = ["-shared", "-fPIC", "-pthread", "-Wall", "-Werror"]
-    subprocess.run(
-        [compiler, *flags_of_library, "-o", str(library), str(source), "-ldl"], check=True
-    )
-    return library
 
 
 def _faults_of_a_run(rng: random.Random, config: Config) -> list[FailedCalls]:

@@ -57,9 +57,9 @@ def dataset_hub() -> Iterator[Hub]:
 
 
 def _cuts(rng: random.Random) -> list[str]:
-    """Return how the next downloads of a file are cut off."""
+    """Return a fault for each of the next downloads of a file: where it is cut off, and how."""
     kinds = rng.choices(["cut", "no length"], k=rng.randint(1, MOST_CUTS))
-    return [f"{kind}:{rng.random():.4f}" for kind in kinds]
+    return [f"{kind}:{0.99 * rng.random():.4f}" for kind in kinds]
 
 
 def _prepared(out: Path) -> dict[str, bytes]:

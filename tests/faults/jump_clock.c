@@ -1,5 +1,5 @@
 /* A library for LD_PRELOAD: the wall clock jumps by up to ten years, forwards or backwards, several
- * times a second. The monotonic clock goes on as it is.
+ * times a second. The monotonic clock is not changed.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -34,7 +34,7 @@ class NetworkFault:
 
     @property
     def loses_ranks(self) -> bool:
-        """Return whether the ranks must give each other up, and be started again."""
+        """Return whether the cut lasts longer than the timeout, so that the ranks must restart."""
         return self.cut_seconds > self.timeout_seconds
 
 
@@ -73,6 +73,7 @@ def disturb_network(injections: int, rng: random.Random, scratch: Path) -> Fault
                     process.wait(RUN_SECONDS)
             codes = [process.returncode for process in processes]
         output = "\n".join(log.read_text() for log in logs)
+        result.check(link.n_lost > 0, f"{kind}: no frame was lost")
         result.check(codes == [0, 0], f"{kind}: exit codes {codes}: {output[-3000:]}")
         was_lost = "lost another rank" in output
         result.check(was_lost == fault.loses_ranks, f"{kind}: ranks lost: {was_lost}")
@@ -96,7 +97,7 @@ def _command(config: Config, machine: int) -> list[str]:
 
 
 def _inject(link: Link, fault: NetworkFault, config: Config, rng: random.Random) -> None:
-    """Let the fault happen: from the beginning, or for some seconds after a random step."""
+    """Disturb the link: from the beginning, or for some seconds after a random step."""
     link.delay_seconds = fault.delay_seconds
     link.loss = fault.loss
     if fault.cut_seconds:

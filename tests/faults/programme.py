@@ -2,6 +2,7 @@
 
 python -m tests.faults.programme                  # the short programme, about four minutes
 python -m tests.faults.programme --full --write   # the full one, into docs/reliability.md
+python -m tests.faults.programme --only signals --full --write    # one row of it
 
 The times are for two cores.
 """
@@ -244,11 +245,22 @@ def main() -> None:
             print(f"    {failure}", file=sys.stderr)
         has_failed = has_failed or bool(result.failures)
     if arguments.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(TABLE_START)
-        after = rest.partition(TABLE_END)[2]
-        table = "\n".join([TABLE_START, *HEADER, *rows, TABLE_END])
-        PAGE.write_text(before + table + after, encoding="utf-8")
+        PAGE.write_text(with_rows(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
     sys.exit(1 if has_failed else 0)
+
+
+def with_rows(page: str, rows: list[str]) -> str:
+    """Return the page with these rows in its table; rows of other faults stay as they are."""
+    before, _, rest = page.partition(TABLE_START)
+    table, _, after = rest.partition(TABLE_END)
+    titles = {f"| {row.title} |": name for name, row in PROGRAMME.items()}
+    by_name = {}
+    for line in [*table.splitlines(), *rows]:
+        title = line[: line.find(" |") + 2]
+        if title in titles:
+            by_name[titles[title]] = line
+    ordered = [by_name[name] for name in PROGRAMME if name in by_name]
+    return before + "\n".join([TABLE_START, *HEADER, *ordered, TABLE_END]) + after
 
 
 if __name__ == "__main__":

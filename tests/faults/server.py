@@ -1,4 +1,4 @@
-"""Hostile clients of `anew serve`: thousands of them, while a reader uses the page."""
+"""Thousands of hostile requests to `anew serve`, while another client uses the page."""
 
 import contextlib
 import json
@@ -14,23 +14,23 @@ from pathlib import Path
 from anew import GPT, GPTConfig, Tokenizer
 from anew.checkpoint.huggingface import save_model
 from tests.faults.common import FaultResult
-from tests.faults.soak import Usage, server_process, usage_of
 from tests.support import hostile
 from tests.support.serving import request, served
+from tests.support.usage import Usage, server_process, usage_of
 
 HALF_OPEN = 450  # connections at once: more than the server keeps
 ANSWER_SECONDS = 60.0
 BIG_HEADERS = b"x-filler: " + b"y" * 1000 + b"\r\n"
 MOST_MB = 20.0  # by which memory may grow, because the allocators of all threads keep some
-AT_REST = 30  # descriptors; the reader has a few of them
+AT_REST = 30  # descriptors; the client that uses the page has a few of them
 MOST_THREADS = 60  # the pools of asyncio and of anyio, which have up to 40
 
 
 def hostile_requests(injections: int, rng: random.Random, scratch: Path) -> FaultResult:
     """Send hostile requests of all kinds; compare what the server uses half-way and at the end.
 
-    The control is a server with uvicorn's own connections, whose page cannot be loaded while many
-    clients have sent half a request.
+    The control is a server with uvicorn's own connections and the same bound on their number. Its
+    page cannot be loaded while that many clients have sent half a request.
     """
     result = FaultResult()
     model = _model(scratch / "model")
@@ -200,7 +200,7 @@ class Attack:
 
 
 class Reader:
-    """A person who uses the page during the attack, in a thread."""
+    """A client that loads the page and asks for texts during the attack, in a thread."""
 
     def __init__(self, address: str) -> None:
         self.address = address

@@ -27,6 +27,7 @@ from pathlib import Path
 from anew.training.run_log import read_metrics
 from tests.support import ROOT
 from tests.support.serving import request, served
+from tests.support.usage import server_process, usage_of
 
 MOST_GROWTH = 0.02  # of the second half over the first
 SECONDS_BETWEEN_READINGS = 1.0
@@ -35,15 +36,7 @@ PAUSE_OF_CLIENTS = 1.0  # seconds
 GROWING_FILES = {"metrics.jsonl", "samples.jsonl", "log.txt"}  # and TensorBoard's: by design
 STEPS_BETWEEN_SAVES = 20
 COUNTS = ("descriptors", "threads")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one process and its children use at one moment."""
-
-    memory_mb: float  # the proportional set size
-    descriptors: float
-    threads: float
+STOPPED = 75  # the exit code of a run that was asked to stop
 
 
 @dataclass(frozen=True)
@@ -63,29 +56,6 @@ class Halves:
     def is_constant(self) -> bool:
         """Return whether the second half uses at most a little more than the first."""
         return self.growth < MOST_GROWTH
-
-
-def usage_of(pid: int) -> Usage:
-    """Return what a process and its children use."""
-    total = [0.0, 0.0, 0.0]
-    for process in [pid, *children_of(pid)]:
-        with contextlib.suppress(OSError, ValueError):  # a child may have ended
-            folder = Path(f"/proc/{process}")
-            sizes = (folder / "smaps_rollup").read_text().split("\nPss:")[1]
-            total[0] += int(sizes.split()[0]) / 1024
-            total[1] += len(list((folder / "fd").iterdir()))
-            total[2] += len(list((folder / "task").iterdir()))
-    return Usage(*total)
-
-
-def children_of(pid: int) -> list[int]:
-    """Return the processes that a process has started, and theirs."""
-    found = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += [int(child), *children_of(int(child))]
-    return found
 
 
 def disk_mb(run: Path) -> float:
@@ -193,13 +163,6 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.5)
 
 
-def server_process() -> int:
-    """Return the process id of the server that this process has started."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children_of(os.getpid())}
-    [pid] = [pid for pid, command in commands.items() if b"\0serve\0" in command]
-    return pid
-
-
 def halves(name: str, values: list[float]) -> Halves:
     """Return the mean of each half, without the start; of a count, the least value.
 
@@ -213,8 +176,11 @@ def halves(name: str, values: list[float]) -> Halves:
     return Halves(name, summary(steady[:middle]), summary(steady[middle:]))
 
 
-def soak(minutes: float, scratch: Path) -> list[Halves]:
-    """Train and serve for some minutes; return what was used in both halves."""
+def soak(minutes: float, scratch: Path) -> tuple[list[Halves], list[str]]:
+    """Train and serve for some minutes; return what was used in both halves, and the problems.
+
+    Raises OSError if the training or the server ends before the time is over.
+    """
     run = scratch / "run"
     columns: dict[str, list[float]] = {}
     end = time.monotonic() + 60 * minutes
@@ -235,27 +201,31 @@ def soak(minutes: float, scratch: Path) -> list[Halves]:
     steps = read_metrics(run)[-1]["step"]
     saves = steps // STEPS_BETWEEN_SAVES
     print(f"{minutes:g} minutes: {steps:,} steps, {saves:,} checkpoints, as many validations")
-    print(f"and samples; training ended with exit code {process.returncode}")
+    print("and samples")
     print("answers:", ", ".join(f"{n:,} x {kind}" for kind, n in sorted(clients.answers.items())))
-    for problem in clients.problems[:10]:
-        print("problem:", problem)
-    return [halves(name, values) for name, values in columns.items()]
+    problems = list(clients.problems)
+    if process.returncode != STOPPED:
+        problems.append(f"training ended with exit code {process.returncode}")
+    return [halves(name, values) for name, values in columns.items()], problems
 
 
 def main() -> None:
-    """Run from the command line; exit code 1 if something grows."""
+    """Run from the command line; exit code 1 if a quantity grows or an answer is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
-        found = soak(arguments.minutes, Path(scratch))
+        found, problems = soak(arguments.minutes, Path(scratch))
     print(f"\n{'':24} {'first half':>11} {'second half':>11} {'growth':>8}")
     for quantity in found:
         print(
             f"{quantity.name:24} {quantity.first:>11.2f} {quantity.second:>11.2f} "
             f"{quantity.growth:>+8.2%}{'' if quantity.is_constant else '  GROWS'}"
         )
-    sys.exit(0 if all(quantity.is_constant for quantity in found) else 1)
+    for problem in problems[:10]:
+        print("problem:", problem)
+    is_constant = all(quantity.is_constant for quantity in found)
+    sys.exit(0 if is_constant and not problems else 1)
 
 
 if __name__ == "__main__":

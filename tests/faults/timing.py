@@ -11,11 +11,10 @@ from unittest.mock import patch
 from anew import Config
 from anew.checkpoint.folder import list_checkpoints
 from anew.training import run_log, trainer
-from anew.training.slow_ranks import STEPS
+from anew.training.slow_ranks import STEPS_PER_COMPARISON
 from anew.training.step import train_step
 from anew.training.trainer import train
-from tests.faults.common import FaultResult, check_same_run, tiny, train_run
-from tests.faults.disk_errors import compiled
+from tests.faults.common import FaultResult, check_same_run, compiled, tiny, train_run
 from tests.faults.torchrun import Job
 from tests.support.ranks import run_ranks
 
@@ -28,7 +27,7 @@ DATE_LENGTH = 19
 def slow_rank(injections: int, rng: random.Random, scratch: Path) -> FaultResult:
     """Slow a rank down: the log names it. The control is a run whose ranks are equally slow."""
     result = FaultResult()
-    reference = tiny(scratch / "reference", steps=STEPS + 3)
+    reference = tiny(scratch / "reference", steps=STEPS_PER_COMPARISON + 3)
     run_ranks(2, train_slowly, reference, -1)
     is_named = "slowest rank" in _log(reference)
     result.check(not is_named, f"control: a rank is named: {_log(reference)[-1500:]}")
@@ -80,7 +79,7 @@ def jump_clock(injections: int, rng: random.Random, scratch: Path) -> FaultResul
         check_same_run(result, config, reference, "jumping clock")
         dates = [line[:DATE_LENGTH] for line in _log(config).splitlines() if line[:2] == "20"]
         years = [datetime.datetime.fromisoformat(date).year for date in dates]
-        result.check(years != sorted(years), f"the clock did not jump: {dates}")
+        result.check(len(set(years)) > 1, f"the clock did not jump: {dates}")
         durations = [row["speed/ms_per_step"] / 1e3 for row in metrics(config)]
         is_sane = min(durations) > 0 and sum(durations) < seconds
         result.check(is_sane, f"impossible durations of steps: {durations}")

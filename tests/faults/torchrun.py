@@ -16,6 +16,7 @@ from pathlib import Path
 
 from anew import Config
 from anew.checkpoint.folder import list_checkpoints, newest_valid
+from anew.training import run_log
 from tests.faults.common import FaultResult, check_same_run, flags, saved_step, tiny, train_run
 from tests.faults.faulty_rank import FAULTS
 from tests.support.ranks import run_ranks
@@ -227,6 +228,7 @@ def _lose(result: FaultResult, reference: Config, case: Case, limit: float) -> f
         job = Job(config, restarts=0 if case.kind == "killed agent" else 2)
         job.wait_for_step(case.step)
     ranks = job.ranks()
+    result.check(len(ranks) == 2, f"{case.kind}: {len(ranks)} ranks were running")
     if case.kind == "killed agent":
         os.kill(job.agent.pid, signal.SIGKILL)
         job.agent.wait()
@@ -246,6 +248,8 @@ def _lose(result: FaultResult, reference: Config, case: Case, limit: float) -> f
         has_stack = STACKS.get(case.kind, "") in job.log.read_text()
         result.check(has_stack, f"{case.kind}: the crash is not described")
     result.check(not job.processes(), f"{case.kind}: processes are left over")
+    starts = run_log.read_run_state(config.folder)["starts"]
+    result.check(starts >= 2, f"{case.kind}: the run was started {starts} times")
     check_same_run(result, config, reference, case.kind)
     result.injections += 1
     return seconds

@@ -1,5 +1,7 @@
 """`--check-every` notices flipped bits before anything is saved; without it they are saved."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from anew import Config, UserError
 from anew.checkpoint.folder import list_checkpoints, newest_valid
-from anew.errors import ComputedWrongly
+from anew.errors import ComputedWrongly, Preempted
 from anew.training import silent_errors, trainer
 from anew.training.step import train_step
 from anew.training.trainer import train
@@ -160,6 +162,25 @@ def test_rollback_ends_if_the_same_step_is_wrong_again(tmp_path: Path) -> None:
         trained_with_a_flip(config, "gradient", step=12, times=2)
     assert caught.value.step == 13
     assert (config.folder / "log.txt").read_text().count("resumed from step-00000008") == 1
+
+
+def test_request_to_stop_is_not_lost_by_a_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal arrives just before the difference is found, so no step has seen it."""
+    config = checked(tmp_path / "run", on_corruption="rollback")
+    original = silent_errors.refuse_wrong_gradients
+
+    def stop_and_check(loss_of: Any, state: Any, micro_batch: Any) -> None:
+        if state.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(loss_of, state, micro_batch)
+
+    monkeypatch.setattr("anew.training.trainer.refuse_wrong_gradients", stop_and_check)
+    with pytest.raises(Preempted, match="stopped at step 8 of 24"):
+        trained_with_a_flip(config, "gradient", step=12)
+    monkeypatch.undo()
+    assert train(config).step == STEPS
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

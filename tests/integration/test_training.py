@@ -216,6 +216,7 @@ def test_micro_batch_changes_neither_tokens_nor_loss(tiny: Config, micro: int) -
 @pytest.mark.guarantee("resume")
 def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
     from anew.data.dataloader import DataLoader
+    from anew.distributed.world import ALONE
     from anew.training.setup import start_run
     from anew.training.trainer import batches_of_steps
     from anew.utils.signals import StopFlag
@@ -223,7 +224,7 @@ def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
     seen = []
     for micro in range(1, 9):
         with contextlib.ExitStack() as stack:
-            run = start_run(tiny.override(micro_batch=micro), StopFlag(), stack)
+            run = start_run(tiny.override(micro_batch=micro), ALONE, StopFlag(), stack)
             steps = [batch.micro_batches for batch in batches_of_steps(run, range(3, 6))]
         seen.append(
             [

@@ -66,19 +66,23 @@ class Link:
             while not self.stop.is_set():
                 due = self.waiting[0][0] - time.monotonic() if self.waiting else 0.05
                 for key, _ in selector.select(max(0.0, min(due, 0.05))):
-                    self._receive(key.fd)
+                    try:
+                        self._receive(key.fd)
+                    except BlockingIOError:
+                        pass
+                    except OSError:  # a machine has ended, and its device with it
+                        selector.unregister(key.fd)
                 self._send_due()
 
     def _receive(self, device: int) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            frame = os.read(device, MOST_FRAME_BYTES)
-            self.n_frames += 1
-            if self.is_cut or self.rng.random() < self.loss:
-                self.n_lost += 1
-                return
-            [other] = [found for found in self.devices if found != device]
-            due = time.monotonic() + self.delay_seconds * self.rng.uniform(0.8, 1.2)
-            heapq.heappush(self.waiting, (due, next(self.numbers), other, frame))
+        frame = os.read(device, MOST_FRAME_BYTES)
+        self.n_frames += 1
+        if self.is_cut or self.rng.random() < self.loss:
+            self.n_lost += 1
+            return
+        [other] = [found for found in self.devices if found != device]
+        due = time.monotonic() + self.delay_seconds * self.rng.uniform(0.8, 1.2)
+        heapq.heappush(self.waiting, (due, next(self.numbers), other, frame))
 
     def _send_due(self) -> None:
         while self.waiting and self.waiting[0][0] <= time.monotonic():
@@ -111,7 +115,10 @@ def why_impossible() -> str:
 def machines(
     commands: list[list[str]], logs: list[Path], link: Link
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Run one command on each of two machines. Gives their processes; kills what is left."""
+    """Run one command on each of two machines, and give their processes.
+
+    Processes that are still running after the block are killed.
+    """
     with contextlib.ExitStack() as stack:
         processes = []
         devices = []
@@ -137,7 +144,7 @@ def machines(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process, unless it has ended. The ranks of a torchrun that is killed end with it."""
+    """Kill a process, unless it has ended. The ranks of a torchrun notice its end, and end too."""
     process.kill()
     process.wait()
 

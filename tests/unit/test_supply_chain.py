@@ -43,7 +43,7 @@ VULNERABLE = {
 @pytest.mark.parametrize(
     ("output", "exit_code", "words"),
     [
-        ("", 0, "not audited: the database of vulnerabilities gave no answer (no route)"),
+        ("", 1, "not audited: pip-audit has ended with an error (No module named pip_audit)"),
         (audited(NOT_FOUND), 0, "not audited: no package was found"),
         (audited(NOT_FOUND, SOUND), 0, "1 of 2 packages audited, 0 vulnerable"),
         (audited(SOUND, VULNERABLE), 1, "c 2.0: PYSEC-1, fixed in 2.1"),
@@ -57,10 +57,20 @@ def test_audit_fails_only_for_a_known_vulnerability(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = SimpleNamespace(stdout=output, stderr="Traceback\nno route\n")
+    done = SimpleNamespace(stdout=output, stderr="No module named pip_audit\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     assert supply_chain.audit() == exit_code
     assert words in capsys.readouterr().out
+
+
+def test_audit_without_a_network_is_no_failure(
+    supply_chain: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = "Traceback\nrequests.exceptions.ConnectionError: Failed to resolve a name\n"
+    done = SimpleNamespace(stdout="", stderr=error)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert supply_chain.audit() == 0
+    assert "not audited" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,11 @@ def _use_utf8() -> None:
 
 
 def _show_stack_of_crashes() -> None:
-    """Let a crash below Python, such as a segmentation fault, show the lines that led to it."""
-    with contextlib.suppress(OSError, AttributeError):  # standard error may not be a file
-        faulthandler.enable()
+    """Print the Python stack when the process receives a fatal signal, such as SIGSEGV."""
+    # Standard error may be missing, or may not be a file.
+    with contextlib.suppress(OSError, AttributeError, RuntimeError):
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
 
 
 def _run(argv: list[str]) -> None:

@@ -68,7 +68,11 @@ def _listen(application: Any, host: str, port: int) -> None:
     """Answer requests until Ctrl-C or SIGTERM; answers that have begun are finished first."""
     import uvicorn
 
-    from anew.serve.connections import MAX_HEADER_BYTES, MOST_CONNECTIONS, BoundedConnection
+    from anew.serve.connections import (
+        CONNECTIONS_BEFORE_REPLACEMENT,
+        MAX_HEADER_BYTES,
+        BoundedConnection,
+    )
 
     is_ipv6 = ":" in host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
@@ -93,6 +97,6 @@ def _listen(application: Any, host: str, port: int) -> None:
             ws="none",
             timeout_graceful_shutdown=5,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            limit_concurrency=2 * MOST_CONNECTIONS,
+            limit_concurrency=2 * CONNECTIONS_BEFORE_REPLACEMENT,
         )
         uvicorn.Server(config).run([listener])

@@ -124,6 +124,8 @@ def _run_problems(config: "Config") -> Iterator[str]:
         value = getattr(run, name)
         if value < 0:
             yield f"{name} {value} cannot be negative."
+    if run.on_corruption == "rollback" and run.check_every == 0:
+        yield "on_corruption rollback has no effect without check_every; add --check-every 100."
     if not 0 <= run.seed < 2**63:
         yield f"seed {run.seed} must be between 0 and 2^63 - 1."
     if config.data.conversations and run.compile != "off":

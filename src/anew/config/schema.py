@@ -266,8 +266,8 @@ class RunConfig:
     )
     on_corruption: Literal["stop", "rollback"] = setting(
         "stop",
-        "when --check-every finds a difference: end the run, or go on from its last checkpoint; a "
-        "step with a second difference ends the run",
+        "when --check-every finds a difference: end the run, or continue from its last "
+        "checkpoint; if a difference is found again before a later step, the run ends",
         may_change=True,
     )
     init: str = setting(

@@ -1,26 +1,30 @@
-"""Connections of the web server that cannot be held open by a client that sends or reads nothing.
+"""Connections of the web server that a client cannot occupy without sending a whole request.
 
     uvicorn.Config(application, http=BoundedConnection)
 
 uvicorn closes a connection that is idle after an answer, but it waits without limit for the rest of
-a request. A program that opens connections and sends half a request on each could occupy all
-descriptors of the process. Here a request must arrive within REQUEST_SECONDS, and when there are
-MOST_CONNECTIONS, a new one takes the place of the one that has waited longest for its request.
+a request. A program that opens connections and sends half a request on each could occupy all file
+descriptors of the process. Here a request must arrive within REQUEST_SECONDS. If there are more
+than CONNECTIONS_BEFORE_REPLACEMENT, a new connection replaces the one that has waited longest for
+its request.
+
+On Linux, the system also closes a connection whose client reads nothing for READ_SECONDS.
 """
 
 import asyncio
+import contextlib
 import socket
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-REQUEST_SECONDS = 30.0  # from the first byte of a request, or the connection, to its last byte
-READ_SECONDS = 60.0  # in which a client must read something of an answer that it is sent
-MOST_CONNECTIONS = 200
+REQUEST_SECONDS = 30.0  # for a whole request, from the connection or its first byte on
+READ_SECONDS = 60.0
+CONNECTIONS_BEFORE_REPLACEMENT = 200
 MAX_HEADER_BYTES = 64 * 1024
-# States of a client from which nothing more of a request is expected.
-COMPLETE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
+# States of a client that has sent a part of a request, or nothing.
+INCOMPLETE = (h11.IDLE, h11.SEND_BODY)
 
 
 class BoundedConnection(H11Protocol):
@@ -32,15 +36,15 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request, and make room for this connection if necessary."""
         super().connection_made(transport)
-        close_if_unread(transport)
-        if len(self.connections) > MOST_CONNECTIONS and self.waiting:
+        limit_unread_time(transport)
+        if len(self.connections) > CONNECTIONS_BEFORE_REPLACEMENT and self.waiting:
             next(iter(self.waiting)).close()
         self._wait()
 
-    def handle_events(self) -> None:
-        """Handle what has arrived, and wait as long as a request is not complete."""
-        super().handle_events()
-        if self.conn.their_state in COMPLETE:
+    def data_received(self, data: bytes) -> None:
+        """Handle what has arrived, and wait as long as the request is not complete."""
+        super().data_received(data)
+        if self.conn.their_state not in INCOMPLETE:
             self._stop_waiting()
         elif self not in self.waiting:
             self._wait()
@@ -51,12 +55,9 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def close(self) -> None:
-        """Close the connection. An application that reads the request learns that its client left.
-
-        A connection that is closed by `abort` does not wait until the client has read an answer.
-        """
+        """Close the connection. An application that waits for the body receives a disconnect."""
         self._stop_waiting()
-        self.transport.abort()
+        self.transport.close()
 
     def _wait(self) -> None:
         self.waiting[self] = self.loop.call_later(REQUEST_SECONDS, self.close)
@@ -67,12 +68,11 @@ class BoundedConnection(H11Protocol):
             timer.cancel()
 
 
-def close_if_unread(transport: asyncio.Transport) -> None:
-    """Let the system close a connection whose client reads nothing, or is not there any more."""
+def limit_unread_time(transport: asyncio.Transport) -> None:
+    """Let Linux close the connection if its client reads nothing for READ_SECONDS."""
     connection = transport.get_extra_info("socket")
-    if connection is None:
+    if connection is None or not hasattr(socket, "TCP_USER_TIMEOUT"):
         return
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+    with contextlib.suppress(OSError):  # the client may be gone
         milliseconds = int(1000 * READ_SECONDS)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)

@@ -1,7 +1,8 @@
 """Everything before the first step of a run: ranks, device, data, state and log files.
 
     with contextlib.ExitStack() as stack:
-        run = start_run(config, stop, stack)    # what it opens is closed by `stack`
+        world = stack.enter_context(joined_ranks(config))
+        run = start_run(config, world, stop, stack)    # what it opens is closed by `stack`
 
 Problems are reported here, in one sentence and on one rank, before time is spent on training.
 """
@@ -83,11 +84,15 @@ class Run:
     peak_flops: float  # of all ranks together
 
 
-def start_run(config: Config, stop: StopFlag, stack: contextlib.ExitStack) -> Run:
-    """Begin or resume the run that `config` describes."""
+def joined_ranks(config: Config) -> contextlib.AbstractContextManager[World]:
+    """Return the context in which the ranks of a run exchange values."""
     device_type = device.pick_device(config.run.device).type
     device.before_process_group(config.run)
-    world = stack.enter_context(joined(device_type, config.run.timeout_seconds))
+    return joined(device_type, config.run.timeout_seconds)
+
+
+def start_run(config: Config, world: World, stop: StopFlag, stack: contextlib.ExitStack) -> Run:
+    """Begin or resume the run that `config` describes."""
     is_first = world.rank == 0
     if not is_first:
         log.setLevel(logging.ERROR)  # only rank 0 logs below ERROR

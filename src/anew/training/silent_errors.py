@@ -126,7 +126,7 @@ def _listed(names: list[str]) -> str:
 
 def _advice(state: TrainState) -> str:
     return (
-        "A machine of this run computes wrongly. Nothing was saved since the error was noticed; "
-        f"the same command continues {state.config.folder} from its last checkpoint, if possible "
-        "on another machine."
+        "A machine of this run computes wrongly. Nothing was saved since the error was noticed. "
+        f"The same command continues {state.config.folder} from its last checkpoint; use another "
+        "machine if you can."
     )

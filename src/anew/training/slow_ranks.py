@@ -25,8 +25,8 @@ from anew.distributed.world import World
 
 log = logging.getLogger("anew")
 
-SLOW = 1.5  # times the others' time
-STEPS = 20  # whose mean is compared
+SLOW_RATIO = 1.5  # of a rank's time to the median of the others
+STEPS_PER_COMPARISON = 20  # whose mean times are compared
 SECONDS_BETWEEN_WARNINGS = 600.0  # about the same rank
 
 
@@ -70,17 +70,17 @@ class SlowRanks:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.recent: list[Sequence[float]] = []
-        self.last_warning = (-1, -math.inf)  # rank and time
+        self.warned: dict[int, float] = {}  # by rank, the time of its last warning
 
     def add(self, seconds: Sequence[float]) -> dict[str, float]:
-        """Take the times of one step; return their columns of metrics.jsonl.
+        """Add the ranks' times of one step; return their columns of metrics.jsonl.
 
-        There are none for one rank, and as long as a time is not known.
+        There are no columns for one rank, and none while a time is unknown.
         """
         if len(seconds) < 2 or min(seconds) <= 0:
             return {}
         self.recent.append(seconds)
-        if len(self.recent) == STEPS:
+        if len(self.recent) == STEPS_PER_COMPARISON:
             self._compare([statistics.fmean(times) for times in zip(*self.recent, strict=True)])
             self.recent = []
         rank, ratio = slowest(seconds)
@@ -88,14 +88,15 @@ class SlowRanks:
 
     def _compare(self, means: list[float]) -> None:
         rank, ratio = slowest(means)
-        last_rank, last_time = self.last_warning
-        is_new = rank != last_rank or time.monotonic() - last_time > SECONDS_BETWEEN_WARNINGS
-        if ratio < SLOW or not is_new:
+        now = time.monotonic()
+        is_recent = now - self.warned.get(rank, -math.inf) < SECONDS_BETWEEN_WARNINGS
+        if ratio < SLOW_RATIO or is_recent:
             return
-        self.last_warning = (rank, time.monotonic())
+        self.warned[rank] = now
         log.warning(
-            f"slowest rank: {rank} ({self.names[rank]}) needs {1e3 * means[rank]:,.0f} ms for its "
-            f"part of a step, {ratio:.1f} times as long as the others, which wait for it"
+            f"slowest rank: {rank} ({self.names[rank]}) computes for {1e3 * means[rank]:,.0f} ms "
+            f"in each step before it exchanges gradients, {ratio:.1f} times as long as the other "
+            "ranks, which wait for it"
         )
 
 

@@ -35,8 +35,7 @@ class StepResult:
     applied: bool  # False if weights and optimizer state were left unchanged
     stop: bool = False  # a rank was asked to stop, so the step was not applied
     save: bool = False  # a rank asks for a checkpoint
-    # Seconds of each rank's own work in the step before, 0 if unknown; empty for one rank.
-    rank_seconds: tuple[float, ...] = ()
+    rank_seconds: tuple[float, ...] = ()  # own work of each rank in the step before; 0: unknown
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class RankSums:
     loss: Tensor  # mean over the ranks
     stop_requests: Tensor  # number of ranks that were asked to stop
     save_requests: Tensor  # number of ranks that ask for a checkpoint
-    rank_seconds: Tensor  # (ranks,) of the step before; empty for one rank
+    rank_seconds: Tensor  # (ranks,) own work of each rank in the step before; 0: unknown
 
 
 def train_step(
@@ -136,12 +135,11 @@ def all_reduce_gradients(state: TrainState, loss: Tensor, stop: bool, save: bool
         state.buckets.all_reduce()
     world = state.world
     # One exchange of all values takes less time than an exchange of each.
-    shared = torch.zeros(3 + world.size * (world.size > 1), device=loss.device)
+    shared = torch.zeros(3 + world.size, device=loss.device)
     shared[0] = loss
     shared[1] = float(stop)
     shared[2] = float(save)
-    if world.size > 1:
-        shared[3 + world.rank] = state.timer.seconds  # to which the others add zero
+    shared[3 + world.rank] = state.timer.seconds  # to which the others add zero
     world.all_reduce(shared)
     return RankSums(
         loss=shared[0] / world.size,

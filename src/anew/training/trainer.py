@@ -11,6 +11,7 @@ for bit as if it had not been stopped.
 """
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -27,12 +28,13 @@ from anew.data.conversations import Conversations
 from anew.data.dataloader import NOT_SCORED, DataLoader
 from anew.data.dataset import Stopped, remove_used
 from anew.data.read_ahead import prefetch
+from anew.distributed.world import World
 from anew.errors import ComputedWrongly, Preempted, UserError
 from anew.optim.schedule import learning_rate_factor
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
 from anew.training.run_log import Row, step_row
-from anew.training.setup import Run, start_run
+from anew.training.setup import Run, joined_ranks, start_run
 from anew.training.silent_errors import refuse_wrong_gradients
 from anew.training.step import NO_LIMITS, MicroBatch, StepResult, train_step
 from anew.training.validation import is_multiple
@@ -85,31 +87,46 @@ def train(config: Config, progress: ProgressCallback | None = None) -> TrainResu
 
 
 def run_with_rollbacks(config: Config, progress: ProgressCallback | None) -> TrainResult:
-    """Train to the last step; with `on_corruption` "rollback", through wrong results.
+    """Train to the last step.
 
-    When a check finds one, the run is started again in the same processes, which loads its last
-    checkpoint. Raises ComputedWrongly if the run does not get past that step.
+    If a check finds a difference and `on_corruption` is "rollback", continue from the last
+    checkpoint. Raises ComputedWrongly if another check fails before a later step.
     """
-    furthest = 0  # step at which a check has found a difference
-    while True:
-        try:
-            with contextlib.ExitStack() as stack:
-                return run_training(config, progress, stack)
-        except ComputedWrongly as error:  # raised by all ranks
-            if config.run.on_corruption == "stop" or error.step <= furthest:
-                raise
-            furthest = error.step
-            log.warning(f"going back to the last checkpoint: {error}")
+    # Signals keep their default behaviour until the first step is done: nothing can be lost before.
+    # The flag is kept for all attempts, so that a request to stop is not lost between two of them.
+    stop = StopFlag()
+    with contextlib.ExitStack() as outer:
+        world = outer.enter_context(joined_ranks(config))
+        outer.callback(stop.restore)
+        wrong_step = 0  # at which a check has found a difference
+        while True:
+            try:
+                with contextlib.ExitStack() as stack:
+                    return run_training(config, world, stop, progress, stack)
+            except ComputedWrongly as error:  # raised by all ranks
+                if config.run.on_corruption == "stop" or error.step <= wrong_step:
+                    raise
+                wrong_step = error.step
+                log.warning(f"continuing from the last checkpoint: {error}")
+            release_memory()
+
+
+def release_memory() -> None:
+    """Release the memory of a model that is not used any more. Its tensors refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def run_training(
-    config: Config, progress: ProgressCallback | None, stack: contextlib.ExitStack
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    progress: ProgressCallback | None,
+    stack: contextlib.ExitStack,
 ) -> TrainResult:
     """Start the run, train it to the end, validate it and wait for the last checkpoint."""
-    # Signals keep their default behaviour until the first step is done: nothing can be lost before.
-    stop = StopFlag()
-    stack.callback(stop.restore)
-    run = start_run(config, stop, stack)
+    run = start_run(config, world, stop, stack)
     profiled_steps = config.run.profile if run.state.world.rank == 0 else 0
     step_profiled = stack.enter_context(profiled(config.folder / "trace.json", profiled_steps))
     collect_garbage = stack.enter_context(garbage_collected_at_fixed_steps())
@@ -164,6 +181,7 @@ def training_loop(
                 state.timer.start()
             if is_multiple(state.step, config.run.check_every):
                 refuse_wrong_gradients(run.loss_of, state, batch.micro_batches[0])
+                state.timer.start()
             rate = learning_rate_factor(state.step, config.run.steps, config.optim)
             result = train_step(
                 run.loss_of,

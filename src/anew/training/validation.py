@@ -83,7 +83,7 @@ class Validation:
         return self.validates_at(step) or self.samples_at(step)
 
     def run(self, step: int) -> None:
-        """Validate and sample, whichever is due at `step`. The checkpoint of it is saved first."""
+        """Validate, sample, or both, as is due at `step`. The step's checkpoint is saved first."""
         self.checkpoints.save(self.state)
         precision = self.state.runtime.precision
         with whole_model(self.state.model) as model:

@@ -33,7 +33,7 @@ from anew.tokenizer.bpe import Tokenizer
 from anew.tokenizer.files import TOKENIZER_JSON
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.run_log import Row, finite_or_none, read_metrics, read_run_state
-from anew.training.setup import start_run
+from anew.training.setup import joined_ranks, start_run
 from anew.training.train_state import Snapshot
 from anew.training.trainer import training_loop
 from anew.utils import device
@@ -249,7 +249,8 @@ def take_steps(replay: Replay) -> tuple[list[Row], Snapshot]:
         config = copy_run(replay, Path(folder))
         stop = StopFlag()
         stack.callback(stop.restore)
-        run = start_run(config, stop, stack)
+        world = stack.enter_context(joined_ranks(config))
+        run = start_run(config, world, stop, stack)
         assert run.state.step == replay.first, "the copy has no other checkpoint"
         with contextlib.suppress(Reached):
             training_loop(run, stop, lambda: None, add_row)

@@ -17,7 +17,8 @@ from anew.serve.connections import BoundedConnection
 HALF_HEAD = b"POST / HTTP/1.1\r\nhost: a\r\n"
 HALF_BODY = HALF_HEAD + b"content-length: 10\r\n\r\nabc"
 WHOLE = HALF_BODY + b"defghij"
-LIMIT_SECONDS = 0.3
+LIMIT_SECONDS = 1.0
+BIG_ANSWER = 30_000_000  # bytes: more than the buffers of the system hold
 
 
 class Application:
@@ -25,6 +26,7 @@ class Application:
 
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.answer = b"ok"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -37,9 +39,9 @@ class Application:
         if self.messages[-1] == "http.disconnect":
             return
         await asyncio.sleep(2 * LIMIT_SECONDS)
-        headers = [(b"content-length", b"2")]
+        headers = [(b"content-length", str(len(self.answer)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"ok"})
+        await send({"type": "http.response.body", "body": self.answer})
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def received(client: socket.socket) -> bytes:
     answer = b""
     with contextlib.suppress(ConnectionResetError):
         while not answer.endswith(b"ok"):
-            part = client.recv(1000)
+            part = client.recv(1_000_000)
             if not part:
                 break
             answer += part
@@ -109,11 +111,25 @@ def test_answer_may_take_longer_than_a_request(port: int) -> None:
             assert received(client).startswith(b"HTTP/1.1 200")
 
 
+def test_upgrade_that_is_not_offered_does_not_limit_the_answer(port: int) -> None:
+    upgrade = HALF_HEAD + b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\n\r\n"
+    with connected(port, upgrade) as client:
+        assert received(client).startswith(b"HTTP/1.1 200")
+
+
+def test_answer_that_is_read_slowly_is_whole(port: int, application: Application) -> None:
+    application.answer = bytes(BIG_ANSWER) + b"ok"
+    with connected(port, WHOLE) as client:
+        client.recv(1)
+        time.sleep(2 * LIMIT_SECONDS)
+        assert len(received(client)) > BIG_ANSWER
+
+
 def test_new_connection_replaces_the_one_that_has_waited_longest(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 20.0)
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(connections, "CONNECTIONS_BEFORE_REPLACEMENT", 3)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connected(port, HALF_HEAD)) for _ in range(3)]
         fourth = stack.enter_context(connected(port, WHOLE))

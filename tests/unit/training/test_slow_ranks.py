@@ -28,23 +28,23 @@ def test_slowest_rank_is_compared_with_the_others() -> None:
 
 def test_slow_rank_is_named_once_with_its_machine(caplog: pytest.LogCaptureFixture) -> None:
     ranks = SlowRanks(NAMES)
-    assert warnings_after(ranks, slow_ranks.STEPS - 1, caplog) == []
+    assert warnings_after(ranks, slow_ranks.STEPS_PER_COMPARISON - 1, caplog) == []
     [message] = warnings_after(ranks, 1, caplog)
-    assert message.startswith("slowest rank: 2 (cpu of b) needs 1,050 ms for its part of a step")
-    assert "10.0 times as long as the others" in message
-    assert warnings_after(ranks, 5 * slow_ranks.STEPS, caplog) == []
+    assert message.startswith("slowest rank: 2 (cpu of b) computes for 1,050 ms in each step")
+    assert "10.0 times as long as the other ranks" in message
+    assert warnings_after(ranks, 5 * slow_ranks.STEPS_PER_COMPARISON, caplog) == []
 
 
 def test_slow_rank_is_named_again_after_some_time(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slow_ranks, "SECONDS_BETWEEN_WARNINGS", -1.0)
-    assert len(warnings_after(SlowRanks(NAMES), 3 * slow_ranks.STEPS, caplog)) == 3
+    assert len(warnings_after(SlowRanks(NAMES), 3 * slow_ranks.STEPS_PER_COMPARISON, caplog)) == 3
 
 
 def test_even_ranks_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     ranks = SlowRanks(NAMES)
-    rows = [ranks.add(EVEN) for _ in range(3 * slow_ranks.STEPS)]
+    rows = [ranks.add(EVEN) for _ in range(3 * slow_ranks.STEPS_PER_COMPARISON)]
     assert caplog.messages == []
     assert rows[0] == {"speed/slowest_rank": 1, "speed/slowest_rank_ratio": 1.1}
 
