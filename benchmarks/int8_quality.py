@@ -14,7 +14,7 @@ import torch
 
 from anew import GPT, Tokenizer
 from anew.checkpoint import huggingface as weights
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.data.dataset import open_data
 from anew.inference.cpu_decoder import CpuDecoder
 from anew.inference.decoders import decoder_for

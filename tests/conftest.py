@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anew.config.schema import Config
+from anew.config.config import Config
 
 if not torch.cuda.is_available():
     os.environ.setdefault(

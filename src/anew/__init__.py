@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anew.checkpoint.huggingface import load_model as load
+    from anew.config.config import Config
     from anew.config.recipes import RECIPES, recipe
-    from anew.config.schema import Config, GPTConfig
+    from anew.config.schema import GPTConfig
     from anew.errors import UserError
     from anew.inference.generate import generate, stream
     from anew.model.gpt import GPT
@@ -46,7 +47,7 @@ __all__ = [
 _PUBLIC = {
     "GPT": ("anew.model.gpt", "GPT"),
     "RECIPES": ("anew.config.recipes", "RECIPES"),
-    "Config": ("anew.config.schema", "Config"),
+    "Config": ("anew.config.config", "Config"),
     "GPTConfig": ("anew.config.schema", "GPTConfig"),
     "Tokenizer": ("anew.tokenizer.bpe", "Tokenizer"),
     "UserError": ("anew.errors", "UserError"),

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.model.flops import count_parameters, flops_per_token
 from anew.model.loss import CHUNK_KERNEL

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from anew import GPT, Tokenizer
 from anew.checkpoint.gguf import write_gguf
 from anew.cli.main import main
-from anew.config.schema import Config
+from anew.config.config import Config
 from tests.support import shared
 from tests.support.exports import (
     GGUF_DTYPES,

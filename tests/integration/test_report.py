@@ -8,7 +8,7 @@ import pytest
 from anew import GPT, UserError
 from anew.checkpoint.huggingface import save_model
 from anew.cli.main import main
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.report import baseline, html
 from anew.report.run import Run
 from anew.tokenizer.bpe import Tokenizer

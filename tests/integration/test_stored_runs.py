@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import anew
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.training import run_log as metrics
 from anew.training.trainer import train

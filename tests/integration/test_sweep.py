@@ -18,7 +18,7 @@ from anew.bench import sweep, time_to_loss
 from anew.bench.sweep import Trial, TrialResult, result_of, run_trials, stop_after
 from anew.checkpoint.folder import checkpoint_folder, newest_valid
 from anew.cli import experiments
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import Preempted, UserError
 from anew.training.trainer import train
 

@@ -14,7 +14,7 @@ import torch
 
 from anew import GPT, GPTConfig, UserError
 from anew.checkpoint.huggingface import load_model, save_model
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.evaluate.tasks.registry import TASKS
 from anew.evaluate.tasks.task import Remote
 from anew.evaluate.tasks.wikitext import articles, detokenize

@@ -389,7 +389,7 @@ SIGNAL_IN_THE_FIRST_STEP = """
 import os, signal, sys
 from pathlib import Path
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.training import trainer
 
 def signalled(*arguments, **named):

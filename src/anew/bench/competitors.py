@@ -31,7 +31,8 @@ from anew.bench.compare import Turn
 from anew.bench.ladder import BOTTOM
 from anew.bench.timing import standard_library_files, text_batch
 from anew.checkpoint.gguf import write_gguf
-from anew.config.schema import Config, GPTConfig, RunConfig
+from anew.config.config import Config
+from anew.config.schema import GPTConfig, RunConfig
 from anew.data.dataloader import evaluation_windows
 from anew.data.dataset import open_data
 from anew.data.holdout import Settings

@@ -12,7 +12,7 @@ memory that is available.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.model.flops import count_parameters
 from anew.model.loss import CHUNK_COMPILED, CHUNK_EAGER
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from anew.bench.sweep import Trial, TrialResult, run_trials
 from anew.bench.time_to_loss import SMALL_TUNING, TUNING_SEED, WARMUP, Settings, fitted
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.model.flops import count_parameters, flops_per_token
 from anew.utils.signals import StopFlag

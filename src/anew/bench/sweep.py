@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from anew.checkpoint.folder import checkpoint_folder
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.training import run_log
 from anew.training.setup import resolve_config

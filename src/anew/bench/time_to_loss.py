@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anew.bench.sweep import Trial, TrialResult, run_trials
+from anew.config.config import Config
 from anew.config.recipes import FAST
-from anew.config.schema import Config
 from anew.errors import Preempted
 from anew.utils.signals import StopFlag
 

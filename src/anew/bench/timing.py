@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from anew.bench.ladder import RUNGS, Rung
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.model.attention import attend
 from anew.model.flops import flops_per_token

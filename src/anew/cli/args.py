@@ -20,8 +20,10 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import tyro
 
 from anew.cli.parse import parse, refuse_other_names
+from anew.config.config import Config
 from anew.config.recipes import RECIPES
-from anew.config.schema import FIELDS, GROUP_OF, GROUPS, NAMES_ELSEWHERE, REMOVED, Config
+from anew.config.refused_names import NAMES_ELSEWHERE, REMOVED
+from anew.config.schema import FIELDS, GROUP_OF, GROUPS
 from anew.errors import UserError
 
 SWITCHES = {name for name, field in FIELDS.items() if isinstance(field.default, bool)}

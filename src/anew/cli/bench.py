@@ -34,8 +34,8 @@ from anew.bench.timing import (
 from anew.cli import experiments, scaling
 from anew.cli.args import Command, flag
 from anew.cli.progress import progress_bar
+from anew.config.config import Config
 from anew.config.recipes import read_recipe
-from anew.config.schema import Config
 from anew.errors import UserError, unknown_name
 from anew.evaluate.tasks.registry import TASKS
 from anew.model.flops import flops_per_token

@@ -15,7 +15,7 @@ from anew.checkpoint import huggingface
 from anew.cli.parse import ModelArgument, parse
 from anew.cli.progress import progress_bar
 from anew.cli.sample import Device, Precision, open_model
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.data.dataset import open_data
 from anew.distributed.rendezvous import joined
 from anew.distributed.world import World

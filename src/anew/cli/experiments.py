@@ -19,7 +19,8 @@ from anew.bench.competitors import exported_loss, is_installed
 from anew.bench.sweep import Trial, TrialResult, run_trials, stop_after
 from anew.bench.time_to_loss import Arm, Bounded, Experiment, Ratio, Settings, against
 from anew.checkpoint.folder import checkpoint_folder
-from anew.config.schema import GROUP_OF, Config
+from anew.config.config import Config
+from anew.config.schema import GROUP_OF
 from anew.config.values import parse_bytes
 from anew.errors import UserError, unknown_name
 from anew.report import png

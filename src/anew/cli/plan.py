@@ -7,8 +7,8 @@ from typing import Any
 
 from anew.bench.timing import Measured, machine_memory, measure_in_new_process, with_batch
 from anew.cli.args import Command, flag
+from anew.config.config import Config
 from anew.config.recipes import read_recipe
-from anew.config.schema import Config
 from anew.errors import UserError
 from anew.plan import Plan, format_plan, from_run, make_plan
 from anew.training.setup import read_init

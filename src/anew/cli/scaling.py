@@ -23,7 +23,7 @@ from anew.bench.scaling import (
 )
 from anew.bench.sweep import stop_after
 from anew.cli.experiments import check_comparable, config_at, parse_axes, quiet_runs
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.report import png
 

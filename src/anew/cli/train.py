@@ -17,8 +17,8 @@ from tyro.conf import DisallowNone
 from anew.cli.args import Command, CommandLine, flag
 from anew.cli.demo import show_demo
 from anew.cli.progress import Update, progress_bar
+from anew.config.config import Config
 from anew.config.recipes import RECIPES, read_recipe
-from anew.config.schema import Config
 from anew.data.dataset import describe as describe_data
 from anew.errors import UserError
 from anew.report.training import train

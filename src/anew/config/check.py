@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from anew.config.values import vocabulary_size
 
 if TYPE_CHECKING:
-    from anew.config.schema import Config
+    from anew.config.config import Config
 
 # Counts and intervals for which 0 has a meaning of its own: none, never or all.
 NEVER_NEGATIVE = (

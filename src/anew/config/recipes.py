@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError, unknown_name
 
 # 19,073 steps of 524,288 tokens are 10B tokens, one pass over FineWeb-Edu's sample-10BT. Validation

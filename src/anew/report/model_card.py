@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from anew.checkpoint.huggingface import find_model, read_config
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.model.flops import count_parameters
 from anew.report.templates import render
 from anew.tokenizer.bpe import Tokenizer

@@ -18,7 +18,7 @@ from statistics import linear_regression, mean
 
 import numpy as np
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.evaluate.published import FIGURES, size_of
 from anew.report.svg import Points
 from anew.utils.files import parse_json

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.evaluate.published import Comparison, compare, size_of
 from anew.report import verifications

@@ -5,7 +5,7 @@ result = train(anew.recipe("shakespeare"))      # also writes RUN/report.html
 
 import logging
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.report import html
 from anew.training import trainer

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from anew.checkpoint import folder as checkpoint
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.run_log import RunState
 from anew.training.silent_errors import refuse_different_ranks

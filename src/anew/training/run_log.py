@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.data.conversations import Conversations
 from anew.errors import Diverged, Preempted, UserError
 from anew.model.flops import count_parameters, flops_per_token

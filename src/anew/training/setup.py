@@ -21,8 +21,9 @@ from torch import Tensor
 
 from anew.checkpoint import huggingface
 from anew.checkpoint.folder import list_checkpoints, step_of
+from anew.config.config import Config
 from anew.config.recipes import RECIPES, read_recipe
-from anew.config.schema import FIELDS, Config, GPTConfig
+from anew.config.schema import FIELDS, GPTConfig
 from anew.config.values import parse_bytes, vocabulary_size
 from anew.data.conversations import Conversations
 from anew.data.dataloader import DataLoader

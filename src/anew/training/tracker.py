@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import missing_packages
 
 log = logging.getLogger("anew")

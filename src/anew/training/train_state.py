@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from anew.checkpoint import folder as checkpoint
 from anew.checkpoint import huggingface
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.distributed import fsdp
 from anew.distributed.gradient_buckets import GradientBuckets, gradient_groups
 from anew.distributed.world import ALONE, World, full_tensor

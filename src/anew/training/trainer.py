@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from anew.checkpoint import folder as checkpoint
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.config.values import parse_bytes
 from anew.data.conversations import Conversations
 from anew.data.dataloader import NOT_SCORED, DataLoader

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.data.conversations import validation_windows
 from anew.data.shards import DataFolder
 from anew.distributed.fsdp import whole_model

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from anew.checkpoint.folder import MANIFEST, list_checkpoints, step_of
 from anew.checkpoint.huggingface import find_model
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer

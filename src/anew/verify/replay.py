@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from anew.checkpoint.folder import list_checkpoints, step_of
 from anew.checkpoint.huggingface import find_model
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.data.dataloader import DataLoader
 from anew.data.dataset import is_at_hand, open_data
 from anew.errors import Diverged, Preempted, UserError

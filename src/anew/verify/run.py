@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anew.checkpoint.folder import MANIFEST, MANIFEST_VERSION, checkpoint_folder, step_of, verify
 from anew.checkpoint.huggingface import read_config
-from anew.config.schema import FORMAT as CONFIG_FORMAT
-from anew.config.schema import Config
+from anew.config.config import FORMAT as CONFIG_FORMAT
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 from anew.training import train_state

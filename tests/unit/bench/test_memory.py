@@ -11,7 +11,7 @@ import pytest
 import anew
 from anew.bench.memory import fitting_micro_batches, step_bytes, step_memory
 from anew.bench.timing import available_memory, with_batch
-from anew.config.schema import Config
+from anew.config.config import Config
 
 NARROW = {"n_layer": 2, "n_head": 4, "n_embd": 256}
 

@@ -24,8 +24,9 @@ from anew.bench.scaling import (
 from anew.bench.sweep import Trial, TrialResult
 from anew.bench.time_to_loss import TUNING_SEED
 from anew.cli.scaling import scaling
+from anew.config.config import Config
 from anew.config.recipes import read_recipe
-from anew.config.schema import Config, GPTConfig
+from anew.config.schema import GPTConfig
 from anew.errors import UserError
 from anew.model.flops import flops_per_token
 from anew.model.gpt import GPT

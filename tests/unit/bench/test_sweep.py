@@ -8,7 +8,7 @@ import pytest
 
 from anew.bench.sweep import stop_after
 from anew.cli import experiments
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.utils.signals import stop_on_signals
 

@@ -9,7 +9,7 @@ import pytest
 from anew.bench import time_to_loss
 from anew.bench.time_to_loss import Arm, Bounded, Experiment, Ratio, against, crossing
 from anew.cli import experiments
-from anew.config.schema import Config
+from anew.config.config import Config
 from anew.errors import UserError
 from anew.optim.schedule import learning_rate_factor
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anew.config.config import Config
 from anew.config.recipes import RECIPES, read_recipe, recipe
-from anew.config.schema import FIELDS, Config
+from anew.config.schema import FIELDS
 from anew.errors import UserError
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from anew import UserError
 from anew.cli.main import main
+from anew.config.config import Config
 from anew.config.recipes import RECIPES
-from anew.config.schema import Config
 from anew.report import html, png, verifications
 from anew.report import reference_runs as reference
 from anew.report.run import Run
