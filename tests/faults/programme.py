@@ -1,6 +1,6 @@
 """Run the fault-injection programme and print its table.
 
-python -m tests.faults.programme                  # the short programme, about four minutes
+python -m tests.faults.programme                  # the short programme, about five minutes
 python -m tests.faults.programme --full --write   # the full one, into docs/reliability.md
 python -m tests.faults.programme --only signals --full --write    # one row of it
 
@@ -91,7 +91,7 @@ PROGRAMME = {
     ),
     "crash-rank": Row(
         torchrun.crash_rank,
-        4,
+        3,
         40,
         "Rank with a segmentation fault, an abort, an exception raised by another thread, or the "
         "interpreter's lock held for a minute",
@@ -100,7 +100,7 @@ PROGRAMME = {
     ),
     "network": Row(
         network.disturb_network,
-        3,
+        2,
         15,
         "Network between two machines with a rank each: 3% of the frames lost and 5 ms delay; "
         "cut for 3 s; cut for 10 s, longer than the run's timeout",

@@ -171,10 +171,10 @@ LOST_RANKS = {
     "killed agent": 6.0,
 }
 CRASHES = {
-    "held lock": SECONDS_WITHOUT_ANSWER,
     "segmentation fault": 6.0,
     "abort": 6.0,
     "asynchronous exception": 6.0,
+    "held lock": SECONDS_WITHOUT_ANSWER,
 }
 # In the output of a job, for the crashes below Python.
 STACKS = {
