@@ -20,15 +20,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str], advice: str = "") -
     """Return the error for a name that is not among `known`.
 
     It suggests the known names that begin with `name`, or else the most similar one. If there is
-    none, it gives the `advice`, or else lists all known names.
+    none, it gives the `advice`, or else lists all known names. Leading dashes are not compared.
     """
-    names = {other.lower(): other for other in known}
-    longer = [other for key, other in names.items() if key.startswith(name.lower())]
-    if name and longer:
+    names = {other.lower().lstrip("-"): other for other in known}
+    key_of_name = name.lower().lstrip("-")
+    longer = [other for key, other in names.items() if key.startswith(key_of_name)]
+    if key_of_name and longer:
         *others, last = longer[:4]
         choice = f"{', '.join(others)} or {last}" if others else last
         return UserError(f"there is no {kind} '{name}'; did you mean {choice}?")
-    similar = difflib.get_close_matches(name.lower(), names, n=1)
+    similar = difflib.get_close_matches(key_of_name, names, n=1)
     if similar:
         advice = f"did you mean {names[similar[0]]}?"
     elif not advice:

@@ -4,13 +4,14 @@ args = parse(PrepareArgs, argv, "prepare")  # --limit-tokens 1.5M is 1,500,000
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from anew.errors import UserError
+from anew.errors import UserError, unknown_name
 
 # The model of a command, as help and messages name it.
 ModelArgument = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -22,9 +23,10 @@ WHOLE_NUMBERS = ConstructorRegistry()
 def parse(kind: Any, argv: Sequence[str], command: str, **options: Any) -> Any:
     """Return `argv` as an instance of `kind`, whose fields are the flags of `anew COMMAND`.
 
-    `options` are those of `tyro.cli`, which ends the process if the flags are wrong (exit code 2)
-    or if help was asked for.
+    `options` are those of `tyro.cli`, which ends the process if a value is wrong (exit code 2) or
+    if help was asked for. Raises UserError for a flag that `kind` does not have.
     """
+    refuse_unknown_flags(argv, set(flag_names(kind)), command)
     return tyro.cli(kind, args=argv, prog=f"anew {command}", registry=WHOLE_NUMBERS, **options)
 
 
@@ -57,6 +59,28 @@ def _read_whole_numbers(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpe
         is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
         str_from_instance=lambda number: [str(number)],
     )
+
+
+def flag_names(kind: Any) -> Iterator[str]:
+    """Yield the flags of a dataclass or a TypedDict, whose groups are TypedDicts, without "--"."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if typing.is_typeddict(hint):
+            yield from flag_names(hint)
+        else:
+            yield name.replace("_", "-")
+
+
+def refuse_unknown_flags(argv: Sequence[str], known: set[str], command: str) -> None:
+    """Raise UserError, which suggests the most similar flag, for the first flag not in `known`."""
+    known = known | {"help"}
+    for word in argv:
+        if word == "--":  # what follows are no flags
+            return
+        name = word.split("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and name not in known and name.removeprefix("no-") not in known:
+            flags = [f"--{flag}" for flag in sorted(known)]
+            advice = f"`anew {command} --help` lists all flags."
+            raise unknown_name("flag", f"--{name}", flags, advice)
 
 
 def refuse_other_names(argv: Sequence[str], names: Mapping[str, str]) -> None:

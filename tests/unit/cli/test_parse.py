@@ -54,3 +54,23 @@ def test_flag_of_another_tool_is_answered_with_ours(capsys: pytest.CaptureFixtur
         main(["sample", "runs/demo", "--max_new_tokens", "20"])
     assert end.value.code == 2
     assert "there is no --max-new-tokens; use --tokens." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("train demo --step 100", "there is no flag '--step'; did you mean --steps?"),
+        ("train --stp=100", "there is no flag '--stp'; did you mean --steps?"),
+        ("train --no-recutt", "there is no flag '--no-recutt'; did you mean --recut?"),
+        ("train --foo", "there is no flag '--foo'; `anew train --help` lists all flags."),
+        ("serve model --prot 1", "there is no flag '--prot'; did you mean --port?"),
+        ("prepare x --val_token 3", "there is no flag '--val-token'; did you mean --val-tokens?"),
+    ],
+)
+def test_unknown_flag_is_answered_with_the_most_similar_one(
+    words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip() == f"anew: {sentence}"
