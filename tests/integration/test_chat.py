@@ -377,10 +377,10 @@ def test_long_conversation_is_answered_and_says_what_was_left_out(
             {"messages": [{"role": "robot", "content": "x"}]},
             "messages: role should be 'system', 'developer', 'user' or 'assistant'.",
         ),
-        ({"messages": [{"role": "user"}]}, "messages should be"),
+        ({"messages": [{"role": "user"}]}, "the content of message 1 should be a text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "messages should be",
+            "the content of message 1 should be a text",
         ),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "message is too long"),
         ({"logprobs": True}, "logprobs is not supported"),

@@ -300,6 +300,8 @@ def error_sentence(errors: Sequence[Any]) -> str:
         return f"'{name[:40]}' is not a field of this request."
     if len(location) > 1 and errors[0]["type"] == "literal_error":
         return f"{name}: {location[-1]} should be {errors[0]['ctx']['expected']}."
+    if name == "messages" and len(location) > 2:
+        return f"messages: the {location[2]} of message {location[1] + 1} should be a text."
     # A part of a list or of alternative types, or a list that is needed.
     if len(location) > 1 or errors[0]["type"] in ("missing", "too_short"):
         fields = CompletionRequest.model_fields | ChatRequest.model_fields

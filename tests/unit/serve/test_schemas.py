@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from anew import GPT, Tokenizer
 from anew.serve.engine import Engine, Served
-from anew.serve.schemas import CompletionRequest, error_sentence
+from anew.serve.schemas import ChatRequest, CompletionRequest, error_sentence
 from tests.support.serving import CONFIG
 
 ENGINE = Engine([Served("m", GPT(CONFIG).eval(), Tokenizer.named("bytes"))])
@@ -57,3 +57,12 @@ def test_null_and_neutral_values_are_defaults() -> None:
 )
 def test_prompt_is_a_text_or_ids_or_a_list_of_these(prompt: Any, prompts: list[list[int]]) -> None:
     assert CompletionRequest.model_validate({"prompt": prompt}).job(ENGINE).prompts == prompts
+
+
+@pytest.mark.parametrize("second", [{"role": "user"}, {"role": "user", "content": None}])
+def test_message_without_a_text_is_named(second: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}, second]}
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(body)
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]
+    assert error_sentence(errors) == "messages: the content of message 2 should be a text."
