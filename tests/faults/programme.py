@@ -228,7 +228,7 @@ def table_row(row: Row, result: FaultResult, seconds: float) -> str:
 def main() -> None:
     """Run the programme from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the full programme: up to 90 minutes")
+    parser.add_argument("--full", action="store_true", help="the full programme: two hours")
     parser.add_argument("--only", default="", help=f"some of {','.join(PROGRAMME)}")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
