@@ -10,7 +10,7 @@ from pathlib import Path
 class Usage:
     """What a process and its children use at one moment."""
 
-    memory_mb: float  # the proportional set size
+    memory_mb: float  # anonymous: without files, whose pages other processes may share
     descriptors: float
     threads: float
 
@@ -31,7 +31,7 @@ def usage_of(pid: int) -> Usage:
 def _usage_without_children(pid: int) -> Usage:
     folder = Path(f"/proc/{pid}")
     lines = (folder / "smaps_rollup").read_text().splitlines()
-    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("Anonymous:")]
     if not kilobytes:
         raise ProcessLookupError(f"process {pid} has ended")
     return Usage(
