@@ -63,11 +63,14 @@ def _read_whole_numbers(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpe
 
 def flag_names(kind: Any) -> Iterator[str]:
     """Yield the flags of a dataclass or a TypedDict, whose groups are TypedDicts, without "--"."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if typing.is_typeddict(hint):
-            yield from flag_names(hint)
-        else:
-            yield name.replace("_", "-")
+    types = typing.get_type_hints(kind)
+    for name, annotated in typing.get_type_hints(kind, include_extras=True).items():
+        if typing.is_typeddict(types[name]):
+            yield from flag_names(types[name])
+            continue
+        # tyro.conf.arg may give a flag another name than its field.
+        names = [getattr(extra, "name", None) for extra in getattr(annotated, "__metadata__", ())]
+        yield next(filter(None, names), name).replace("_", "-")
 
 
 def refuse_unknown_flags(argv: Sequence[str], known: set[str], command: str) -> None:
