@@ -61,14 +61,14 @@ PROGRAMME = {
     ),
     "kill-torchrun": Row(
         torchrun.kill_torchrun,
-        5,
+        3,
         200,
         "SIGKILL of all processes or of one rank; torchrun with 2 processes",
         "no step before the last checkpoint is lost; the repeated losses are equal in every bit",
     ),
     "chained-resumes": Row(
         runs.chained_resumes,
-        10,
+        5,
         50,
         "Run stopped and resumed three times: at the end of a shard or an epoch, between "
         "micro-batches, during an evaluation; finished run started again",
@@ -124,7 +124,7 @@ PROGRAMME = {
     ),
     "signals": Row(
         runs.signals,
-        12,
+        6,
         100,
         "SIGTERM, SIGUSR1, SIGINT or two SIGTERM in each phase of a run",
         "the last complete step is saved and the exit code is 75 (before the first step: the "
