@@ -22,6 +22,9 @@ class StopFlag(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
+        # A signal can arrive while the handler of another one, or the main thread, holds the
+        # event's lock. With the plain lock of an Event, the handler would then wait for ever.
+        self._cond = threading.Condition(threading.RLock())
         self._previous: dict[int, Any] = {}  # signal number: the handler before `listen`
 
     def listen(self) -> None:
