@@ -96,7 +96,7 @@ def licences(is_check: bool) -> int:
 
 
 def known_licences() -> dict[str, str]:
-    """Return the licences of the pinned packages; of those not installed here, the page's."""
+    """Return the licence of each pinned package, from the page if it is not installed here."""
     found = {}
     if PAGE.exists():
         page = PAGE.read_text(encoding="utf-8")

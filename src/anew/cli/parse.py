@@ -64,13 +64,22 @@ def _read_whole_numbers(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpe
 def flag_names(kind: Any) -> Iterator[str]:
     """Yield the flags of a dataclass or a TypedDict, whose groups are TypedDicts, without "--"."""
     types = typing.get_type_hints(kind)
-    for name, annotated in typing.get_type_hints(kind, include_extras=True).items():
-        if typing.is_typeddict(types[name]):
-            yield from flag_names(types[name])
-            continue
-        # tyro.conf.arg may give a flag another name than its field.
-        names = [getattr(extra, "name", None) for extra in getattr(annotated, "__metadata__", ())]
-        yield next(filter(None, names), name).replace("_", "-")
+    annotated_types = typing.get_type_hints(kind, include_extras=True)
+    for field, type in types.items():
+        if typing.is_typeddict(type):
+            yield from flag_names(type)
+        else:
+            yield flag_name(field, annotated_types[field])
+
+
+def flag_name(field: str, annotated_type: Any) -> str:
+    """Return the flag of a field: the name that tyro.conf.arg gives it, or that of the field."""
+    options = getattr(annotated_type, "__metadata__", ())
+    for option in options:
+        given_name: str | None = getattr(option, "name", None)
+        if given_name:
+            return given_name
+    return field.replace("_", "-")
 
 
 def refuse_unknown_flags(argv: Sequence[str], known: set[str], command: str) -> None:
@@ -79,11 +88,20 @@ def refuse_unknown_flags(argv: Sequence[str], known: set[str], command: str) -> 
     for word in argv:
         if word == "--":  # what follows are no flags
             return
-        name = word.split("=")[0].removeprefix("--").replace("_", "-")
-        if word.startswith("--") and name not in known and name.removeprefix("no-") not in known:
-            flags = [f"--{flag}" for flag in sorted(known)]
-            advice = f"`anew {command} --help` lists all flags."
-            raise unknown_name("flag", f"--{name}", flags, advice)
+        if not word.startswith("--"):
+            continue
+        name = typed_name(word).replace("_", "-")
+        if name in known or name.removeprefix("no-") in known:
+            continue
+        flags = [f"--{flag}" for flag in sorted(known)]
+        advice = f"`anew {command} --help` lists all flags."
+        raise unknown_name("flag", f"--{name}", flags, advice)
+
+
+def typed_name(word: str) -> str:
+    """Return the name in a flag as it was typed, such as "steps" of "--steps=100"."""
+    flag, _, _ = word.partition("=")
+    return flag.removeprefix("--")
 
 
 def refuse_other_names(argv: Sequence[str], names: Mapping[str, str]) -> None:
@@ -92,6 +110,6 @@ def refuse_other_names(argv: Sequence[str], names: Mapping[str, str]) -> None:
     `names` has, for the name elsewhere, our name and what it means: {"start": "prompt: a text"}.
     """
     for word in argv:
-        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        name = typed_name(word).replace("-", "_")
         if word.startswith("--") and name in names:
             raise UserError(f"there is no --{name.replace('_', '-')}; use --{names[name]}.")

@@ -88,7 +88,7 @@ def _listen(application: Any, host: str, port: int) -> None:
         listener.listen()
         address = f"[{host}]" if is_ipv6 else host
         print(f"http://{address}:{listener.getsockname()[1]}", flush=True)
-        # It warns of each client that leaves while its answer is written.
+        # asyncio warns of each client that leaves while its answer is written.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         config = uvicorn.Config(
             application,

@@ -168,11 +168,8 @@ def _add_generation(api: FastAPI, engine: Engine) -> None:
     @api.post("/api/inside")
     def inside(body: InsideRequest) -> Response:
         """Return attention and next tokens after each block while a text is read, for the page."""
-        place = engine.take_place()
-        try:
+        with engine.take_place():
             return JSONResponse(body.inside(engine))
-        finally:
-            place.free()
 
 
 def _add_error_handlers(api: FastAPI) -> None:

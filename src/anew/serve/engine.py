@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -66,6 +67,12 @@ class Place:
         if not places.acquire(blocking=False):
             raise Busy
         self.places = places
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free()
 
     def free(self) -> None:
         """Give the place back; later calls do nothing."""

@@ -72,47 +72,35 @@ def chunks(
 
     `place` is given back at the end.
     """
-    try:
-        yield from _chunks(engine, place, job, request, stop)
-    finally:
-        place.free()
-
-
-def _chunks(
-    engine: Engine,
-    place: Place,
-    job: Job,
-    request: CompletionRequest | ChatRequest,
-    stop: threading.Event,
-) -> Iterator[Chunk]:
-    tokenizer = job.served.tokenizer
-    texts = [Text() for _ in job.prompts]
-    finish_reason = "length" if job.n_tokens == 0 else None
-    echo = False
-    n_alternatives = None
-    if isinstance(request, CompletionRequest):
-        echo = request.echo
-        n_alternatives = request.logprobs
-    if echo or job.n_tokens == 0:
-        for row, prompt in enumerate(job.prompts):
-            echoed = tokenizer.decode(prompt) if echo else ""
-            texts[row].n_sent = len(echoed)
-            logprobs = None
-            if echo and n_alternatives is not None:
-                scored = engine.score(job.served, prompt, n_alternatives)
-                logprobs = _logprobs(tokenizer, scored, offset=0)
-            yield _chunk(row, echoed, logprobs, finish_reason)
-    if job.n_tokens > 0:
-        yield from _generated(engine, place, job, request.stops, n_alternatives, stop, texts)
-    if request.stream_options.include_usage or not request.stream:
-        n_prompt = sum(map(len, job.prompts))
-        n_generated = sum(text.n_tokens for text in texts)
-        usage = {
-            "prompt_tokens": n_prompt,
-            "completion_tokens": n_generated,
-            "total_tokens": n_prompt + n_generated,
-        }
-        yield {"choices": [], "usage": usage}
+    with place:
+        tokenizer = job.served.tokenizer
+        texts = [Text() for _ in job.prompts]
+        finish_reason = "length" if job.n_tokens == 0 else None
+        echo = False
+        n_alternatives = None
+        if isinstance(request, CompletionRequest):
+            echo = request.echo
+            n_alternatives = request.logprobs
+        if echo or job.n_tokens == 0:
+            for row, prompt in enumerate(job.prompts):
+                echoed = tokenizer.decode(prompt) if echo else ""
+                texts[row].n_sent = len(echoed)
+                logprobs = None
+                if echo and n_alternatives is not None:
+                    scored = engine.score(job.served, prompt, n_alternatives)
+                    logprobs = _logprobs(tokenizer, scored, offset=0)
+                yield _chunk(row, echoed, logprobs, finish_reason)
+        if job.n_tokens > 0:
+            yield from _generated(engine, place, job, request.stops, n_alternatives, stop, texts)
+        if request.stream_options.include_usage or not request.stream:
+            n_prompt = sum(map(len, job.prompts))
+            n_generated = sum(text.n_tokens for text in texts)
+            usage = {
+                "prompt_tokens": n_prompt,
+                "completion_tokens": n_generated,
+                "total_tokens": n_prompt + n_generated,
+            }
+            yield {"choices": [], "usage": usage}
 
 
 def _generated(
