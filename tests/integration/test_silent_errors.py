@@ -16,6 +16,7 @@ from anew import Config, UserError
 from anew.checkpoint.folder import list_checkpoints, newest_valid
 from anew.errors import ComputedWrongly, Preempted
 from anew.training import silent_errors, trainer
+from anew.training.silent_errors import GradientCheck
 from anew.training.step import train_step
 from anew.training.trainer import train
 from tests.faults.common import tiny
@@ -46,7 +47,7 @@ def trained_with_a_flip(
     config: Config, place: str, step: int, rank: int = 0, times: int = 1
 ) -> Any:
     """Train, and flip one bit on one rank: in a weight or a moment after `step` steps, or in a
-    gradient, in the first pass over the micro-batch of the check at that step.
+    gradient of that step, in the pass before it ("gradient") or in its own ("gradient of step").
 
     A run that comes to this step again has another flip there, up to `times` in all.
     """
@@ -62,7 +63,12 @@ def trained_with_a_flip(
         return dict(state.model.named_parameters())[WEIGHT]
 
     def step_with_flip(loss_of: Any, state: Any, *rest: Any, **more: Any) -> Any:
-        result = train_step(loss_of, state, *rest, **more)
+        def take_step() -> Any:
+            return train_step(loss_of, state, *rest, **more)
+
+        if place == "gradient of step" and state.step == step and is_due(state):
+            return with_flipped_gradient(state, take_step)
+        result = take_step()
         if place in ("weight", "moment") and state.step + 1 == step and is_due(state):
             weight = weight_of(state)
             if place == "weight":
@@ -71,22 +77,24 @@ def trained_with_a_flip(
                 flip(state._optimizer_of(weight).state[weight]["exp_avg"])
         return result
 
-    original = silent_errors._bits_of_pass
-    passes = []
+    def with_flipped_gradient(state: Any, compute: Callable[[], Any]) -> Any:
+        handle = weight_of(state).register_hook(_flipped)
+        result = compute()
+        handle.remove()
+        return result
 
-    def pass_with_flip(loss_of: Any, state: Any, micro_batch: Any) -> dict[str, int]:
-        passes.append(state.step)
-        is_first = passes.count(state.step) % 2 == 1
-        if place == "gradient" and state.step == step and is_first and is_due(state):
-            handle = weight_of(state).register_hook(_flipped)
-            bits = original(loss_of, state, micro_batch)
-            handle.remove()
-            return bits
-        return original(loss_of, state, micro_batch)
+    original = GradientCheck._run_pass
+
+    def pass_with_flip(check: Any, *rest: Any) -> None:
+        state = check.state
+        if place == "gradient" and state.step == step and is_due(state):
+            with_flipped_gradient(state, lambda: original(check, *rest))
+        else:
+            original(check, *rest)
 
     with (
         patch.object(trainer, "train_step", step_with_flip),
-        patch.object(silent_errors, "_bits_of_pass", pass_with_flip),
+        patch.object(GradientCheck, "_run_pass", pass_with_flip),
     ):
         return train(config).step
 
@@ -104,15 +112,20 @@ def test_checks_do_not_change_a_run(tmp_path: Path) -> None:
     assert weights_of(with_checks) == weights_of(without)
 
 
-def test_flipped_gradient_is_noticed_and_the_run_continues(tmp_path: Path) -> None:
-    config = checked(tmp_path / "run")
+@pytest.mark.parametrize("place", ["gradient", "gradient of step"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_flipped_gradient_is_noticed_and_the_run_continues(
+    micro_batches: int, place: str, tmp_path: Path
+) -> None:
+    settings = {"batch_tokens": 16 * 4 * micro_batches, "micro_batch": 4}
+    config = checked(tmp_path / "run", **settings)
     with pytest.raises(ComputedWrongly) as caught:
-        trained_with_a_flip(config, "gradient", step=12)
+        trained_with_a_flip(config, place, step=12)
     assert "step 13: rank 0 has computed one micro-batch twice" in str(caught.value)
     assert f"the gradient of {WEIGHT}." in str(caught.value)
     assert [path.name for path in list_checkpoints(config.folder)] == ["step-00000008"]
     assert train(config).step == STEPS
-    undisturbed = checked(tmp_path / "other")
+    undisturbed = checked(tmp_path / "other", **settings)
     train(undisturbed)
     assert weights_of(config) == weights_of(undisturbed)
 
@@ -133,9 +146,13 @@ def test_flipped_bit_on_one_rank_is_noticed_before_a_save(
     assert [path.name for path in list_checkpoints(config.folder)] == ["step-00000008"]
 
 
-def test_flipped_gradient_on_one_rank_is_named_on_all(tmp_path: Path) -> None:
-    config = checked(tmp_path / "run")
-    found = run_ranks(2, trained_with_a_flip, config, "gradient", 12, 1)
+@pytest.mark.parametrize("place", ["gradient", "gradient of step"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_flipped_gradient_on_one_rank_is_named_on_all(
+    micro_batches: int, place: str, tmp_path: Path
+) -> None:
+    config = checked(tmp_path / "run", batch_tokens=16 * 8 * micro_batches, micro_batch=4)
+    found = run_ranks(2, trained_with_a_flip, config, place, 12, 1)
     assert [kind for kind, _ in found] == ["ComputedWrongly"] * 2, found
     assert all("step 13: rank 1 has computed" in text for _, text in found)
 
@@ -169,25 +186,27 @@ def test_request_to_stop_is_not_lost_by_a_rollback(
 ) -> None:
     """The signal arrives just before the difference is found, so no step has seen it."""
     config = checked(tmp_path / "run", on_corruption="rollback")
-    original = silent_errors.refuse_wrong_gradients
+    original = GradientCheck.refuse_differences
 
-    def stop_and_check(loss_of: Any, state: Any, micro_batch: Any) -> None:
-        if state.step == 12:
+    def stop_and_check(check: Any) -> None:
+        if check.step == 13:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(loss_of, state, micro_batch)
+        original(check)
 
-    monkeypatch.setattr("anew.training.trainer.refuse_wrong_gradients", stop_and_check)
+    monkeypatch.setattr(GradientCheck, "refuse_differences", stop_and_check)
     with pytest.raises(Preempted, match="stopped at step 8 of 24"):
         trained_with_a_flip(config, "gradient", step=12)
     monkeypatch.undo()
     assert train(config).step == STEPS
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_checks_do_not_change_a_run_of_two_ranks(parallel: str, tmp_path: Path) -> None:
-    runs = [
-        checked(tmp_path / str(every), parallel=parallel, check_every=every) for every in (0, 4)
-    ]
+@pytest.mark.parametrize(("parallel", "micro_batch"), [("ddp", 4), ("ddp", 8), ("fsdp", 4)])
+def test_checks_do_not_change_a_run_of_two_ranks(
+    parallel: str, micro_batch: int, tmp_path: Path
+) -> None:
+    """With 8 sequences in a micro-batch, each rank has one micro-batch a step."""
+    settings = {"parallel": parallel, "micro_batch": micro_batch}
+    runs = [checked(tmp_path / str(every), check_every=every, **settings) for every in (0, 4)]
     for config in runs:
         assert [kind for kind, _ in run_ranks(2, trained_with_a_flip, config, "nothing", 0)] == [
             "ok"

@@ -1,13 +1,17 @@
 """Find hardware that computes wrongly without an error: equal computations must give equal bits.
 
-    refuse_wrong_gradients(loss_of, state, micro_batch)     # every `check_every` steps
-    refuse_different_ranks(state)                           # before each save
+    check = GradientCheck(state, loss_of, micro_batches[0], divisor)   # every `check_every` steps
+    train_step(loss_of, state, micro_batches, ..., after_first_pass=check.after_first_pass)
+    check.refuse_differences()
 
-The first check runs a forward and a backward pass of one micro-batch twice. The second compares the
-weights and the optimizer state of ranks that should have equal copies. Both compare sums over the
-bits of each tensor, which any single flipped bit changes; a sum is computed on the device and is
-one number, so nothing is copied. What a check finds is raised on every rank alike, before anything
-is saved, so the last checkpoint has not been affected by it.
+    refuse_different_ranks(state)                                      # before each save
+
+The first check runs a forward and a backward pass of the step's first micro-batch once more than
+the step does. The second compares the weights and the optimizer state of ranks that should have
+equal copies. Both compare sums over the bits of each tensor, which any single flipped bit changes;
+a sum is computed on the device and is one number, so nothing is copied. What a check finds is
+raised on every rank alike, before anything is saved, so the last checkpoint has not been affected
+by it.
 
 Not found: a bit that flips in the memory of a single process between two steps, and an error that
 occurs in both passes alike.
@@ -38,23 +42,63 @@ def refuse_inexact_devices(state: TrainState) -> None:
         )
 
 
-def refuse_wrong_gradients(
-    loss_of: LossFunction, state: TrainState, micro_batch: MicroBatch
-) -> None:
-    """Raise ComputedWrongly if two passes over a micro-batch differ in any bit on any rank.
+class GradientCheck:
+    """Compares the loss and the gradients of two passes over the first micro-batch of a step.
 
-    The gradients are dropped afterwards. Every rank must call this.
+    One pass is run here, and the other one is that of the step. Of a sharded model both are run
+    here, because a step gets its gradients only after the last micro-batch, from FSDP's exchange.
     """
-    first, second = (_bits_of_pass(loss_of, state, micro_batch) for _ in range(2))
-    changed = [name for name, value in first.items() if second[name] != value]
-    found = state.world.gather(changed)
-    for rank, names in enumerate(found):
-        if names:
-            raise ComputedWrongly(
-                f"step {state.step + 1:,}: rank {rank} has computed one micro-batch twice, and the "
-                f"results differ in {_listed(names)}. {_advice(state)}",
-                step=state.step + 1,
-            )
+
+    def __init__(
+        self, state: TrainState, loss_of: LossFunction, micro_batch: MicroBatch, divisor: float
+    ) -> None:
+        self.state = state
+        self.step = state.step + 1  # the number of the step that is about to be taken
+        self.passes: list[BitSums] = []
+        self.after_first_pass = None if state.is_sharded else self._add
+        for _ in range(2 if state.is_sharded else 1):
+            self._run_pass(loss_of, micro_batch, divisor)
+
+    def _run_pass(self, loss_of: LossFunction, micro_batch: MicroBatch, divisor: float) -> None:
+        """Compute what the first pass of the step computes, add it and drop its gradients."""
+        state = self.state
+        ids, targets = micro_batch
+        if state.buckets is not None:
+            state.buckets.start_step()
+        if state.config.model.dropout > 0:
+            run = state.config.run
+            torch.manual_seed(dropout_seed(run.seed, state.step, 0, state.world.rank))
+        # Copies of a model are not averaged here, so that the rank with the error is found.
+        state.prepare_backward(is_last=state.is_sharded)
+        loss = loss_of(ids, targets) / divisor
+        state.scaler.scale(loss).backward()
+        self._add(loss)
+        release_gradients(state)
+
+    def _add(self, loss: Tensor) -> None:
+        """Add a pass: its loss, and the gradients that the parameters have now."""
+        gradients = [
+            (f"the gradient of {name}", parameter.grad)
+            for name, parameter in self.state.model.named_parameters()
+            if parameter.grad is not None
+        ]
+        self.passes.append(bit_sums([("the loss", loss), *gradients]))
+
+    def refuse_differences(self) -> None:
+        """Raise ComputedWrongly if the two passes differ in any bit on any rank.
+
+        Every rank must call this.
+        """
+        first, second = self.passes
+        changed = [name for name, value in first.items() if second[name] != value]
+        found = self.state.world.gather(changed)
+        for rank, names in enumerate(found):
+            if names:
+                raise ComputedWrongly(
+                    f"step {self.step:,}: rank {rank} has computed one micro-batch twice, and the "
+                    f"results differ in {_listed(names)}. {_advice(self.state)}",
+                    step=self.step,
+                )
 
 
 def refuse_different_ranks(state: TrainState) -> None:
@@ -78,29 +122,6 @@ def refuse_different_ranks(state: TrainState) -> None:
                 f"step {state.step:,}: {who} in {_listed(names)}. {_advice(state)}",
                 step=state.step,
             )
-
-
-def _bits_of_pass(loss_of: LossFunction, state: TrainState, micro_batch: MicroBatch) -> BitSums:
-    """Return the bit sums of the loss and of each gradient of one pass."""
-    ids, targets = micro_batch
-    if state.buckets is not None:
-        state.buckets.start_step()
-    if state.config.model.dropout > 0:
-        run = state.config.run
-        torch.manual_seed(dropout_seed(run.seed, state.step, 0, state.world.rank))
-    # Copies of a model are not averaged here, so that the rank with the error is found. FSDP has
-    # gradients only after it has exchanged them.
-    state.prepare_backward(is_last=state.is_sharded)
-    loss = loss_of(ids, targets)
-    state.scaler.scale(loss).backward()
-    gradients = [
-        (f"the gradient of {name}", parameter.grad)
-        for name, parameter in state.model.named_parameters()
-        if parameter.grad is not None
-    ]
-    bits = bit_sums([("the loss", loss), *gradients])
-    release_gradients(state)
-    return bits
 
 
 def bit_sums(named: Iterable[tuple[str, Tensor]]) -> BitSums:

@@ -58,6 +58,7 @@ def train_step(
     limits: tuple[float, float] = NO_LIMITS,
     while_device_works: Callable[[], None] | None = None,
     divisors: Sequence[float] | None = None,
+    after_first_pass: Callable[[Tensor], None] | None = None,
 ) -> StepResult:
     """Take one optimizer step over this rank's `micro_batches`.
 
@@ -70,11 +71,12 @@ def train_step(
     above `limits` (loss, norm), or if any rank was asked to stop. After a stop the loss scale of
     fp16 is unchanged too; after an overflow it is lowered.
     `save` is this rank's request for a checkpoint. `while_device_works` is called once, after the
-    first micro-batch has been submitted to the device.
+    first micro-batch has been submitted to the device. `after_first_pass` is called with the loss
+    of that micro-batch while the parameters have its gradients, before ranks exchange them.
     """
     divisors = divisors or [len(micro_batches)] * len(micro_batches)
     local_loss = accumulate_gradients(
-        loss_of, state, micro_batches, divisors, stop, while_device_works
+        loss_of, state, micro_batches, divisors, stop, while_device_works, after_first_pass
     )
     stop_here = stop.is_set()
     sums = all_reduce_gradients(state, local_loss, stop_here, save)
@@ -98,6 +100,7 @@ def accumulate_gradients(
     divisors: Sequence[float],
     stop: StopFlag,
     while_device_works: Callable[[], None] | None,
+    after_first_pass: Callable[[Tensor], None] | None,
 ) -> Tensor:
     """Run forward and backward passes over this rank's micro-batches.
 
@@ -114,13 +117,17 @@ def accumulate_gradients(
         if state.config.model.dropout > 0:
             seed = dropout_seed(state.config.run.seed, state.step, index, state.world.rank)
             torch.manual_seed(seed)
-        state.prepare_backward(is_last=index == len(micro_batches) - 1)
+        is_last = index == len(micro_batches) - 1
+        is_observed = index == 0 and after_first_pass is not None
+        state.prepare_backward(is_last=is_last and not is_observed)
         loss = loss_of(ids, targets) / divisor
         # FSDP exchanges parameters in the forward pass, so the ranks wait for each other there.
-        if index == len(micro_batches) - 1 and not state.is_sharded:
+        if is_last and not state.is_sharded:
             state.timer.stop()
         state.scaler.scale(loss).backward()
         loss_sum += loss.detach()
+        if index == 0 and after_first_pass is not None:
+            after_first_pass(loss)
         if index == 0 and while_device_works is not None:
             while_device_works()
     return loss_sum

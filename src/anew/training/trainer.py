@@ -35,7 +35,7 @@ from anew.training.micro_batch import is_out_of_memory
 from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
 from anew.training.run_log import Row, step_row
 from anew.training.setup import Run, joined_ranks, start_run
-from anew.training.silent_errors import refuse_wrong_gradients
+from anew.training.silent_errors import GradientCheck
 from anew.training.step import NO_LIMITS, MicroBatch, StepResult, train_step
 from anew.training.validation import is_multiple
 from anew.utils.disk_errors import out_of_space
@@ -179,8 +179,10 @@ def training_loop(
                 with stopwatch.paused():
                     run.validation.run(state.step)
                 state.timer.start()
+            check = None
             if is_multiple(state.step, config.run.check_every):
-                refuse_wrong_gradients(run.loss_of, state, batch.micro_batches[0])
+                micro_batches, divisors = batch.micro_batches, batch.divisors
+                check = GradientCheck(state, run.loss_of, micro_batches[0], divisors[0])
                 state.timer.start()
             rate = learning_rate_factor(state.step, config.run.steps, config.optim)
             result = train_step(
@@ -193,10 +195,13 @@ def training_loop(
                 limits=outlier_limits(run),
                 while_device_works=rows.write,
                 divisors=batch.divisors,
+                after_first_pass=check.after_first_pass if check else None,
             )
             stop.listen()
             if result.stop:
                 raise Preempted
+            if check:
+                check.refuse_differences()
             seconds = stopwatch.seconds()
             state.advance(seconds, batch.n_tokens)
             if result.applied:
@@ -220,7 +225,7 @@ class Batch(NamedTuple):
 
     micro_batches: list[MicroBatch]
     n_tokens: int  # inputs of the step, over all ranks
-    divisors: list[float] | None = None  # see `train_step`
+    divisors: list[float]  # of the mean losses of the micro-batches; see `train_step`
 
 
 def batches_of_steps(run: Run, steps: range) -> Iterator[Batch]:
@@ -235,9 +240,11 @@ def batches_of_steps(run: Run, steps: range) -> Iterator[Batch]:
         if isinstance(run.batches, Conversations):
             return conversations_of(run, run.batches, step)
         try:
-            return Batch(micro_batches_of(run, run.batches, step), nominal_tokens)
+            micro_batches = micro_batches_of(run, run.batches, step)
         except Stopped:
-            return Batch(blank_micro_batches(run), nominal_tokens)
+            micro_batches = blank_micro_batches(run)
+        n_micro_batches = len(micro_batches)
+        return Batch(micro_batches, nominal_tokens, [n_micro_batches] * n_micro_batches)
 
     return prefetch(load, steps)
 

@@ -14,6 +14,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import sys
@@ -302,25 +303,30 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def peak_flops(runtime: Runtime) -> tuple[float, str]:
     """Return the FLOP/s that MFU is measured against, and the source of the figure.
 
-    It is the datasheet's peak of a known GPU, and otherwise the measured speed of matrix products.
+    It is the datasheet's peak of a known GPU, and otherwise the speed of matrix products, which is
+    measured once in a process for each device, precision and number of threads.
     """
     if runtime.device.type != "cuda":
-        flops = _measure_product(runtime)
+        flops = _measure_product(runtime.device, runtime.precision, torch.get_num_threads())
         source = f"a {runtime.precision} matrix product timed here"
         return flops, f"{flops / 1e12:.3g} TFLOP/s, {source}"
     gpu = known(torch.cuda.get_device_name(runtime.device))
     tflops = gpu.peak(runtime.precision) if gpu is not None else None
     if gpu is not None and tflops is not None:
         return tflops * 1e12, f"{tflops} TFLOP/s, {gpu.source}"
-    flops = _measure_product_on_cuda(runtime)
+    flops = _measure_product_on_cuda(runtime.device, runtime.precision)
     source = f"products of two matrices of 8192 x 8192 in {runtime.precision}, timed here"
     return flops, f"{flops / 1e12:.3g} TFLOP/s, {source}"
 
 
-def _measure_product(runtime: Runtime) -> float:
-    """Return the FLOP/s of the first matrix product of a feed-forward layer of GPT-2 124M."""
-    a = torch.randn(2048, 768, dtype=runtime.dtype, device=runtime.device)
-    b = torch.randn(768, 3072, dtype=runtime.dtype, device=runtime.device)
+@functools.cache
+def _measure_product(device: torch.device, precision: str, _n_threads: int) -> float:
+    """Return the FLOP/s of the first matrix product of a feed-forward layer of GPT-2 124M.
+
+    It depends on the number of threads in use, which is a parameter for the cache only.
+    """
+    a = torch.randn(2048, 768, dtype=DTYPES[precision], device=device)
+    b = torch.randn(768, 3072, dtype=DTYPES[precision], device=device)
     if _seconds_of_product(a[:64], b) > 0.2:
         # fp16 on a CPU without instructions for it takes 10 s for all rows.
         a = a[:64]
@@ -336,13 +342,16 @@ def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def _measure_product_on_cuda(runtime: Runtime, width: int = 8192, products: int = 10) -> float:
+@functools.cache
+def _measure_product_on_cuda(
+    device: torch.device, precision: str, width: int = 8192, products: int = 10
+) -> float:
     """Return the FLOP/s of large matrix products in a row.
 
     The time of one small product would be that of its launch.
     """
-    a = torch.randn(width, width, dtype=runtime.dtype, device=runtime.device)
-    b = torch.randn(width, width, dtype=runtime.dtype, device=runtime.device)
+    a = torch.randn(width, width, dtype=DTYPES[precision], device=device)
+    b = torch.randn(width, width, dtype=DTYPES[precision], device=device)
     torch.mm(a, b)
     begin = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
