@@ -155,7 +155,7 @@ def test_recipe_experiment_in_pieces(
     out = tmp_path / "out"
     config = small.override(out=str(out), steps=30)
     picture = tmp_path / "picture.png"
-    arguments = SimpleNamespace(seeds=2, minutes=1.5 / 60, picture=str(picture))
+    arguments = SimpleNamespace(seeds=2, minutes=1.5 / 60, jobs=1, picture=str(picture))
     stops = 0
     facts = None
     while facts is None:
@@ -190,7 +190,7 @@ def test_sweep_prints_every_run_and_marks_the_best(
 ) -> None:
     picture = tmp_path / "curves.png"
     over = "lr=1e-3,4e-3 weight-decay=0.0,0.1"
-    arguments = SimpleNamespace(over=over, minutes=0.0, picture=str(picture))
+    arguments = SimpleNamespace(over=over, minutes=0.0, jobs=1, picture=str(picture))
     facts = experiments.sweep(small.override(out=str(tmp_path / "out")), "cpu", arguments)
     shown = capsys.readouterr().out
     grid = [(1e-3, 0.0), (1e-3, 0.1), (4e-3, 0.0), (4e-3, 0.1)]
@@ -201,7 +201,7 @@ def test_sweep_prints_every_run_and_marks_the_best(
 
 
 def test_sweep_over_seeds_marks_the_best_mean(small: Config, tmp_path: Path, capsys: Any) -> None:
-    arguments = SimpleNamespace(over="lr=1e-3,4e-3 seed=1,2", minutes=0.0, picture="")
+    arguments = SimpleNamespace(over="lr=1e-3,4e-3 seed=1,2", minutes=0.0, jobs=1, picture="")
     facts = experiments.sweep(small.override(out=str(tmp_path / "out")), "cpu", arguments)
     shown = capsys.readouterr().out.splitlines()
     *_, slow, fast = [line for line in shown if line.strip().startswith("0.00")]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anew.bench.sweep import Trial, TrialResult, run_trials
+from anew.bench.sweep import Report, Trial, TrialResult, run_trials
 from anew.bench.time_to_loss import SMALL_TUNING, TUNING_SEED, WARMUP, Settings, fitted
 from anew.config.config import Config
 from anew.errors import UserError
@@ -155,15 +155,17 @@ class Experiment:
             yield settings, Trial(f"tuning-{arm}-{smallest}-{values}", trial_config)
 
     def trials(self, arm: str, tuned: Settings) -> list[Trial]:
-        """Return the runs of an arm: all sizes with the first seed, then with the next one."""
+        """Return the runs of an arm, size by size: runs at the same time take equally long."""
         trials = []
-        for seed, size in itertools.product(self.ladder.seeds, self.ladder.sizes):
+        for size, seed in itertools.product(self.ladder.sizes, self.ladder.seeds):
             config = self.ladder.config_at(self.arms[arm], size, seed, tuned)
             trials.append(Trial(f"{arm}-{size}-seed-{seed}", config))
         return trials
 
-    def run(self, out: Path, stop: StopFlag, say: Callable[[str], None]) -> list[ArmResult]:
-        """Run what is not complete. `say` receives a line for each run.
+    def run(
+        self, out: Path, stop: StopFlag, say: Callable[[str], None], jobs: int = 1
+    ) -> list[ArmResult]:
+        """Run what is not complete, `jobs` runs at a time. `say` receives a line for each run.
 
         Raises UserError if a run outside of the tuning diverged.
         """
@@ -172,24 +174,22 @@ class Experiment:
         def report(trial: Trial, result: TrialResult) -> None:
             say(f"{next(numbers):>3}  {result.loss:.4f}  {trial.name}")
 
-        best = self._tune(out, stop, report)
+        best = self._tune(out, stop, report, jobs)
         trials = {arm: self.trials(arm, best[arm]) for arm in self.arms}
         turns = zip(*trials.values(), strict=True)
-        results = run_trials(list(itertools.chain(*turns)), out, stop, report)
+        results = run_trials(list(itertools.chain(*turns)), out, stop, report, jobs)
         for name, result in results.items():
             if math.isinf(result.loss):
                 raise UserError(f"{out / name} diverged; use a lower learning rate.")
         return [ArmResult(arm, best[arm], self._sizes(trials[arm], results)) for arm in self.arms]
 
-    def _tune(
-        self, out: Path, stop: StopFlag, report: Callable[[Trial, TrialResult], None]
-    ) -> dict[str, Settings]:
+    def _tune(self, out: Path, stop: StopFlag, report: Report, jobs: int) -> dict[str, Settings]:
         """Return the best settings of each arm, which are none if nothing is tuned."""
         if not self.tunes:
             return {arm: {} for arm in self.arms}
         tried = {arm: list(self.tuning_trials(arm)) for arm in self.arms}
         trials = [trial for pairs in tried.values() for _, trial in pairs]
-        results = run_trials(trials, out, stop, report)
+        results = run_trials(trials, out, stop, report, jobs)
         best = {}
         for arm, pairs in tried.items():
             best[arm], _ = min(pairs, key=lambda pair: results[pair[1].name].loss)
@@ -197,10 +197,10 @@ class Experiment:
 
     def _sizes(self, trials: list[Trial], results: dict[str, TrialResult]) -> list[SizeResult]:
         """Return the results of one arm's runs by size."""
-        n_sizes = len(self.ladder.sizes)
+        n_seeds = len(self.ladder.seeds)
         sizes = []
         for i, size in enumerate(self.ladder.sizes):
-            runs = [results[trial.name] for trial in trials[i::n_sizes]]
+            runs = [results[trial.name] for trial in trials[i * n_seeds : (i + 1) * n_seeds]]
             config = runs[0].config
             tokens = runs[0].tokens
             sizes.append(

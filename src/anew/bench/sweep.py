@@ -5,9 +5,11 @@
 
 Each trial is an ordinary run folder, OUT/NAME, with its curve and its checkpoint; complete trials
 are not run again. When the time is over, the current run receives SIGTERM, as from Slurm, saves
-and ends, and `run_trials` raises Preempted. The same command continues the experiment. It may run
-in several terminals, or on several machines that share a disk: a lock file for each trial keeps
-two processes from running the same one.
+and ends, and `run_trials` raises Preempted. The same command continues the experiment.
+
+`jobs` processes take the trials, each with a GPU or a share of the cores. The same experiment may
+also run in several terminals, or on several machines that share a disk: a lock file for each trial
+keeps two processes from running the same one.
 """
 
 import contextlib
@@ -21,12 +23,14 @@ from pathlib import Path
 
 import torch
 
+from anew.bench.jobs import other_processes
 from anew.checkpoint.folder import checkpoint_folder
 from anew.config.config import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.training import run_log
 from anew.training.setup import resolve_config
 from anew.training.trainer import train
+from anew.utils.device import pick_device
 from anew.utils.signals import StopFlag, signal_this_process, stop_on_signals
 
 DIVERGED = "diverged.txt"  # marks the folder of a run that diverged, with the error message
@@ -78,36 +82,55 @@ def result_of(trial: Trial, out: Path) -> TrialResult | None:
 
 
 def run_trials(
+    trials: Sequence[Trial], out: Path, stop: StopFlag, report: Report, jobs: int = 1
+) -> dict[str, TrialResult]:
+    """Run all trials that are not complete, `jobs` at a time; return the results of all by name.
+
+    `report` is called with each result that is known, also with those of earlier calls and of other
+    processes. Raises Preempted if `stop` is set before the last trial is complete.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    open_trials = [trial for trial in trials if result_of(trial, out) is None]
+    others = min(jobs, len(open_trials)) - 1
+    if others < 1:
+        return _take_trials(trials, out, stop, report)
+    device = pick_device(open_trials[0].config.run.device).type
+    with other_processes(others, device, take_open_trials, open_trials, out):
+        return _take_trials(trials, out, stop, report)
+
+
+def take_open_trials(trials: Sequence[Trial], out: Path) -> None:
+    """Run the trials that no other process has taken, and wait for those of the others."""
+    with stop_on_signals() as stop:
+        _take_trials(trials, out, stop, lambda *_: None)
+
+
+def _take_trials(
     trials: Sequence[Trial], out: Path, stop: StopFlag, report: Report
 ) -> dict[str, TrialResult]:
-    """Run all trials that are not complete; return the results of all trials by name.
-
-    `report` is called with each result as soon as it is known, also with those of earlier calls.
-    Raises Preempted if `stop` is set before the last trial is complete.
-    """
+    """Run the trials that no other process has taken; return the results of all trials."""
     from filelock import FileLock, Timeout
 
-    out.mkdir(parents=True, exist_ok=True)
     results: dict[str, TrialResult] = {}
-    remaining = list(trials)
-    while remaining:
+    while remaining := [trial for trial in trials if trial.name not in results]:
         for trial in remaining:
             with contextlib.suppress(Timeout), FileLock(out / f".{trial.name}.lock", timeout=0):
-                results[trial.name] = _run(trial, out, stop)
+                found = result_of(trial, out)
+                results[trial.name] = found or _run(trial, out, stop)
                 report(trial, results[trial.name])
-        remaining = [trial for trial in trials if trial.name not in results]
-        if remaining and stop.wait(1.0):  # other processes hold the locks of these trials
-            raise Preempted(
-                "stopped while other processes run the last trials; the same command continues."
-            )
+                if found is None:
+                    break  # trials of other processes may be complete now: look at all again
+        else:
+            is_complete = len(results) == len(trials)
+            if not is_complete and stop.wait(1.0):  # other processes hold the locks of the rest
+                raise Preempted(
+                    "stopped while other processes run the last trials; the same command continues."
+                )
     return {trial.name: results[trial.name] for trial in trials}
 
 
 def _run(trial: Trial, out: Path, stop: StopFlag) -> TrialResult:
-    """Return the result of one trial; run it if it is not complete."""
-    found = result_of(trial, out)
-    if found is not None:
-        return found
+    """Run one trial and return its result."""
     if stop.is_set():
         raise Preempted(f"stopped before {trial.name}; the same command continues.")
     torch.compiler.reset()  # torch stops compiling a function after too many different models

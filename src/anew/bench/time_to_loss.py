@@ -256,9 +256,15 @@ class Experiment:
                 yield PlannedArm(name, share, trials)
 
     def run(
-        self, out: Path, stop: StopFlag, loss_of: LossOf, say: Callable[[str], None]
+        self,
+        out: Path,
+        stop: StopFlag,
+        loss_of: LossOf,
+        say: Callable[[str], None],
+        jobs: int = 1,
     ) -> tuple[dict[str, Settings], list[Arm]]:
-        """Run what is not complete; return the best settings of the tuned arms, and all arms.
+        """Run what is not complete, `jobs` runs at a time; return the best settings of the tuned
+        arms, and all arms.
 
         `loss_of` computes the loss of a complete trial, and `say` receives a line for each.
         """
@@ -272,7 +278,7 @@ class Experiment:
 
         tuning_trials = {arm: self.tuning_trials(arm) for arm in self.tuning}
         all_tuning_trials = list(itertools.chain(*tuning_trials.values()))
-        results = run_trials(all_tuning_trials, out, stop, report)
+        results = run_trials(all_tuning_trials, out, stop, report, jobs)
         best: dict[str, Settings] = {}
         for arm, trials in tuning_trials.items():
             losses = [results[trial.name].loss for trial in trials]
@@ -281,7 +287,7 @@ class Experiment:
         planned = list(self.arms(best))
         # The arms take turns, so that an hour in which the machine is slow affects all of them.
         turns = zip(*(arm.trials for arm in planned), strict=True)
-        results = run_trials(list(itertools.chain(*turns)), out, stop, report)
+        results = run_trials(list(itertools.chain(*turns)), out, stop, report, jobs)
         return best, [_scored(arm, results, stop, loss_of) for arm in planned]
 
 

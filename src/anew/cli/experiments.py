@@ -45,6 +45,8 @@ def check_comparable(config: Config, arguments: Any) -> None:
         )
     if arguments.minutes < 0:
         raise UserError(f"--minutes {arguments.minutes:g} cannot be negative.")
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs} must be at least 1.")
 
 
 def recipe(
@@ -69,7 +71,7 @@ def recipe(
         print(line, flush=True)
 
     with quiet_runs(), stop_after(arguments.minutes) as stop:
-        best, arms = experiment.run(out, stop, loss_of, say)
+        best, arms = experiment.run(out, stop, loss_of, say, arguments.jobs)
     facts = _print_verdict(best, arms)
     # JSON has no infinity, which is the loss of a run that diverged.
     facts = json.loads(json.dumps(facts), parse_constant=lambda _: None)
@@ -195,7 +197,7 @@ def sweep(
         )
 
     with quiet_runs(), stop_after(arguments.minutes) as stop:
-        results = run_trials(trials, out, stop, report)
+        results = run_trials(trials, out, stop, report, arguments.jobs)
     losses = [results[trial.name].loss for trial in trials]
     _print_grid(axes, losses)
     by_loss = sorted(results.values(), key=lambda result: result.loss)

@@ -43,7 +43,8 @@ def scaling(
     out = Path(config.run.out or f"runs/scaling-{config.recipe}")
     print(
         f"{config.recipe} on {config.data.data}, {ladder.tokens_per_parameter:g} tokens a "
-        f"parameter,\nseeds: {len(ladder.seeds)}, on {device}; runs in {out}\n\n  #    loss  run",
+        f"parameter,\nseeds: {len(ladder.seeds)}, on {device}, {arguments.jobs} at a time; "
+        f"runs in {out}\n\n  #    loss  run",
         flush=True,
     )
 
@@ -51,7 +52,7 @@ def scaling(
         print(line, flush=True)
 
     with quiet_runs(), stop_after(arguments.minutes) as stop:
-        results = Experiment(ladder, arms, tunes).run(out, stop, say)
+        results = Experiment(ladder, arms, tunes).run(out, stop, say, arguments.jobs)
     laws = [_fit(arm.sizes) for arm in results]
     facts = {
         "tokens_per_parameter": ladder.tokens_per_parameter,

@@ -48,7 +48,9 @@ def ladder() -> Ladder:
 
 def arguments(**given: Any) -> Any:
     usual = {"sizes": "1x32,2x32,3x32", "tokens_per_parameter": 1.0, "seeds": 1}
-    return SimpleNamespace(**{**usual, "over": "", "minutes": 0.0, "picture": "", **given})
+    return SimpleNamespace(
+        **{**usual, "over": "", "minutes": 0.0, "jobs": 1, "picture": "", **given}
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_arms_differ_in_the_change_and_what_is_tuned(config: Config, ladder: Lad
     for adamw, muon in zip(runs["adamw"], runs["muon"], strict=True):
         names = {line.split(":")[0] for line in adamw.config.differences(muon.config)}
         assert names == {*tuned} - {"min_lr"} - same_rates(adamw.config, muon.config)
-    assert [trial.config.run.seed for trial in runs["muon"]] == [1] * 6 + [2] * 6
+    assert [trial.config.run.seed for trial in runs["muon"]] == [1, 2] * 6
     for arm in arms:
         trials = [trial for _, trial in experiment.tuning_trials(arm)]
         assert {trial.config.run.seed for trial in trials} == {TUNING_SEED}

@@ -32,6 +32,6 @@ def test_signal_at_the_end_of_a_trial_stops_the_experiment() -> None:
     ],
 )
 def test_invalid_sweeps_are_refused(tiny: Config, over: str, words: str) -> None:
-    arguments = SimpleNamespace(over=over, minutes=0.0, picture="")
+    arguments = SimpleNamespace(over=over, minutes=0.0, jobs=1, picture="")
     with pytest.raises(UserError, match=words):
         experiments.sweep(tiny.override(val_tokens=500), "cpu", arguments)

@@ -25,7 +25,7 @@ from anew.optim.schedule import learning_rate_factor
 def test_settings_that_spoil_the_comparison_are_refused(
     tiny: Config, settings: dict[str, Any], given: tuple[str, ...], words: str
 ) -> None:
-    arguments = SimpleNamespace(seeds=1, minutes=0.0, picture="")
+    arguments = SimpleNamespace(seeds=1, minutes=0.0, jobs=1, picture="")
     config = tiny.override(**{"val_tokens": 500, **settings})
     with pytest.raises(UserError, match=words):
         experiments.recipe(config, "cpu", arguments, given)
