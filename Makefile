@@ -1,5 +1,5 @@
 # make demo: train a small GPT-2 on this machine and see what it learned.   make test: prove that everything holds.
-# make faults: the long programme of injected faults, about two hours; its table goes into docs/reliability.md.
+# make faults: the long programme of injected faults, about three hours; its table goes into docs/reliability.md.
 # Each target sets up .venv by itself; nothing but Python 3.11+, pip and make is needed.
 
 PYTHON ?= python3

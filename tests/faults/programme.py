@@ -61,7 +61,7 @@ PROGRAMME = {
     ),
     "kill-torchrun": Row(
         torchrun.kill_torchrun,
-        3,
+        2,
         200,
         "SIGKILL of all processes or of one rank; torchrun with 2 processes",
         "no step before the last checkpoint is lost; the repeated losses are equal in every bit",
@@ -166,7 +166,7 @@ PROGRAMME = {
     ),
     "bad-losses": Row(
         runs.bad_losses,
-        10,
+        3,
         50,
         "NaN or infinite loss on one rank; loss ten times too large",
         "the step changes no weight; all ranks take the same decision",
@@ -228,7 +228,7 @@ def table_row(row: Row, result: FaultResult, seconds: float) -> str:
 def main() -> None:
     """Run the programme from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the full programme: two hours")
+    parser.add_argument("--full", action="store_true", help="the full programme: three hours")
     parser.add_argument("--only", default="", help=f"some of {','.join(PROGRAMME)}")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")

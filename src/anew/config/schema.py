@@ -246,8 +246,8 @@ class RunConfig:
     )
     check_every: int = setting(
         0,
-        "find hardware that computes wrongly: every so many steps, compute one micro-batch twice "
-        "and compare all bits, and before each save compare the ranks; 0: never",
+        "find hardware that computes wrongly: every so many steps, compute one micro-batch once "
+        "more and compare all bits, and before each save compare the ranks; 0: never",
         may_change=True,
     )
     on_corruption: Literal["stop", "rollback"] = setting(
