@@ -24,8 +24,8 @@ from anew.errors import UserError
 from anew.model.flops import count_parameters, flops_per_token
 from anew.model.loss import CHUNK_KERNEL
 from anew.training import run_log
-from anew.training.run_log import short_count
 from anew.utils.gpus import GPU
+from anew.utils.words import short_count
 
 FP32_BYTES = 4
 LIBRARY_BYTES = 0.8e9  # CUDA's context and kernels

@@ -217,8 +217,8 @@ def test_micro_batch_changes_neither_tokens_nor_loss(tiny: Config, micro: int) -
 def test_every_micro_batch_size_reads_the_same_token_ids(tiny: Config) -> None:
     from anew.data.dataloader import DataLoader
     from anew.distributed.world import ALONE
+    from anew.training.batches import batches_of_steps
     from anew.training.setup import start_run
-    from anew.training.trainer import batches_of_steps
     from anew.utils.signals import StopFlag
 
     seen = []

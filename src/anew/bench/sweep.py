@@ -28,7 +28,7 @@ from anew.checkpoint.folder import checkpoint_folder
 from anew.config.config import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.training import run_log
-from anew.training.setup import resolve_config
+from anew.training.run_config import resolve_config
 from anew.training.trainer import train
 from anew.utils.device import pick_device
 from anew.utils.signals import StopFlag, signal_this_process, stop_on_signals

@@ -17,26 +17,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from anew.checkpoint import folder as checkpoint
 from anew.config.config import Config
 from anew.config.values import parse_bytes
-from anew.data.conversations import Conversations
-from anew.data.dataloader import NOT_SCORED, DataLoader
-from anew.data.dataset import Stopped, remove_used
-from anew.data.read_ahead import prefetch
+from anew.data.dataset import remove_used
 from anew.distributed.world import World
 from anew.errors import ComputedWrongly, Preempted, UserError
 from anew.optim.schedule import learning_rate_factor
+from anew.training.batches import batches_of_steps
 from anew.training.micro_batch import is_out_of_memory
 from anew.training.profiler import garbage_collected_at_fixed_steps, profiled
 from anew.training.run_log import Row, step_row
 from anew.training.setup import Run, joined_ranks, start_run
 from anew.training.silent_errors import GradientCheck
-from anew.training.step import NO_LIMITS, MicroBatch, StepResult, train_step
+from anew.training.step import NO_LIMITS, StepResult, train_step
 from anew.training.validation import is_multiple
 from anew.utils.disk_errors import out_of_space
 from anew.utils.signals import StopFlag
@@ -218,97 +215,6 @@ def training_loop(
                 remove_used_shards(run)
             stopwatch.restart()
             state.timer.start()
-
-
-class Batch(NamedTuple):
-    """This rank's part of the batch of a step."""
-
-    micro_batches: list[MicroBatch]
-    n_tokens: int  # inputs of the step, over all ranks
-    divisors: list[float]  # of the mean losses of the micro-batches; see `train_step`
-
-
-def batches_of_steps(run: Run, steps: range) -> Iterator[Batch]:
-    """Yield this rank's part of each step, read ahead and moved to the device by a thread.
-
-    A rank that is asked to stop while it waits for data gets blank micro-batches. It must take part
-    in the step, where the other ranks learn of the request; the step is not applied.
-    """
-    nominal_tokens = run.config.batch_sequences * run.config.data.seq_len
-
-    def load(step: int) -> Batch:
-        if isinstance(run.batches, Conversations):
-            return conversations_of(run, run.batches, step)
-        try:
-            micro_batches = micro_batches_of(run, run.batches, step)
-        except Stopped:
-            micro_batches = blank_micro_batches(run)
-        n_micro_batches = len(micro_batches)
-        return Batch(micro_batches, nominal_tokens, [n_micro_batches] * n_micro_batches)
-
-    return prefetch(load, steps)
-
-
-def conversations_of(run: Run, conversations: Conversations, step: int) -> Batch:
-    """Read this rank's conversations of `step`.
-
-    Their micro-batches have different numbers of targets. With these divisors the loss of the step
-    is the mean over all its targets, whatever the micro-batches and ranks are.
-    """
-    config = run.config
-    world = run.state.world
-    share = config.batch_sequences // world.size
-    first = step * config.batch_sequences
-    n_inputs, n_targets = conversations.sizes(first, config.batch_sequences)
-    micro_batches = []
-    divisors = []
-    size = micro_batch_size(run)
-    # The ranks of a sharded model must run equally many passes.
-    equal_groups = run.state.is_sharded
-    rows = conversations.micro_batches(first + world.rank * share, share, size, equal_groups)
-    for ids, targets in rows:
-        ids_here, targets_here = (torch.from_numpy(array) for array in (ids, targets))
-        device = run.state.runtime.device
-        micro_batches.append((ids_here.to(device), targets_here.to(device)))
-        divisors.append(n_targets / (world.size * int((targets != NOT_SCORED).sum())))
-    return Batch(micro_batches, n_inputs, divisors)
-
-
-def micro_batches_of(run: Run, batches: DataLoader, step: int) -> list[MicroBatch]:
-    """Read this rank's micro-batches of `step`: consecutive sequences of the batch."""
-    config = run.config
-    world = run.state.world
-    device = run.state.runtime.device
-    share = config.batch_sequences // world.size
-    first = 0 if config.data.one_batch else step * config.batch_sequences
-    rows = torch.from_numpy(batches.rows(first + world.rank * share, share))
-    # Only a copy from pinned memory may run in the background; on MPS the source of such a copy
-    # may be freed too early.
-    is_cuda = device.type == "cuda"
-    if is_cuda:
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=is_cuda)  # (share, T + 1)
-    return [split_targets(part) for part in rows.split(micro_batch_size(run))]
-
-
-def split_targets(rows: torch.Tensor) -> MicroBatch:
-    """Split rows (B, T + 1) into token ids and, one position later, targets, each (B, T)."""
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-def blank_micro_batches(run: Run) -> list[MicroBatch]:
-    """Return the micro-batches of a step with all ids and targets 0."""
-    micro_batch = micro_batch_size(run)
-    share = run.config.batch_sequences // run.state.world.size
-    shape = (micro_batch, run.config.data.seq_len)
-    ids = torch.zeros(shape, dtype=torch.int64, device=run.state.runtime.device)
-    return [(ids, ids)] * (share // micro_batch)
-
-
-def micro_batch_size(run: Run) -> int:
-    """Return the number of sequences in a micro-batch of this rank."""
-    micro_batch, _ = run.config.micro_batches(run.state.world.size)
-    return micro_batch
 
 
 def outlier_limits(run: Run) -> tuple[float, float]:
