@@ -17,7 +17,7 @@ from anew.bench import competitors
 from anew.bench.compare import WARM_UP_TURNS, Turn, alternate
 from anew.bench.memory import USABLE_SHARE, fitting_micro_batches, step_bytes, step_memory
 from anew.bench.timing import with_batch
-from anew.cli import bench
+from anew.cli import comparisons
 from tests.support.commands import run
 
 KILLED = "ended by signal 9 (killed), probably because memory ran out"
@@ -199,7 +199,7 @@ def test_side_with_little_memory_computes_the_gradients_of_the_whole_step(
 def test_command_says_which_sides_have_smaller_micro_batches_or_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "available_memory", lambda: int(1.9e9))
+    monkeypatch.setattr(comparisons, "available_memory", lambda: int(1.9e9))
     code, facts, out, _ = compare_in_command(
         monkeypatch, capsys, anew=busy, transformers=busier, eager_fp32=busy
     )
@@ -208,7 +208,7 @@ def test_command_says_which_sides_have_smaller_micro_batches_or_none(
     assert list(facts["left_out"]) == ["fp32, eager"]
     assert "one sequence needs about 0.5 GB" in facts["left_out"]["fp32, eager"]
     assert "fp32, eager is left out" in out
-    monkeypatch.setattr(bench, "available_memory", lambda: int(1e8))
+    monkeypatch.setattr(comparisons, "available_memory", lambda: int(1e8))
     finished = run(capsys, "bench", "train", "gpt2-5m", "--device", "cpu")
     assert finished.code == 2
     assert "a step does not fit" in finished.stderr
