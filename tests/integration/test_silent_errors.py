@@ -48,6 +48,7 @@ def trained_with_a_flip(
 ) -> Any:
     """Train, and flip one bit on one rank: in a weight or a moment after `step` steps, or in a
     gradient of that step, in the pass before it ("gradient") or in its own ("gradient of step").
+    "loss" makes the loss of the pass before that step slightly wrong.
 
     A run that comes to this step again has another flip there, up to `times` in all.
     """
@@ -85,12 +86,17 @@ def trained_with_a_flip(
 
     original = GradientCheck._run_pass
 
-    def pass_with_flip(check: Any, *rest: Any) -> None:
+    def pass_with_flip(check: Any, loss_of: Any, *rest: Any) -> None:
+        def slightly_wrong_loss(*batch: Any) -> Any:
+            return loss_of(*batch) * (1 + 2**-20)
+
         state = check.state
         if place == "gradient" and state.step == step and is_due(state):
-            with_flipped_gradient(state, lambda: original(check, *rest))
+            with_flipped_gradient(state, lambda: original(check, loss_of, *rest))
+        elif place == "loss" and state.step == step and is_due(state):
+            original(check, slightly_wrong_loss, *rest)
         else:
-            original(check, *rest)
+            original(check, loss_of, *rest)
 
     with (
         patch.object(trainer, "train_step", step_with_flip),
@@ -155,6 +161,15 @@ def test_flipped_gradient_on_one_rank_is_named_on_all(
     found = run_ranks(2, trained_with_a_flip, config, place, 12, 1)
     assert [kind for kind, _ in found] == ["ComputedWrongly"] * 2, found
     assert all("step 13: rank 1 has computed" in text for _, text in found)
+
+
+def test_wrong_pass_of_a_sharded_model_is_noticed(tmp_path: Path) -> None:
+    """FSDP adds the error of rank 1 to gradients on both ranks, so no rank is named."""
+    config = checked(tmp_path / "run", parallel="fsdp")
+    found = run_ranks(2, trained_with_a_flip, config, "loss", 12, 1)
+    assert [kind for kind, _ in found] == ["ComputedWrongly"] * 2, found
+    assert all("step 13: some rank has computed one micro-batch twice" in text for _, text in found)
+    assert [path.name for path in list_checkpoints(config.folder)] == ["step-00000008"]
 
 
 @pytest.mark.parametrize(("place", "ranks"), [("gradient", 1), ("gradient", 2), ("weight", 2)])

@@ -1,10 +1,10 @@
-"""More processes that take part in the work of this one, on the same machine.
+"""More processes that do the same work as this one, on the same machine.
 
-    with other_processes(3, "cpu", run_trials, trials, out):
-        run_trials(trials, out)             # four processes in all
+    with other_processes(3, "cpu", n_threads=4, work=take_trials, arguments=(trials, out)):
+        take_trials(trials, out)             # four processes in all
 
-Each process has a GPU of its own as far as there are enough, or an equal share of the CPU's cores.
-How the work is divided is left to the function: `anew.bench.sweep` uses a lock file for each run.
+Each process uses one GPU, or `n_threads` of the CPU. How the work is divided is left to the
+function: `anew.bench.sweep` uses a lock file for each training run.
 """
 
 import contextlib
@@ -12,61 +12,81 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from anew.errors import Preempted
-from anew.utils.signals import signal_this_process
+from anew.errors import Preempted, UserError
+from anew.utils.signals import signal_this_process, stop_signals
 
 log = logging.getLogger("anew")
 
-EXPECTED_ENDS = (0, -signal.SIGTERM)  # exit codes
+SECONDS_TO_SAVE = 600.0  # given to a process that was asked to stop
 
 
 @contextlib.contextmanager
 def other_processes(
-    count: int, device: str, work: Callable[..., object], *arguments: Any
+    count: int,
+    device: str,
+    n_threads: int,
+    work: Callable[..., object],
+    arguments: tuple[Any, ...],
 ) -> Iterator[None]:
     """Call `work(*arguments)` in `count` new processes while the block runs.
 
-    `work` must be importable by its name, and should end soon after SIGTERM, which the processes
-    get at the end of the block, and also when this process has ended without leaving the block.
+    `work` must be importable by its name, and end soon after SIGTERM. The processes receive SIGTERM
+    at the end of the block, and also if this process ends without leaving the block.
     """
     context = multiprocessing.get_context("spawn")
-    n_threads = torch.get_num_threads()
-    share = n_threads if device == "cuda" else max(1, n_threads // (count + 1))
-    processes = [context.Process(target=_call, args=(share, work, arguments)) for _ in range(count)]
-    for index, process in enumerate(processes, start=1):
-        with _environment(OMP_NUM_THREADS=str(share), **_own_gpu(device, index)):
-            process.start()
-    torch.set_num_threads(share)
-    try:
-        yield
-    finally:
+    threads_before = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
         torch.set_num_threads(n_threads)
-        for process in processes:
-            # A run that is just starting may miss a signal, so signals are repeated.
-            while process.is_alive():
-                process.terminate()
-                process.join(1.0)
-            if process.exitcode not in EXPECTED_ENDS:
-                log.warning(
-                    "one of the processes that --jobs started ended with exit code %s; "
-                    "the others have taken its runs.",
-                    process.exitcode,
-                )
+        stack.callback(torch.set_num_threads, threads_before)
+        requests: list[Connection] = []
+        processes: list[Any] = []
+        stack.callback(_end, processes, requests)
+        for index in range(1, count + 1):
+            # A process is asked to stop by closing the other end of its pipe.
+            stop_request, request = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(stop_request, n_threads, work, arguments))
+            with _environment(OMP_NUM_THREADS=str(n_threads), **_one_gpu(device, index)):
+                process.start()
+            requests.append(request)
+            processes.append(process)
+        yield
 
 
-def _own_gpu(device: str, index: int) -> dict[str, str]:
-    """Return the environment variable that gives a process one GPU; processes take turns."""
+def _end(processes: list[Any], requests: list[Connection]) -> None:
+    """Ask all processes to stop, and wait until they have saved."""
+    for request in requests:
+        request.close()
+    # 0: its work is complete, or it was asked to stop; negative: the number of a signal.
+    expected = {0, *(-number for number in stop_signals())}
+    for process in processes:
+        process.join(SECONDS_TO_SAVE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode not in expected:
+            log.warning(
+                "a process that --jobs has started ended with exit code %s; its unfinished run is "
+                "continued by the others, or by the same command.",
+                process.exitcode,
+            )
+
+
+def _one_gpu(device: str, index: int) -> dict[str, str]:
+    """Return the environment variable that lets a process see one of the GPUs, by its index."""
     if device != "cuda":
         return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    return {"CUDA_VISIBLE_DEVICES": names[index % len(names)]}
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": names[index % count]}
 
 
 @contextlib.contextmanager
@@ -84,16 +104,28 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _call(n_threads: int, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    """Call `work(*arguments)` in a new process. A request to stop is no error."""
-    threading.Thread(target=_stop_after_parent, daemon=True, name="parent").start()
+def _run(
+    stop_request: Connection,
+    n_threads: int,
+    work: Callable[..., object],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Call `work(*arguments)` in a new process, which shows warnings only."""
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    log.addHandler(console)
+    log.setLevel(logging.INFO)  # for the log file of each run
+    threading.Thread(target=_wait_for, args=(stop_request,), daemon=True, name="stop").start()
     torch.set_num_threads(n_threads)
-    with contextlib.suppress(Preempted):
+    try:
         work(*arguments)
+    except (Preempted, KeyboardInterrupt):
+        pass
+    except UserError as error:
+        sys.exit(f"anew: {error}")
 
 
-def _stop_after_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _wait_for(stop_request: Connection) -> None:
+    """Send this process SIGTERM as soon as the other end of the pipe is closed."""
+    stop_request.poll(None)
     signal_this_process(signal.SIGTERM)

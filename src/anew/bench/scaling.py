@@ -112,6 +112,11 @@ class Ladder:
         return fitted(config, 1.0, seed, warmup_share)
 
 
+def trial_name(arm: str, size: Size, seed: int) -> str:
+    """Return the name of a run of the ladder."""
+    return f"{arm}-{size}-seed-{seed}"
+
+
 @dataclass(frozen=True)
 class SizeResult:
     """What the runs of one size of an arm reached."""
@@ -155,11 +160,13 @@ class Experiment:
             yield settings, Trial(f"tuning-{arm}-{smallest}-{values}", trial_config)
 
     def trials(self, arm: str, tuned: Settings) -> list[Trial]:
-        """Return the runs of an arm, size by size: runs at the same time take equally long."""
+        """Return the runs of an arm, the longest first, so that no process waits long at the end
+        if several runs take place at a time.
+        """
         trials = []
-        for size, seed in itertools.product(self.ladder.sizes, self.ladder.seeds):
+        for size, seed in itertools.product(reversed(self.ladder.sizes), self.ladder.seeds):
             config = self.ladder.config_at(self.arms[arm], size, seed, tuned)
-            trials.append(Trial(f"{arm}-{size}-seed-{seed}", config))
+            trials.append(Trial(trial_name(arm, size, seed), config))
         return trials
 
     def run(
@@ -181,7 +188,7 @@ class Experiment:
         for name, result in results.items():
             if math.isinf(result.loss):
                 raise UserError(f"{out / name} diverged; use a lower learning rate.")
-        return [ArmResult(arm, best[arm], self._sizes(trials[arm], results)) for arm in self.arms]
+        return [ArmResult(arm, best[arm], self._sizes(arm, results)) for arm in self.arms]
 
     def _tune(self, out: Path, stop: StopFlag, report: Report, jobs: int) -> dict[str, Settings]:
         """Return the best settings of each arm, which are none if nothing is tuned."""
@@ -195,12 +202,11 @@ class Experiment:
             best[arm], _ = min(pairs, key=lambda pair: results[pair[1].name].loss)
         return best
 
-    def _sizes(self, trials: list[Trial], results: dict[str, TrialResult]) -> list[SizeResult]:
+    def _sizes(self, arm: str, results: dict[str, TrialResult]) -> list[SizeResult]:
         """Return the results of one arm's runs by size."""
-        n_seeds = len(self.ladder.seeds)
         sizes = []
-        for i, size in enumerate(self.ladder.sizes):
-            runs = [results[trial.name] for trial in trials[i * n_seeds : (i + 1) * n_seeds]]
+        for size in self.ladder.sizes:
+            runs = [results[trial_name(arm, size, seed)] for seed in self.ladder.seeds]
             config = runs[0].config
             tokens = runs[0].tokens
             sizes.append(

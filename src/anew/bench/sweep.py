@@ -28,7 +28,7 @@ from anew.checkpoint.folder import checkpoint_folder
 from anew.config.config import Config
 from anew.errors import Diverged, Preempted, UserError
 from anew.training import run_log
-from anew.training.run_config import resolve_config
+from anew.training.run_settings import resolve_config
 from anew.training.trainer import train
 from anew.utils.device import pick_device
 from anew.utils.signals import StopFlag, signal_this_process, stop_on_signals
@@ -90,17 +90,18 @@ def run_trials(
     processes. Raises Preempted if `stop` is set before the last trial is complete.
     """
     out.mkdir(parents=True, exist_ok=True)
-    open_trials = [trial for trial in trials if result_of(trial, out) is None]
-    others = min(jobs, len(open_trials)) - 1
-    if others < 1:
+    if jobs == 1:
         return _take_trials(trials, out, stop, report)
-    device = pick_device(open_trials[0].config.run.device).type
-    with other_processes(others, device, take_open_trials, open_trials, out):
+    device = pick_device(trials[0].config.run.device).type
+    others = min(jobs, len(trials)) - 1
+    # The share depends on `jobs` alone, because the number of threads changes how sums are rounded.
+    n_threads = max(1, torch.get_num_threads() // jobs)
+    with other_processes(others, device, n_threads, take_trials, (trials, out)):
         return _take_trials(trials, out, stop, report)
 
 
-def take_open_trials(trials: Sequence[Trial], out: Path) -> None:
-    """Run the trials that no other process has taken, and wait for those of the others."""
+def take_trials(trials: Sequence[Trial], out: Path) -> None:
+    """Run the trials that no other process has taken, and wait until all are complete."""
     with stop_on_signals() as stop:
         _take_trials(trials, out, stop, lambda *_: None)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from anew.bench.scaling import DEFAULT_SIZES, DEFAULT_TOKENS_PER_PARAMETER
-from anew.bench.timing import with_batch
+from anew.bench.timing import available_memory, with_batch
 from anew.cli import comparisons, experiments, ladder, scaling
 from anew.cli.args import Command, flag
 from anew.cli.comparisons import OWN_SIDE
@@ -56,8 +56,8 @@ FLAGS = [
         "jobs",
         int,
         0,
-        "recipe, sweep, scaling: runs at a time, each with a GPU or a share of the cores; "
-        "0: one for each core for scaling on a CPU, otherwise 1",
+        "recipe, sweep, scaling: runs at a time; they share the GPUs or the cores equally; "
+        "0: one for each core, up to 8, for scaling's usual sizes on a CPU, otherwise 1",
     ),
     flag(
         "minutes",
@@ -95,7 +95,7 @@ def run_bench(argv: list[str]) -> None:
     if arguments.picture:
         _check_picture(what, Path(arguments.picture))
     config = config.override(device=device)
-    arguments.jobs = arguments.jobs or _default_jobs(what, device)
+    arguments.jobs = arguments.jobs or _default_jobs(what, device, arguments.sizes)
     facts: Figures = {"device": device, "torch": torch.__version__}
     if what in EXPERIMENTS:
         config, messages = config.adapted(chosen)
@@ -114,14 +114,16 @@ def run_bench(argv: list[str]) -> None:
         raise UserError(f"the side of {OWN_SIDE} has no result: {facts['left_out'][OWN_SIDE]}.")
 
 
-def _default_jobs(what: str, device: str) -> int:
+def _default_jobs(what: str, device: str, sizes: str) -> int:
     """Return how many runs of an experiment take place at a time.
 
-    The small models of `scaling` are faster with a core for each than with all cores in turn.
+    The models of the default sizes are so small that one run on all cores is slower than a run for
+    each core at the same time.
     """
-    if what == "scaling" and device == "cpu":
-        return min(torch.get_num_threads(), MOST_DEFAULT_JOBS)
-    return 1
+    if what != "scaling" or device != "cpu" or sizes != DEFAULT_SIZES:
+        return 1
+    fitting = available_memory() // BYTES_OF_JOB
+    return int(max(1, min(torch.get_num_threads(), MOST_DEFAULT_JOBS, fitting)))
 
 
 def _check_picture(what: str, path: Path) -> None:
@@ -155,6 +157,7 @@ EXPERIMENTS = {
     "sweep": experiments.sweep,
     "scaling": scaling.scaling,
 }
-MOST_DEFAULT_JOBS = 8  # each takes about 1 GB of memory
+MOST_DEFAULT_JOBS = 8
+BYTES_OF_JOB = 1_500_000_000  # of a small model: most of them are those of the libraries
 DEFAULT_SEEDS = {"recipe": 3, "scaling": 2}
 DEFAULT_RECIPES = {"recipe": "gpt2-5m", "sweep": "gpt2-5m", "scaling": "gpt2-1m"}

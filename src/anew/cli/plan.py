@@ -11,7 +11,7 @@ from anew.config.config import Config
 from anew.config.recipes import read_recipe
 from anew.errors import UserError
 from anew.plan import Plan, format_plan, from_run, make_plan
-from anew.training.run_config import read_init
+from anew.training.run_settings import read_init
 from anew.utils.device import Runtime, peak_flops, set_up_device
 from anew.utils.gpus import GPU, find, known
 

@@ -22,9 +22,9 @@ from anew.config.recipes import RECIPES, read_recipe
 from anew.data.dataset import describe as describe_data
 from anew.errors import UserError
 from anew.report.training import train
-from anew.training.run_config import read_init, refuse_fewer_steps
 from anew.training.run_description import describe_run
 from anew.training.run_log import Row
+from anew.training.run_settings import read_init, refuse_fewer_steps
 from anew.training.trainer import TrainResult
 from anew.utils.ranks import is_rank_0
 

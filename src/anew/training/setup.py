@@ -31,9 +31,9 @@ from anew.errors import UserError
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.async_checkpoint import CheckpointWriter
 from anew.training.micro_batch import choose_micro_batch
-from anew.training.run_config import resolve_config
 from anew.training.run_description import describe_conversations, describe_data, describe_run
 from anew.training.run_log import RunLog
+from anew.training.run_settings import resolve_config
 from anew.training.silent_errors import refuse_inexact_devices
 from anew.training.slow_ranks import SlowRanks, names_of_ranks
 from anew.training.train_state import TrainState

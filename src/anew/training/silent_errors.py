@@ -13,8 +13,9 @@ a sum is computed on the device and is one number, so nothing is copied. What a 
 raised on every rank alike, before anything is saved, so the last checkpoint has not been affected
 by it.
 
-Not found: a bit that flips in the memory of a single process between two steps, and an error that
-occurs in both passes alike.
+Not found: an error in a later micro-batch of the step; a bit that flips in the memory of a single
+process between two steps, or a wrong update of its weights; a wrong sum that all ranks receive; and
+an error that occurs in both passes alike.
 """
 
 from collections import Counter
@@ -45,8 +46,10 @@ def refuse_inexact_devices(state: TrainState) -> None:
 class GradientCheck:
     """Compares the loss and the gradients of two passes over the first micro-batch of a step.
 
-    One pass is run here, and the other one is that of the step. Of a sharded model both are run
-    here, because a step gets its gradients only after the last micro-batch, from FSDP's exchange.
+    Create it before the step, which runs one pass, give `after_first_pass` to `train_step`, which
+    runs the other one, and call `refuse_differences` after the step. Of a sharded model both passes
+    are run before the step, because a step gets its gradients only after the last micro-batch, from
+    FSDP's exchange.
     """
 
     def __init__(
@@ -55,12 +58,12 @@ class GradientCheck:
         self.state = state
         self.step = state.step + 1  # the number of the step that is about to be taken
         self.passes: list[BitSums] = []
-        self.after_first_pass = None if state.is_sharded else self._add
+        self.after_first_pass = None if state.is_sharded else self._record
         for _ in range(2 if state.is_sharded else 1):
             self._run_pass(loss_of, micro_batch, divisor)
 
     def _run_pass(self, loss_of: LossFunction, micro_batch: MicroBatch, divisor: float) -> None:
-        """Compute what the first pass of the step computes, add it and drop its gradients."""
+        """Compute what the first pass of the step computes, record it and drop its gradients."""
         state = self.state
         ids, targets = micro_batch
         if state.buckets is not None:
@@ -72,11 +75,11 @@ class GradientCheck:
         state.prepare_backward(is_last=state.is_sharded)
         loss = loss_of(ids, targets) / divisor
         state.scaler.scale(loss).backward()
-        self._add(loss)
+        self._record(loss)
         release_gradients(state)
 
-    def _add(self, loss: Tensor) -> None:
-        """Add a pass: its loss, and the gradients that the parameters have now."""
+    def _record(self, loss: Tensor) -> None:
+        """Record a pass: its loss, and the gradients that the parameters have now."""
         gradients = [
             (f"the gradient of {name}", parameter.grad)
             for name, parameter in self.state.model.named_parameters()
@@ -94,8 +97,10 @@ class GradientCheck:
         found = self.state.world.gather(changed)
         for rank, names in enumerate(found):
             if names:
+                # The exchange of a sharded model adds an error of one rank to gradients of others.
+                who = "some rank" if self.state.is_sharded else f"rank {rank}"
                 raise ComputedWrongly(
-                    f"step {self.step:,}: rank {rank} has computed one micro-batch twice, and the "
+                    f"step {self.step:,}: {who} has computed one micro-batch twice, and the "
                     f"results differ in {_listed(names)}. {_advice(self.state)}",
                     step=self.step,
                 )

@@ -72,8 +72,10 @@ def train_step(
     fp16 is unchanged too; after an overflow it is lowered.
     `save` is this rank's request for a checkpoint. `while_device_works` is called once, after the
     first micro-batch has been submitted to the device. `after_first_pass` is called with the loss
-    of that micro-batch while the parameters have its gradients, before ranks exchange them.
+    of that micro-batch while the parameters have its gradients, before ranks exchange them. The
+    gradients of a sharded model do not exist at that moment, so it must be None there.
     """
+    assert after_first_pass is None or not state.is_sharded
     divisors = divisors or [len(micro_batches)] * len(micro_batches)
     local_loss = accumulate_gradients(
         loss_of, state, micro_batches, divisors, stop, while_device_works, after_first_pass
@@ -118,8 +120,8 @@ def accumulate_gradients(
             seed = dropout_seed(state.config.run.seed, state.step, index, state.world.rank)
             torch.manual_seed(seed)
         is_last = index == len(micro_batches) - 1
-        is_observed = index == 0 and after_first_pass is not None
-        state.prepare_backward(is_last=is_last and not is_observed)
+        needs_own_gradients = index == 0 and after_first_pass is not None
+        state.prepare_backward(is_last=is_last and not needs_own_gradients)
         loss = loss_of(ids, targets) / divisor
         # FSDP exchanges parameters in the forward pass, so the ranks wait for each other there.
         if is_last and not state.is_sharded:

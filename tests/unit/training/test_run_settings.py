@@ -10,7 +10,7 @@ from anew import Config, UserError, train
 from anew.cli.main import main
 from anew.cli.train import TRAIN
 from anew.config.recipes import read_recipe
-from anew.training.run_config import eager_if_short, resolve_config
+from anew.training.run_settings import eager_if_short, resolve_config
 from tests.faults.common import tiny
 
 
