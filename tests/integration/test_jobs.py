@@ -91,7 +91,7 @@ def test_run_of_a_process_that_dies_is_continued(
     trials: list[Trial], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     [trial, _] = trials
-    trial = Trial(trial.name, trial.config.override(steps=3000, save_every=100))
+    trial = Trial(trial.name, trial.config.override(steps=1000, save_every=100))
     run = tmp_path / trial.name
     with other_processes(1, "cpu", 1, take_trials, ([trial], tmp_path)):
         wait_until(lambda: newest_valid(run)[0] is not None)

@@ -60,9 +60,9 @@ def test_killed_ladder_continues_to_the_same_result(text_file: Path, tmp_path: P
     assert [len(arm["sizes"]) for arm in whole["arms"]] == [3, 3]
     assert len(whole["multipliers"]) == 1
 
-    finished = folder / "optimizer=adamw-1x32-seed-1" / "metrics.jsonl"
+    finished = folder / "optimizer=adamw-3x32-seed-1" / "metrics.jsonl"
     before = finished.read_bytes()
-    assert not (folder / "optimizer=muon-3x32-seed-1").exists()
+    assert not (folder / "optimizer=muon-1x32-seed-1").exists()
     picture = tmp_path / "picture.png"
     again = start(*command(text_file, folder, "--picture", picture), env=environment)
     facts, _ = facts_of(again)
