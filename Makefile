@@ -26,9 +26,9 @@ lock:
 demo: setup
 	$(BIN)/python -m anew train demo
 
-# Four at a time with a thread each: most tests wait for processes, and threads of two tests on one core wait for each other.
+# Three at a time with a thread each: most tests wait for processes, and threads of two tests on one core wait for each other.
 test: .venv/.launcher
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 faults: setup
 	$(BIN)/python -m tests.faults.programme --full --write

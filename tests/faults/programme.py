@@ -1,6 +1,6 @@
 """Run the fault-injection programme and print its table.
 
-python -m tests.faults.programme                  # the short programme, about five minutes
+python -m tests.faults.programme                  # the short programme, six to nine minutes
 python -m tests.faults.programme --full --write   # the full one, into docs/reliability.md
 python -m tests.faults.programme --only signals --full --write    # one row of it
 
