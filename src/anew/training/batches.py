@@ -44,8 +44,8 @@ def batches_of_steps(run: Run, steps: range) -> Iterator[Batch]:
             micro_batches = micro_batches_of(run, run.batches, step)
         except Stopped:
             micro_batches = blank_micro_batches(run)
-        n_micro_batches = len(micro_batches)
-        return Batch(micro_batches, nominal_tokens, [n_micro_batches] * n_micro_batches)
+        count = len(micro_batches)
+        return Batch(micro_batches, nominal_tokens, divisors=[count] * count)
 
     return prefetch(load, steps)
 
@@ -58,20 +58,25 @@ def conversations_of(run: Run, conversations: Conversations, step: int) -> Batch
     """
     config = run.config
     world = run.state.world
+    device = run.state.runtime.device
     share = config.batch_sequences // world.size
     first = step * config.batch_sequences
     n_inputs, n_targets = conversations.sizes(first, config.batch_sequences)
+    rows = conversations.micro_batches(
+        first + world.rank * share,
+        share,
+        micro_batch_size(run),
+        # The ranks of a sharded model must run equally many passes.
+        equal_groups=run.state.is_sharded,
+    )
     micro_batches = []
     divisors = []
-    size = micro_batch_size(run)
-    # The ranks of a sharded model must run equally many passes.
-    equal_groups = run.state.is_sharded
-    rows = conversations.micro_batches(first + world.rank * share, share, size, equal_groups)
     for ids, targets in rows:
-        ids_here, targets_here = (torch.from_numpy(array) for array in (ids, targets))
-        device = run.state.runtime.device
-        micro_batches.append((ids_here.to(device), targets_here.to(device)))
-        divisors.append(n_targets / (world.size * int((targets != NOT_SCORED).sum())))
+        ids_here = torch.from_numpy(ids).to(device)
+        targets_here = torch.from_numpy(targets).to(device)
+        micro_batches.append((ids_here, targets_here))
+        n_scored = int((targets != NOT_SCORED).sum())
+        divisors.append(n_targets / (world.size * n_scored))
     return Batch(micro_batches, n_inputs, divisors)
 
 

@@ -178,8 +178,7 @@ def training_loop(
                 state.timer.start()
             check = None
             if is_multiple(state.step, config.run.check_every):
-                micro_batches, divisors = batch.micro_batches, batch.divisors
-                check = GradientCheck(state, run.loss_of, micro_batches[0], divisors[0])
+                check = GradientCheck(state, run.loss_of, batch.micro_batches[0], batch.divisors[0])
                 state.timer.start()
             rate = learning_rate_factor(state.step, config.run.steps, config.optim)
             result = train_step(
