@@ -41,7 +41,8 @@ def main() -> None:
     losses, choices = {}, {}
     for int8 in (False, True):
         decoder = decoder_for(model, 1, int8)
-        assert isinstance(decoder, CpuDecoder), "this machine has no C++ compiler or no bf16"
+        assert isinstance(decoder, CpuDecoder), "it needs Linux and a C++ compiler"
+        assert decoder.int8 == int8, "the width is not divisible by 32"
         total, likeliest, count = 0.0, [], 0
         for start in range(0, min(a.tokens, len(text) - 1) - T, T):
             cache = Cache.empty(model, 1, T)

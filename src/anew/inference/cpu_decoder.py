@@ -1,11 +1,12 @@
-"""Decoders for CPUs in bf16. They call decode.cpp, which is compiled at the first use.
+"""Decoders for CPUs. They call decode.cpp, which is compiled at the first use.
 
     library = load_library()                        # None without Linux and a C++ compiler
     logits = CpuDecoder(model, library, int8=False).step([id], cache)           # (1, 50257)
 
-Compiling takes two seconds, and the library is kept in the cache folder. With PyTorch, each of the
-200 operations of a token costs some microseconds; all that a token of GPT-2 124M needs is to read
-248 MB of bf16 weights once.
+Compiling takes two seconds, and the library is kept in the cache folder. All that a token of GPT-2
+124M needs is to read its weights once: 498 MB in fp32, 248 MB in bf16, 140 MB in 8 bits. PyTorch
+calls 200 operations instead, each of which costs some microseconds, and in fp32 its products of a
+matrix and a single row need up to twice the time of the reading (docs/log.md, 25).
 """
 
 import ctypes
@@ -32,8 +33,11 @@ log = logging.getLogger("anew")
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+BF16, INT8, FP32, FP32_COLUMNS = range(4)  # `Storage` of decode.cpp
 GROUP = 32  # values that share a scale, as in decode.cpp
+CACHE_DTYPES = (torch.bfloat16, torch.float32)  # that `CpuDecoder` can read
 ROWS_EXPECTED = 16  # oneDNN orders weights for about this many rows
+CPU_FIELDS = ("flags", "Features", "CPU part")  # of /proc/cpuinfo, on x86 and on ARM
 
 POINTER, INT64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -47,7 +51,7 @@ class _Norm(ctypes.Structure):
 class _Matrix(ctypes.Structure):
     """`Matrix` of decode.cpp."""
 
-    _fields_ = [("values", POINTER), ("scales", POINTER), ("bias", POINTER)]
+    _fields_ = [("storage", INT64), ("values", POINTER), ("scales", POINTER), ("bias", POINTER)]
 
 
 class _Layer(ctypes.Structure):
@@ -70,7 +74,6 @@ class _Model(ctypes.Structure):
         ("layers", INT64),
         ("heads", INT64),
         ("width", INT64),
-        ("capacity", INT64),
         ("vocabulary", INT64),
         ("epsilon", ctypes.c_float),
         ("layer", ctypes.POINTER(_Layer)),
@@ -83,23 +86,38 @@ class _Model(ctypes.Structure):
 
 # The parameters of the functions of decode.cpp.
 SIGNATURES = {
-    "anew_decode": (ctypes.POINTER(_Model), *[INT64] * 2, *[POINTER] * 4, ctypes.c_int),
-    "anew_attend": (*[POINTER] * 5, *[INT64] * 4, ctypes.c_int),
-    "anew_norm": (*[POINTER] * 4, ctypes.c_float, POINTER, *[INT64] * 2, ctypes.c_int),
+    "anew_decode": (
+        ctypes.POINTER(_Model),
+        *[INT64] * 3,
+        *[POINTER] * 2,
+        ctypes.c_bool,
+        *[POINTER] * 2,
+        ctypes.c_int,
+    ),
+    "anew_attend": (*[POINTER] * 5, ctypes.c_bool, *[INT64] * 4, ctypes.c_int),
+    "anew_norm": (
+        *[POINTER] * 4,
+        ctypes.c_float,
+        POINTER,
+        ctypes.c_bool,
+        *[INT64] * 2,
+        ctypes.c_int,
+    ),
 }
 
 
 class CpuDecoder:
     """Decode one row: a step is one call of decode.cpp.
 
-    With `int8` the matrices are stored in 8 bits with a scale for every 32 values, as in
-    llama.cpp's q8_0. That halves the bytes to read and changes the model a little, so the user has
-    to ask for it.
+    The matrices are those of the model in fp32, and copies of them in bf16. With `int8` they are
+    stored in 8 bits with a scale for every 32 values, as in llama.cpp's q8_0. int8 needs about half
+    the bytes of bf16 and changes the model a little, so the user has to ask for it.
     """
 
     def __init__(self, model: GPT, library: ctypes.CDLL, int8: bool) -> None:
         self.library = library
         self.int8 = int8
+        self.is_fp32 = model.compute_dtype == torch.float32
         self.kept: list[Tensor] = []  # the tensors whose memory the structures point to
         config, transformer = model.config, model.transformer
         self.width = config.n_embd
@@ -123,13 +141,15 @@ class CpuDecoder:
         """Read one more id; return logits (1, 50257). The cache is one token longer."""
         logits = torch.empty(1, self.vocab_size)
         scratch = torch.empty(9 * self.width)
-        self.model.capacity = cache.keys.size(3)
+        assert cache.keys.dtype in CACHE_DTYPES
         self.library.anew_decode(
             ctypes.byref(self.model),
             ids[0],
             cache.used,
+            cache.keys.size(3),
             cache.keys.data_ptr(),  # (layers, 1, heads, capacity, head_dim)
             cache.values.data_ptr(),
+            cache.keys.dtype == torch.float32,
             scratch.data_ptr(),
             logits.data_ptr(),
             torch.get_num_threads(),
@@ -151,19 +171,24 @@ class CpuDecoder:
         return _Norm(weight=self._keep(norm.weight), bias=self._keep(norm.bias))
 
     def _linear(self, linear: Linear) -> _Matrix:
-        return self._matrix(linear.weight.t(), self._keep(linear.bias))
+        bias = self._keep(linear.bias)
+        if self.is_fp32 and not self.int8:
+            return _Matrix(FP32_COLUMNS, values=self._keep(linear.weight), bias=bias)
+        return self._matrix(linear.weight.t(), bias)
 
     def _matrix(self, weight: Tensor, bias: int | None = None) -> _Matrix:
-        """Return a matrix (out, in) in bf16 or int8, with a pointer to its bias."""
+        """Return a matrix (out, in) with a pointer to its bias."""
         weight = weight.detach().float()
-        if not self.int8:
-            values = weight.to(torch.bfloat16).contiguous()
-            self.kept.append(values)
-            return _Matrix(values=values.data_ptr(), bias=bias)
-        signed, scales = quantize(weight)
-        values = (signed.short() + 128).to(torch.uint8)  # the CPU multiplies unsigned by signed
-        self.kept += [values, scales]
-        return _Matrix(values=values.data_ptr(), scales=scales.data_ptr(), bias=bias)
+        if self.int8:
+            signed, scales = quantize(weight)
+            values = (signed.short() + 128).to(torch.uint8)  # CPUs multiply unsigned by signed
+            self.kept += [values, scales]
+            return _Matrix(INT8, values=values.data_ptr(), scales=scales.data_ptr(), bias=bias)
+        if self.is_fp32:
+            return _Matrix(FP32, values=self._keep(weight), bias=bias)
+        values = weight.to(torch.bfloat16).contiguous()
+        self.kept.append(values)
+        return _Matrix(BF16, values=values.data_ptr(), bias=bias)
 
     def _keep(self, tensor: Tensor) -> int:
         """Keep a tensor in fp32, and return a pointer to it."""
@@ -190,7 +215,7 @@ class _BatchLayer:
     """The weights of one block, in the forms that `CpuBatchDecoder` uses."""
 
     ln_1: WeightAndBias  # (C,) in fp32
-    c_attn: WeightAndBias  # a matrix in oneDNN's order and (out,), in bf16
+    c_attn: WeightAndBias  # a matrix in oneDNN's order and (out,), in the decoder's dtype
     attn_c_proj: WeightAndBias
     ln_2: WeightAndBias
     c_fc: WeightAndBias
@@ -198,33 +223,36 @@ class _BatchLayer:
 
 
 class CpuBatchDecoder:
-    """Decode several rows: oneDNN computes the matrix products, and decode.cpp the rest.
+    """Decode several rows in bf16 or fp32: oneDNN multiplies matrices, decode.cpp does the rest.
 
-    Weights are stored in oneDNN's own order.
+    The decoder has a copy of the weights in oneDNN's own order. With plain matrices a step takes
+    about twice as long (docs/log.md, 8 and 25).
     """
 
     def __init__(self, model: GPT, library: ctypes.CDLL) -> None:
         self.library = library
         self.config = model.config
+        self.dtype = model.compute_dtype
         transformer = model.transformer
         self.wte = transformer.wte.weight.detach()
         self.wpe = transformer.wpe.weight.detach()
         self.layers = [
             _BatchLayer(
                 ln_1=_norm_weights(block.ln_1),
-                c_attn=_linear_weights(block.attn.c_attn),
-                attn_c_proj=_linear_weights(block.attn.c_proj),
+                c_attn=self._linear_weights(block.attn.c_attn),
+                attn_c_proj=self._linear_weights(block.attn.c_proj),
                 ln_2=_norm_weights(block.ln_2),
-                c_fc=_linear_weights(block.mlp.c_fc),
-                mlp_c_proj=_linear_weights(block.mlp.c_proj),
+                c_fc=self._linear_weights(block.mlp.c_fc),
+                mlp_c_proj=self._linear_weights(block.mlp.c_proj),
             )
             for block in cast(Iterable[Block], transformer.h)
         ]
         self.ln_f = _norm_weights(transformer.ln_f)
-        self.head = _reordered(self.wte[: self.config.vocab_size])
+        self.head = self._reordered(self.wte[: self.config.vocab_size])
 
     def step(self, ids: list[int], cache: Cache) -> Tensor:
         """Read one more id of each row; return logits (B, 50257). The cache is one token longer."""
+        assert cache.keys.dtype == self.dtype
         x = self.wte[ids].float() + self.wpe[cache.lengths].float()  # (B, C)
         added: Tensor | None = None  # what the previous layer adds to x, (B, C)
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
@@ -245,13 +273,14 @@ class CpuBatchDecoder:
         `keys` and `values` are one layer of the cache, (B, heads, capacity, head_dim).
         """
         rows, heads, capacity, head_dim = keys.shape
-        mixed = torch.empty(rows, heads * head_dim, dtype=torch.bfloat16)
+        mixed = torch.empty(rows, heads * head_dim, dtype=self.dtype)
         self.library.anew_attend(
             qkv.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             lengths.data_ptr(),
             mixed.data_ptr(),
+            self.dtype == torch.float32,
             rows,
             heads,
             head_dim,
@@ -263,8 +292,8 @@ class CpuBatchDecoder:
     def _add_and_norm(
         self, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        """Add to x (B, C) in place, and return its layer norm in bf16."""
-        normed = torch.empty(x.shape, dtype=torch.bfloat16)
+        """Add to x (B, C) in place, and return its layer norm."""
+        normed = torch.empty(x.shape, dtype=self.dtype)
         self.library.anew_norm(
             x.data_ptr(),
             None if added is None else added.data_ptr(),
@@ -272,30 +301,28 @@ class CpuBatchDecoder:
             bias.data_ptr(),
             self.config.layer_norm_epsilon,
             normed.data_ptr(),
+            self.dtype == torch.float32,
             *x.shape,
             torch.get_num_threads(),
         )
         return normed
 
+    def _linear_weights(self, linear: Linear) -> WeightAndBias:
+        weight = self._reordered(linear.weight.detach().t())
+        return weight, linear.bias.detach().to(self.dtype)
+
+    def _reordered(self, weight: Tensor) -> Tensor:
+        """Return a matrix (out, in) in the order in which oneDNN multiplies.
+
+        Otherwise PyTorch would bring it into that order for every token.
+        """
+        matrix = weight.to(self.dtype).contiguous()
+        reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_EXPECTED)
+        return reordered
+
 
 def _norm_weights(norm: LayerNorm) -> WeightAndBias:
     return norm.weight.detach().float(), norm.bias.detach().float()
-
-
-def _linear_weights(linear: Linear) -> WeightAndBias:
-    weight = _reordered(linear.weight.detach().t())
-    return weight, linear.bias.detach().bfloat16()
-
-
-def _reordered(weight: Tensor) -> Tensor:
-    """Return a matrix (out, in) in bf16, in the order in which oneDNN multiplies.
-
-    Otherwise PyTorch would bring it into that order for every token.
-    """
-    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(
-        weight.bfloat16().contiguous(), ROWS_EXPECTED
-    )
-    return reordered
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -317,8 +344,8 @@ def load_library() -> ctypes.CDLL | None:
     compiler = shutil.which(wanted) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or platform.system() != "Linux":
         return None
-    path = _library_path(compiler)
     try:
+        path = _library_path(compiler)
         if not path.exists():
             _compile(compiler, path)
         library = ctypes.CDLL(str(path))
@@ -336,9 +363,9 @@ def load_library() -> ctypes.CDLL | None:
 
 def _library_path(compiler: str) -> Path:
     """Return a path that depends on the source, the compiler and the CPU (-march=native)."""
-    cpu_info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    cpu_flags = cpu_info.split("flags", 1)[-1].split("\n", 1)[0]
-    ingredients = SOURCE.read_bytes() + repr((FLAGS, compiler, cpu_flags)).encode()
+    cpu_info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = sorted({line for line in cpu_info if line.startswith(CPU_FIELDS)})
+    ingredients = SOURCE.read_bytes() + repr((FLAGS, compiler, platform.machine(), cpu)).encode()
     name = hashlib.sha256(ingredients).hexdigest()[:16]
     return cache_folder() / "kernels" / f"decode-{name}.so"
 

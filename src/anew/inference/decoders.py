@@ -1,18 +1,23 @@
-"""Decoders: copies of a model's weights that are made for reading one more token of each row.
+"""Decoders: faster ways to read one more token of each row than the model itself.
 
-    decoder = decoder_for(model, rows=1)    # None in fp32, where a copy would change nothing
+    decoder = decoder_for(model, rows=1)    # None if the model itself is to be used
     logits = decoder.step(ids, cache)       # (B,) ids after the cached ones -> (B, 50257)
 
 A model keeps its weights in fp32 and casts them where they are used. In training that costs little;
-in decoding it is most of the work. A decoder casts them once.
+in decoding it is most of the work. A decoder casts them once. In fp32, what a decoder gains is in
+the products of matrices with few rows.
 
-| model                  | decoder                                                                |
-|------------------------|------------------------------------------------------------------------|
-| fp32, or in training   | none: `torch_step` with the model itself                               |
-| CPU in bf16, one row   | `CpuDecoder`: the whole step is one call of decode.cpp                 |
-| CPU in bf16, more rows | `CpuBatchDecoder`: oneDNN for matrix products, decode.cpp for the rest |
-| NVIDIA GPU             | `CudaGraphDecoder`: PyTorch, recorded as a CUDA graph                  |
-| other                  | `TorchDecoder`: PyTorch                                                |
+| model                        | decoder                                                          |
+|------------------------------|------------------------------------------------------------------|
+| in training, or with hooks   | none: `torch_step` with the model itself                         |
+| CPU, bf16 or fp32, one row   | `CpuDecoder`: the whole step is one call of decode.cpp           |
+| CPU, bf16 or fp32, more rows | `CpuBatchDecoder`: matrix products by oneDNN, rest by decode.cpp |
+| NVIDIA GPU, bf16 or fp16     | `CudaGraphDecoder`: PyTorch, recorded as a CUDA graph            |
+| other in fp32                | none                                                             |
+| other                        | `TorchDecoder`: PyTorch                                          |
+
+`CpuDecoder` and `CpuBatchDecoder` need Linux and a C++ compiler. In bf16, `CpuBatchDecoder` also
+needs a CPU with bf16 instructions; in fp32, it needs memory for a second copy of the weights.
 """
 
 import ctypes
@@ -26,13 +31,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anew.config.schema import rounded_up
-from anew.inference.cpu_decoder import GROUP, CpuBatchDecoder, CpuDecoder, load_library
+from anew.inference.cpu_decoder import (
+    CACHE_DTYPES,
+    GROUP,
+    CpuBatchDecoder,
+    CpuDecoder,
+    load_library,
+)
 from anew.inference.sampling import Likeliest
 from anew.model.attention import additive_mask
-from anew.model.gpt import GPT
+from anew.model.flops import count_parameters
+from anew.model.gpt import GPT, MLP, Attention, Block, LayerNorm, Linear, Transformer
 from anew.model.kv_cache import Cache
+from anew.utils.memory import available_memory
 
 log = logging.getLogger("anew")
+
+MODULES = (
+    GPT,
+    Transformer,
+    Block,
+    Attention,
+    MLP,
+    Linear,
+    LayerNorm,
+    nn.Embedding,
+    nn.ModuleList,
+)
 
 
 def torch_step(model: GPT, ids: list[int], cache: Cache) -> Tensor:
@@ -248,7 +273,8 @@ class _Decoders:
     """The decoders of a model, and the state of the weights they were made from."""
 
     state: WeightState
-    made: dict[tuple[bool, bool], Decoder] = field(default_factory=dict)
+    # By dtype of activations, use of the kernel for one row, and int8.
+    made: dict[tuple[torch.dtype, bool, bool], Decoder] = field(default_factory=dict)
 
 
 # A decoder is kept as long as its model exists and its weights are unchanged.
@@ -256,34 +282,46 @@ _DECODERS: WeakKeyDictionary[GPT, _Decoders] = WeakKeyDictionary()
 
 
 def decoder_for(model: GPT, rows: int, int8: bool = False) -> Decoder | None:
-    """Return what decodes `rows` sequences at once; None where the model itself is to be used.
+    """Return what decodes `rows` sequences at once; None if the model itself is to be used.
 
     A model in training has no decoder: its weights change before the next text, and its device has
-    no room for a second copy. `int8` stores the matrices in 8 bits (see `Kernel`); where that does
-    not work, a warning is logged and they are stored in bf16.
+    no room for a second copy. Nor has a model with hooks or other modules, since a decoder would
+    leave them out. A new decoder is made when weights have changed, unless they were changed
+    through `.data` or in inference mode, which leaves no trace.
+
+    `int8` stores the matrices in 8 bits (see `CpuDecoder`); where that does not work, a warning is
+    logged and the decoder is the one without `int8`.
     """
-    if model.training:
+    dtype = model.compute_dtype
+    if model.training or not _runs_as_written(model):
+        _DECODERS.pop(model, None)
         return None
-    device = model.transformer.wte.weight.device.type
-    is_bf16_on_cpu = device == "cpu" and model.compute_dtype == torch.bfloat16
-    library = load_library() if is_bf16_on_cpu else None
+    is_on_cpu = model.transformer.wte.weight.device.type == "cpu"
+    library = load_library() if is_on_cpu and dtype in CACHE_DTYPES else None
     one_row_kernel = library is not None and rows == 1
     if int8 and not (one_row_kernel and model.config.n_embd % GROUP == 0):
         log.warning(
-            "int8 weights are for one text at a time on a CPU in bf16, and need a C++ compiler and "
-            f"a width divisible by {GROUP}; decoding continues without them"
+            "int8 weights are for one text at a time on a CPU, in bf16 or fp32, and need Linux, a "
+            f"C++ compiler and a width divisible by {GROUP}; decoding continues without them"
         )
-        int8 = False
-    if model.compute_dtype == torch.float32:
-        return None
+        return decoder_for(model, rows)
     state = _weight_state(model)
     decoders = _DECODERS.get(model)
     if decoders is None or decoders.state != state:
         decoders = _DECODERS[model] = _Decoders(state)
-    key = (one_row_kernel, int8)
-    if key not in decoders.made:
-        decoders.made[key] = _build_decoder(model, rows, int8, library)
-    return decoders.made[key]
+    key = (dtype, one_row_kernel, int8)
+    decoder = decoders.made.get(key) or _build_decoder(model, rows, int8, library)
+    if decoder is not None:
+        decoders.made[key] = decoder
+    return decoder
+
+
+def _runs_as_written(model: GPT) -> bool:
+    """Return whether all modules are those of a GPT, without hooks."""
+    return all(
+        type(module) in MODULES and not module._forward_hooks and not module._forward_pre_hooks
+        for module in model.modules()
+    )
 
 
 def _weight_state(model: GPT) -> WeightState:
@@ -301,11 +339,23 @@ def _build_decoder(
     rows: int,
     int8: bool,
     library: ctypes.CDLL | None,
-) -> Decoder:
+) -> Decoder | None:
     if library is not None and rows == 1:
         return CpuDecoder(model, library, int8)
-    if library is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if library is not None and _suits_onednn(model):
         return CpuBatchDecoder(model, library)
+    if model.compute_dtype == torch.float32:
+        return None  # a copy would have the same weights
     if model.transformer.wte.weight.device.type == "cuda":
         return CudaGraphDecoder(model)
     return TorchDecoder(model)
+
+
+def _suits_onednn(model: GPT) -> bool:
+    """Return whether oneDNN multiplies in the model's dtype, and its copy of the weights fits."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if model.compute_dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    copy_bytes = 4 * count_parameters(model.config)
+    return 2 * copy_bytes < available_memory()

@@ -21,7 +21,7 @@ from anew.model.kv_cache import Cache
 
 log = logging.getLogger("anew")
 
-# Packing the weights of 124M takes as long as decoding about five tokens with torch.
+# Copying the weights of 124M for a decoder takes as long as decoding about five tokens with torch.
 PACK_FROM_TOKENS = 16
 
 

@@ -1,1 +1,1 @@
-"""Files, devices, compilers and signals: helpers that know nothing of language models."""
+"""Files, devices, memory, compilers and signals: helpers that know nothing of language models."""

@@ -257,6 +257,7 @@ def _auto_precision(device: torch.device) -> tuple[str, str]:
     if device.type == "xpu":
         return "bf16", "Intel GPUs have bf16 instructions"
     if device.type == "mps":
+        # In bf16, its attention attends to later positions (pytorch 195910).
         return "fp32", "MPS computes most reliably in fp32"
     if cpu_has_bf16():
         return "bf16", "the CPU has bf16 instructions"

@@ -11,6 +11,7 @@ from anew.inference.sampling import sample
 from anew.model.gpt import GPT
 
 MODEL = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257), seed=2)
+MODEL.eval()
 for parameter in MODEL.transformer.h.parameters():
     # A fresh model repeats one token; with larger weights it does not.
     parameter.data.mul_(8.0)

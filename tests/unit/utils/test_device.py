@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+import anew
 from anew import UserError
-from anew.bench.competitors import writing_dtype
+from anew.bench.competitors import common_precision
 from anew.config.schema import RunConfig
 from anew.data import prepare, sources
 from anew.data.holdout import Settings
@@ -197,6 +198,16 @@ def test_shard_is_unmapped_before_it_is_removed(tmp_path: Path) -> None:
     assert not shard.path.exists()
 
 
-def test_generation_is_compared_in_fp32_on_mps() -> None:
-    assert writing_dtype("mps") == torch.float32
-    assert writing_dtype("cuda") == writing_dtype("cpu") == torch.bfloat16
+def test_packages_are_compared_in_bf16_or_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = anew.recipe("gpt2-124m")
+    assert common_precision(config, "mps") == "fp32"
+    for capability, expected in (((9, 0), "bf16"), ((7, 5), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert common_precision(config, "cuda") == expected
+    for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("anew.utils.device.cpu_has_bf16", lambda found=has_bf16: found)
+        assert common_precision(config, "cpu") == expected
+    for precision in ("bf16", "fp32"):
+        assert common_precision(config.override(precision=precision), "cpu") == precision
+    with pytest.raises(UserError, match="not in fp16; use --precision bf16 or fp32"):
+        common_precision(config.override(precision="fp16"), "cpu")
