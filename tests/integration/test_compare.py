@@ -113,8 +113,9 @@ def compare_in_command(
     """Run `anew bench train` with these sides; return its exit code, JSON, output and errors."""
     for name, side in sides.items():
         monkeypatch.setattr(competitors, f"{name}_training", side)
+    settings = ["--device", "cpu", "--precision", "bf16"]
     code, out, errors = run(
-        capsys, "bench", "train", "gpt2-5m", "--device", "cpu", "--rounds", "2", "--json"
+        capsys, "bench", "train", "gpt2-5m", *settings, "--rounds", "2", "--json"
     )
     lines = out.splitlines()
     assert all(len(line) <= 80 for line in lines[:-1])
@@ -128,6 +129,7 @@ def test_command_prints_ratios_of_the_sides_that_are_left(
         monkeypatch, capsys, anew=busy, transformers=killed_at_start, eager_fp32=busier
     )
     assert code == 0
+    assert facts["precision"] == "bf16"
     assert facts["left_out"] == {"transformers": KILLED}
     assert "ratio_to_transformers" not in facts
     [ours, theirs] = facts["seconds"]["anew"], facts["seconds"]["fp32, eager"]
@@ -161,18 +163,23 @@ def test_command_fails_after_the_other_figures_if_its_own_side_ends(
 
 @pytest.mark.guarantee("speed")
 @pytest.mark.parametrize(
-    ("name", "make_turn", "tolerance"),
+    ("name", "make_turn", "precision", "tolerance"),
     [
-        ("fp32, eager", competitors.eager_fp32_training, 1e-5),
-        ("transformers", competitors.transformers_training, 1e-2),  # in bf16
+        ("fp32, eager", competitors.eager_fp32_training, "bf16", 1e-5),
+        ("transformers", competitors.transformers_training, "bf16", 1e-2),
+        ("transformers", competitors.transformers_training, "fp32", 1e-5),
     ],
 )
 def test_side_with_little_memory_computes_the_gradients_of_the_whole_step(
-    name: str, make_turn: Callable[..., Turn], tolerance: float, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    make_turn: Callable[..., Turn],
+    precision: str,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = {"n_layer": 1, "n_head": 2, "n_embd": 32, "compile": "off", "precision": "bf16"}
+    settings = {"n_layer": 1, "n_head": 2, "n_embd": 32, "compile": "off", "precision": precision}
     config = with_batch(anew.recipe("gpt2-5m", device="cpu", **settings), 8, 64)
-    need = step_memory(name, compiled=False)
+    need = step_memory(name, compiled=False, precision=precision)
     enough_for_two = step_bytes(need, config, 2) / USABLE_SHARE + 1
     [size] = fitting_micro_batches(config, {name: need}, enough_for_two).values()
     assert size == 2

@@ -78,6 +78,18 @@ def test_comparison_with_transformers(
     assert "transformers takes" in out
 
 
+def test_prompts_are_compared_without_the_int8_weights_that_do_not_read_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ["--prompt-tokens", "20", "--new-tokens", "1", "--precision", "fp32"]
+    main(["bench", "generate", "gpt2-124m", *SMALL.split(), *sizes, "--json"])
+    out = capsys.readouterr().out
+    facts = facts_of(out)
+    assert "anew, int8" not in facts["seconds"]
+    assert facts["precision"] == "fp32"
+    assert "prompt tokens a second" in out
+
+
 @pytest.mark.guarantee("speed")
 def test_comparison_of_scoring(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "hellaswag_val.jsonl"

@@ -3,13 +3,16 @@
     turn = transformers_training(config, "cpu")     # `compare.alternate` calls it in a new process
     turn()                                          # one training step
 
-- Training: bf16, torch.compile, fused AdamW, clipping at 1.0, no dropout, the same tokens. The
-  other side is written as a careful user of the package writes it.
-- Generation: greedy, bf16, the same prompts, by transformers' `generate` or llama.cpp.
+- Training: torch.compile, fused AdamW, clipping at 1.0, no dropout, the same tokens. The other side
+  is written as a careful user of the package writes it.
+- Generation: greedy, the same prompts, by transformers' `generate` or llama.cpp.
 - Scoring: HellaSwag. The other side has one example in a forward pass, as build-nanogpt does.
 - Preparing: text to shards of GPT-2's tokens. The other side runs tiktoken in a
   multiprocessing.Pool over documents; ours also hashes, shuffles, splits off validation, and
   can be killed at any time.
+
+All sides of training and generation compute in bf16, or all in fp32 (`common_precision`), except
+that `fp32, eager` is always in fp32 and that some store weights in 8 bits.
 """
 
 import importlib.util
@@ -39,17 +42,20 @@ from anew.data.holdout import Settings
 from anew.data.prepare import cores, prepare_data
 from anew.data.readers import documents
 from anew.data.sources import find
+from anew.errors import UserError
 from anew.evaluate import runner
 from anew.evaluate.scorer import Question
 from anew.evaluate.tasks.registry import TASKS
 from anew.evaluate.tasks.task import Example
+from anew.inference.cpu_decoder import CpuDecoder
+from anew.inference.decoders import decoder_for
 from anew.inference.generate import generate
 from anew.model.gpt import GPT
 from anew.tokenizer.bpe import Tokenizer
 from anew.training.setup import training_loss
 from anew.training.step import train_step
 from anew.training.train_state import TrainState
-from anew.utils.device import Runtime, pick_compile, set_up_device
+from anew.utils.device import DTYPES, Runtime, pick_compile, pick_precision, set_up_device
 from anew.utils.signals import StopFlag
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -68,6 +74,21 @@ def transformers_model(shape: GPTConfig, **settings: Any) -> Any:
 
     sizes = {name: getattr(shape, name) for name in SHAPE}
     return GPT2LMHeadModel(GPT2Config(**sizes, **settings))
+
+
+def common_precision(config: Config, device: str) -> str:
+    """Return the precision of the sides of a comparison: bf16 or fp32.
+
+    With `auto` it is bf16 where training would take bf16, and fp32 elsewhere. Raises UserError for
+    other precisions, which the other sides do not have.
+    """
+    wanted = config.run.precision
+    if wanted not in ("auto", "bf16", "fp32"):
+        raise UserError(
+            f"packages are compared in bf16 or fp32, not in {wanted}; use --precision bf16 or fp32."
+        )
+    precision, _ = pick_precision(wanted, torch.device(device))
+    return "bf16" if precision == "bf16" else "fp32"
 
 
 # Training
@@ -90,7 +111,7 @@ def eager_fp32_training(config: Config, device: str) -> Turn:
 
 
 def transformers_training(config: Config, device: str) -> Turn:
-    """Return a step of transformers' GPT2LMHeadModel, with autocast to bf16 and fused AdamW."""
+    """Return a step of transformers' GPT2LMHeadModel with fused AdamW, and autocast in bf16."""
     model = transformers_model(
         config.model,
         resid_pdrop=0.0,
@@ -110,10 +131,12 @@ def transformers_training(config: Config, device: str) -> Turn:
         fused=True,
     )
     batch = text_batch(config, torch.device(device))
+    assert config.run.precision in ("bf16", "fp32")
+    is_bf16 = config.run.precision == "bf16"
 
     def step() -> None:
         for inputs, _ in batch:
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
                 # The model shifts the labels itself, so each row has one target fewer than ours.
                 loss = network(input_ids=inputs, labels=inputs).loss / len(batch)
             loss.backward()
@@ -133,6 +156,7 @@ class Generation:
 
     config: Config
     device: str
+    precision: str  # bf16 or fp32
     rows: int
     prompt_tokens: int
     new_tokens: int
@@ -145,18 +169,14 @@ class Generation:
         return torch.randint(self.config.model.vocab_size, shape, generator=generator)
 
 
-def writing_dtype(device: str) -> torch.dtype:
-    """Return the dtype of both sides of a comparison of generation.
-
-    It is bf16, except on MPS, where attention in bf16 attends to later positions (pytorch 195910).
-    """
-    return torch.float32 if device == "mps" else torch.bfloat16
-
-
 def anew_generation(task: Generation, int8: bool = False) -> Turn:
     """Return greedy decoding with the product's own cache."""
-    model = GPT(task.config.model, writing_dtype(task.device), seed=0)
+    model = GPT(task.config.model, DTYPES[task.precision], seed=0)
     model.to(task.device).eval()
+    if int8:
+        decoder = decoder_for(model, 1, int8)
+        if not isinstance(decoder, CpuDecoder) or not decoder.int8:
+            raise UserError("int8 weights need Linux and a C++ compiler.")
     prompts = task.prompts.tolist()
     return lambda: generate(model, prompts, task.new_tokens, temperature=0.0, int8=int8)
 
@@ -169,7 +189,7 @@ def anew_int8_generation(task: Generation) -> Turn:
 def transformers_generation(task: Generation) -> Turn:
     """Return greedy decoding by transformers' `generate`."""
     model = transformers_model(task.config.model).eval()
-    model.to(task.device, writing_dtype(task.device))
+    model.to(task.device, DTYPES[task.precision])
     ids = task.prompts.to(task.device)
 
     def generate_tokens() -> None:
@@ -186,13 +206,18 @@ def transformers_generation(task: Generation) -> Turn:
     return generate_tokens
 
 
-def llama_cpp_generation(task: Generation, dtype: str = "bf16") -> Turn:
-    """Return greedy decoding by llama.cpp on the exported GGUF, with as many threads."""
+def llama_cpp_generation(task: Generation, dtype: str | None = None) -> Turn:
+    """Return greedy decoding by llama.cpp on the exported GGUF, with as many threads as ours.
+
+    `dtype` is that of the matrices in the file; None: the precision of the other sides. The cache
+    is in fp16, llama.cpp's default.
+    """
     from llama_cpp import Llama
 
     assert task.rows == 1
     assert task.device == "cpu"
     threads = torch.get_num_threads()
+    dtype = dtype or {"bf16": "bf16", "fp32": "f32"}[task.precision]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         model = GPT(task.config.model, seed=0)

@@ -1,10 +1,11 @@
 """How much memory a training step takes on a CPU, and the micro-batches that fit side by side.
 
-    sides = {name: step_memory(name, compiled=True) for name in ("anew", "transformers")}
+    names = ("anew", "transformers")
+    sides = {name: step_memory(name, compiled=True, precision="bf16") for name in names}
     fitting_micro_batches(config, sides, available=12e9)        # {"anew": 4, "transformers": 1}
 
 The estimate is made for a CPU, where glibc keeps the memory that a step frees, so that gaps remain
-between its blocks. The constants were chosen from 16 measured peaks, from which the estimate
+between its blocks. The constants were chosen from 24 measured peaks, from which the estimate
 differs by -13% to +21% (tests/unit/bench/test_memory.py). A comparison therefore uses 80% of the
 memory that is available.
 """
@@ -38,8 +39,10 @@ class StepMemory:
     update_bytes: int = 0  # for each parameter: scratch memory of the optimizer
 
 
-def step_memory(side: str, compiled: bool) -> StepMemory:
-    """Return what one of the sides of `anew bench train` holds."""
+def step_memory(side: str, compiled: bool, precision: str) -> StepMemory:
+    """Return what one of the sides of `anew bench train` holds. `precision` is bf16 or fp32."""
+    is_bf16 = precision == "bf16"
+    value_bytes = 2 if is_bf16 else FP32_BYTES
     process_bytes = PROCESS_BYTES + COMPILER_BYTES * compiled
     if side == "fp32, eager":
         return StepMemory(
@@ -51,18 +54,21 @@ def step_memory(side: str, compiled: bool) -> StepMemory:
             update_bytes=4,
         )
     if side == "transformers":
-        # Its GELU is a formula of seven operations; uncompiled, each keeps its argument.
+        # Its GELU is a formula of seven operations; uncompiled, each keeps its argument. In a bf16
+        # run some of these are in fp32 and count twice.
+        eager_values = 32 if is_bf16 else 20
         return StepMemory(
             process_bytes + TRANSFORMERS_BYTES,
-            value_bytes=2,
-            block_values=16 if compiled else 32,
+            value_bytes,
+            block_values=16 if compiled else eager_values,
             logit_bytes=7 if compiled else 12,
         )
+    compiled_logit, eager_logit = (4, 16) if is_bf16 else (6, 20)
     return StepMemory(
         process_bytes,
-        value_bytes=2,
+        value_bytes,
         block_values=16.2 if compiled else 18,
-        logit_bytes=4 if compiled else 16,
+        logit_bytes=compiled_logit if compiled else eager_logit,
         logit_rows=CHUNK_COMPILED if compiled else CHUNK_EAGER,
     )
 

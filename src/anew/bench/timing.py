@@ -11,7 +11,6 @@ product's own `train_step` on real text, or its attention function alone.
 
 import dataclasses
 import multiprocessing
-import os
 import statistics
 import sysconfig
 import time
@@ -199,27 +198,6 @@ def with_batch(config: Config, micro_batch: int, seq_len: int) -> Config:
         warmup_steps=0,
         steps=1000,
     )
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory of this machine; 0 where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that new processes can use; 0 where the system does not tell.
-
-    On systems other than Linux, this is all memory of the machine.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return machine_memory()
-    [line] = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(line.split()[1]) * 1024
 
 
 def measure_attention(

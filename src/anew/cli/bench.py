@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from anew.bench.scaling import DEFAULT_SIZES, DEFAULT_TOKENS_PER_PARAMETER
-from anew.bench.timing import available_memory, with_batch
+from anew.bench.timing import with_batch
 from anew.cli import comparisons, experiments, ladder, scaling
 from anew.cli.args import Command, flag
 from anew.cli.comparisons import OWN_SIDE
@@ -21,13 +21,14 @@ from anew.config.recipes import read_recipe
 from anew.errors import UserError, unknown_name
 from anew.report import png
 from anew.utils.device import pick_device
+from anew.utils.memory import available_memory
 
 FLAGS = [
     flag("rounds", int, 5, "timed steps a rung, or turns a side"),
     flag("alone", bool, False, "train: no other side"),
     flag("rows", int, 1, "generate: sequences at once"),
     flag("prompt_tokens", int, 32, "generate: tokens of the prompt"),
-    flag("new_tokens", int, 224, "generate: tokens to write"),
+    flag("new_tokens", int, 224, "generate: tokens to write; 1: time the prompt"),
     flag(
         "file",
         str,

@@ -17,14 +17,15 @@ from anew.bench import competitors
 from anew.bench.compare import Comparison, alternate, ratio
 from anew.bench.competitors import is_installed
 from anew.bench.memory import fitting_micro_batches, step_bytes, step_memory
-from anew.bench.timing import available_memory
 from anew.cli.ladder import Figures, step_title
 from anew.cli.progress import progress_bar
 from anew.config.config import Config
 from anew.errors import UserError
 from anew.evaluate.tasks.registry import TASKS
+from anew.inference.cpu_decoder import GROUP
 from anew.model.flops import flops_per_token
-from anew.utils.device import pick_compile
+from anew.utils.device import pick_compile, pick_precision
+from anew.utils.memory import available_memory
 
 Times = dict[str, list[float]]  # seconds of each turn, by side
 OWN_SIDE = "anew"
@@ -41,8 +42,12 @@ def compare_training(config: Config, device: str, arguments: Any) -> Figures:
         else:
             missing["transformers"] = NOT_INSTALLED
         sides["fp32, eager"] = competitors.eager_fp32_training
-    config = config.override(precision="bf16" if device != "mps" else "fp32")
-    print(f"{step_title(config, device)}, {arguments.rounds} turns\n", flush=True)
+    if arguments.alone:
+        precision, _ = pick_precision(config.run.precision, torch.device(device))
+    else:
+        precision = competitors.common_precision(config, device)
+    config = config.override(precision=precision)
+    print(f"{step_title(config, device)}, {precision}, {arguments.rounds} turns\n", flush=True)
     micro_batches = _micro_batches(config, list(sides), device, missing)
     turns = {
         name: functools.partial(sides[name], config.override(micro_batch=size))
@@ -54,7 +59,8 @@ def compare_training(config: Config, device: str, arguments: Any) -> Figures:
         rate = config.run.batch_tokens / median
         tflops = rate * flops_per_token(config.model, config.data.seq_len) / 1e12
         print(f"{name:<13} {median:.3f} s a step  {rate:,.0f} tokens/s  {tflops:.3g} TFLOP/s")
-    return {**_comparison_figures(found), "micro_batches": micro_batches}
+    figures = _comparison_figures(found)
+    return {**figures, "micro_batches": micro_batches, "precision": precision}
 
 
 def _micro_batches(
@@ -71,7 +77,7 @@ def _micro_batches(
     if device != "cpu" or not available:
         return dict.fromkeys(names, whole)
     compiled, _ = pick_compile(config.run.compile, torch.device(device))
-    needs = {name: step_memory(name, compiled) for name in names}
+    needs = {name: step_memory(name, compiled, config.run.precision) for name in names}
     sizes = fitting_micro_batches(config, needs, available)
     gigabytes = f"{available / 1e9:.1f} GB of memory are available to all sides"
     for name, size in sizes.items():
@@ -88,13 +94,15 @@ def _micro_batches(
 
 def compare_generation(config: Config, device: str, arguments: Any) -> Figures:
     """Compare greedy decoding with transformers and llama.cpp."""
+    precision = competitors.common_precision(config, device)
     task = competitors.Generation(
-        config, device, arguments.rows, arguments.prompt_tokens, arguments.new_tokens
+        config, device, precision, arguments.rows, arguments.prompt_tokens, arguments.new_tokens
     )
+    only_prompt = task.new_tokens == 1  # nearly all of the time is spent on the prompt
     one_text_on_cpu = arguments.rows == 1 and device == "cpu"
     sides: dict[str, Any] = {OWN_SIDE: competitors.anew_generation}
     missing: dict[str, str] = {}
-    if one_text_on_cpu and config.model.n_embd % 32 == 0:
+    if one_text_on_cpu and config.model.n_embd % GROUP == 0 and not only_prompt:
         sides["anew, int8"] = competitors.anew_int8_generation
     if is_installed("transformers"):
         sides["transformers"] = competitors.transformers_generation
@@ -106,13 +114,17 @@ def compare_generation(config: Config, device: str, arguments: Any) -> Figures:
         missing["llama.cpp"] = NOT_INSTALLED
     else:
         sides["llama.cpp"] = competitors.llama_cpp_generation
-        sides["llama.cpp q8_0"] = competitors.llama_cpp_q8_generation
-    dtype = "fp32" if competitors.writing_dtype(device) == torch.float32 else "bf16"
+        if not only_prompt:
+            sides["llama.cpp q8_0"] = competitors.llama_cpp_q8_generation
     size = f"{task.rows} x ({task.prompt_tokens} + {task.new_tokens}) tokens"
-    title = f"{config.recipe}, {size}, {dtype}, on {device}, {arguments.rounds} turns"
+    title = f"{config.recipe}, {size}, {precision}, on {device}, {arguments.rounds} turns"
     print(f"{title}\n", flush=True)
     found = _take_turns(sides, (task,), arguments.rounds, missing)
-    return _print_rates(found, task.rows * task.new_tokens, "tokens")
+    if only_prompt:
+        figures = _print_rates(found, task.rows * task.prompt_tokens, "prompt tokens")
+    else:
+        figures = _print_rates(found, task.rows * task.new_tokens, "tokens")
+    return {**figures, "precision": precision}
 
 
 def compare_scoring(config: Config, device: str, arguments: Any) -> Figures:  # noqa: ARG001

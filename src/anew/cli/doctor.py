@@ -22,7 +22,6 @@ import torch
 from torch import distributed
 
 import anew
-from anew.bench.timing import machine_memory
 from anew.cli.parse import parse
 from anew.config.recipes import recipe
 from anew.config.schema import RunConfig
@@ -32,6 +31,7 @@ from anew.training.trainer import train
 from anew.utils.compiler import missing_for_compile
 from anew.utils.device import pick_device, processor_name, set_up_device
 from anew.utils.files import cache_folder
+from anew.utils.memory import machine_memory
 
 log = logging.getLogger("anew")
 

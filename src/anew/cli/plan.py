@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anew.bench.timing import Measured, machine_memory, measure_in_new_process, with_batch
+from anew.bench.timing import Measured, measure_in_new_process, with_batch
 from anew.cli.args import Command, flag
 from anew.config.config import Config
 from anew.config.recipes import read_recipe
@@ -14,6 +14,7 @@ from anew.plan import Plan, format_plan, from_run, make_plan
 from anew.training.run_settings import read_init
 from anew.utils.device import Runtime, peak_flops, set_up_device
 from anew.utils.gpus import GPU, find, known
+from anew.utils.memory import machine_memory
 
 FLAGS = [
     flag("gpu", str, "", "the kind of GPU, e.g. h100, a100-40, 4090, t4, m2 max"),
