@@ -27,6 +27,7 @@ IMPORTERS: dict[str, set[str]] = {
     "filelock": {"data.prepare", "training.setup", "bench.sweep", "cli.experiments"},
     "gguf": {"checkpoint.gguf"},
     "huggingface_hub": {"checkpoint.hub", "data.hub_datasets", "utils.hub_errors"},
+    "gigatoken": {"tokenizer.bpe"},
     "jinja2": {"report.templates"},
     "llama_cpp": {"bench.competitors"},
     "lm_eval": {"evaluate.harness"},

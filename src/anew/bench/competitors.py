@@ -318,7 +318,8 @@ def _parts(file: Path, count: int) -> Iterator[list[Example]]:
 
 def anew_preparing(file: Path, folder: Path) -> Turn:
     """Return the conversion of text to shards by `anew prepare`."""
-    Tokenizer.named("gpt2").encode("The tokenizer loads before the clock starts, on both sides.")
+    # The tokenizer loads before the clock starts, on both sides.
+    Tokenizer.named("gpt2").encode_document(b"a text")
     numbers = itertools.count()
 
     def prepare_text() -> None:

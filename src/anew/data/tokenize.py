@@ -1,7 +1,7 @@
 """Tokenise documents with several threads and return them in their order.
 
-tiktoken releases Python's lock while it works, so threads are as fast as processes, and nothing has
-to be sent between processes.
+Encoders release Python's lock while they work, so other threads read, hash and write documents
+meanwhile, and nothing has to be sent between processes.
 """
 
 import hashlib

@@ -82,7 +82,6 @@ def contents(vocabulary: Vocabulary, n_positions: int, chat_template: str = "") 
     merges.txt equal OpenAI's own files byte for byte.
     """
     merges_txt = "\n".join(["#version: 0.2", *vocabulary.merges]) + "\n"
-    tokenizer = _tokenizer_json(vocabulary)
     config: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
@@ -97,13 +96,16 @@ def contents(vocabulary: Vocabulary, n_positions: int, chat_template: str = "") 
     return {
         "vocab.json": json.dumps(vocabulary.ids).encode(),
         "merges.txt": merges_txt.encode(),
-        TOKENIZER_JSON: json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode(),
+        TOKENIZER_JSON: tokenizer_json(vocabulary),
         TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
 
 
-def _tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the content of tokenizer.json, the format of the `tokenizers` library."""
+def tokenizer_json(vocabulary: Vocabulary) -> bytes:
+    """Return the content of tokenizer.json, the format of the `tokenizers` library.
+
+    If end of text is not one of the words, the file describes a tokenizer without special tokens.
+    """
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -111,7 +113,7 @@ def _tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         "use_regex": True,
     }
     end_of_text = {
-        "id": vocabulary.ids[END_OF_TEXT],
+        "id": vocabulary.ids.get(END_OF_TEXT),
         "content": END_OF_TEXT,
         "single_word": False,
         "lstrip": False,
@@ -119,11 +121,11 @@ def _tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         "normalized": False,
         "special": True,
     }
-    return {
+    tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [end_of_text],
+        "added_tokens": [end_of_text] if END_OF_TEXT in vocabulary.ids else [],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": {**byte_level, "trim_offsets": False},
@@ -140,3 +142,4 @@ def _tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "merges": vocabulary.merges,
         },
     }
+    return json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode()
