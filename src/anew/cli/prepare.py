@@ -24,7 +24,7 @@ from anew.config.values import TOKENIZERS, parse_bytes, vocabulary_size
 from anew.data import sources
 from anew.data.conversations import conversation_bounds
 from anew.data.holdout import SHARD_0_TOKENS, VAL_TOKENS, Settings
-from anew.data.prepare import INDEX, Status, begun_at, cores, prepare_data
+from anew.data.prepare import INDEX, Status, begun_at, prepare_data
 from anew.data.shards import SHARD_TOKENS, DataFolder, disk_bytes
 from anew.data.token_formats import open_others, write_others
 from anew.errors import UserError
@@ -32,9 +32,10 @@ from anew.tokenizer.bpe import Tokenizer
 from anew.utils.files import parse_json
 from anew.utils.words import counted
 
-# For --dry-run: measured on web text (docs/log.md, 6).
+# For --dry-run: measured on web text, and with two threads on two cores (docs/log.md, 6 and 26).
+# One thread reads, shuffles and writes, so the time does not shrink with the number of threads.
 BYTES_PER_TOKEN = 4.4
-BYTES_PER_THREAD_SECOND = 11.0e6
+BYTES_PER_SECOND = 22.0e6
 # For --dry-run: bytes of text in one byte of a file, by the ending of its name. Rough figures.
 EXPANSION = {".parquet": 1.7, ".gz": 2.6, ".zst": 2.9, ".bz2": 3.5, ".xz": 3.6}
 
@@ -225,8 +226,7 @@ def _estimate(args: PrepareArgs) -> dict[str, Any]:
     text_bytes = source.total_bytes * EXPANSION.get(suffix, 1.0)
     bytes_per_token = 1 if args.tokenizer == "bytes" else BYTES_PER_TOKEN
     tokens = min(text_bytes / bytes_per_token, args.limit_tokens or float("inf"))
-    workers = args.workers or cores()
-    hours = tokens * bytes_per_token / (BYTES_PER_THREAD_SECOND * workers) / 3600
+    hours = tokens * bytes_per_token / BYTES_PER_SECOND / 3600
     largest_file = max((getattr(file, "size", 0) for file in source.files), default=0)
     shard_bytes = 2 * tokens
     peak_bytes = shard_bytes + 2 * largest_file
@@ -239,8 +239,8 @@ def _estimate(args: PrepareArgs) -> dict[str, Any]:
         f"{peak_bytes / 1e9:,.2f} GB of disk with files in flight"
     )
     print(
-        f"about {hours:,.2f} hours of {workers} threads, if the network keeps up "
-        "(an estimate from web text)"
+        f"about {hours:,.2f} hours, if the network keeps up "
+        "(an estimate from text of the web and two CPU cores)"
     )
     parent = Path(args.out).parent
     free = shutil.disk_usage(parent if args.out and parent.is_dir() else Path()).free
